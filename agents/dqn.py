@@ -1,0 +1,206 @@
+"""Deep Q-learning with a replay memory and a target network (Mnih et al. 2015, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agents.optimizers import make_optimizer
+from wn_rl.config import TrainConfig
+from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
+from wn_rl.parameterizations import initialize_from_data, resolve
+from wn_rl.replay import Minibatch
+from wn_rl.training import Statistics
+
+
+def td_targets(rewards: Tensor, terminals: Tensor, next_q_values: Tensor, gamma: float) -> Tensor:
+    """Return y = r + γ · max_a Q̂(s', a), or r where s' is terminal (Mnih et al. 2015, algorithm 1).
+
+    Args:
+        rewards: shape (B,), clipped already.
+        terminals: bool, shape (B,).
+        next_q_values: of the target network, shape (B, actions).
+        gamma: discount per agent step.
+    """
+    return rewards + gamma * next_q_values.amax(1) * (~terminals)
+
+
+def huber(td_error: Tensor, delta: float = 1.0) -> Tensor:
+    """Return ½x² within ±δ and δ(|x| − ½δ) beyond: the clipped TD error of Mnih et al. 2015 as a loss."""
+    return nn.functional.huber_loss(td_error, torch.zeros_like(td_error), reduction="none", delta=delta)
+
+
+def epsilon_greedy(q_values: Tensor, epsilon: Tensor, generator: torch.Generator) -> Tensor:
+    """Return actions, int64 (B,): random with probability ε, else the one of the highest Q-value.
+
+    The same random numbers are drawn whatever ε is.
+
+    Args:
+        q_values: shape (B, actions).
+        epsilon: shape (B,), on the device of ``q_values``.
+        generator: on the device of ``q_values``.
+    """
+    batch, actions = q_values.shape
+    explore = torch.rand(batch, device=q_values.device, generator=generator) < epsilon
+    random = torch.randint(actions, (batch,), device=q_values.device, generator=generator)
+    return torch.where(explore, random, q_values.argmax(1))
+
+
+class DQN:
+    """The agent: a Q-network, its target network and an optimizer.
+
+    The network is in evaluation mode but for the update, so entries with batch statistics act on running ones.
+    """
+
+    def __init__(self, config: TrainConfig, num_actions: int, device: torch.device) -> None:
+        """Build the agent.
+
+        Args:
+            config: a resolved configuration (``learning_rate``, ``data_dependent_init`` and ``weight_init`` set).
+            num_actions: of the environment.
+            device: where the networks live.
+        """
+        assert config.learning_rate is not None
+        assert config.weight_init is not None
+        self.config = config
+        self.device = device
+        self.parameterization = resolve(config.param)
+        spec = QNetworkSpec(
+            num_actions,
+            config.param,
+            hidden_units=config.hidden_units,
+            weight_init=config.weight_init,
+        )
+        self.q_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
+        self.target_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
+        self.target_network.requires_grad_(False)
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            self.q_network.parameters(),
+            learning_rate=config.learning_rate,
+            eps=config.optimizer_eps,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            rmsprop_decay=config.rmsprop_decay,
+        )
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.updates = 0
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._summed_updates = 0
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    @torch.no_grad()
+    def q_values(self, observations: Tensor) -> Tensor:
+        """Return Q-values, float32 (B, actions), of uint8 observations, (B, 4, 84, 84)."""
+        with self._autocast():
+            return self.q_network(observations).float()
+
+    def greedy(self, observations: Tensor) -> Tensor:
+        """Return the actions of the highest Q-values, int64 (B,)."""
+        return self.q_values(observations).argmax(1)
+
+    def act(self, observations: Tensor, epsilon: NDArray[np.float32]) -> Tensor:
+        """Return ε-greedy actions, int64 (B,), on the device; ``epsilon`` has shape (B,)."""
+        if epsilon.min() >= 1.0:  # the warm-up needs no Q-values
+            q_values = torch.zeros(len(epsilon), self.q_network.spec.num_actions, device=self.device)
+        else:
+            q_values = self.q_values(observations)
+        return epsilon_greedy(q_values, torch.from_numpy(epsilon).to(self.device), self.generator)
+
+    def initialize(self, observations: Tensor) -> None:
+        """Initialize the network from replayed observations, if its parameterization asks for it, then the target.
+
+        Salimans & Kingma 2016, section 3, in full precision; the output layer's Q-values get the standard deviation
+        ``output_init_std`` instead of 1 (see docs/algorithm.md for why).
+        """
+        if self.config.data_dependent_init:
+            initialize_from_data(
+                self.q_network,
+                self.parameterization,
+                observations,
+                std_of={"output": self.config.output_init_std},
+            )
+        self.copy_target()
+
+    def td_loss(self, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (loss per transition, TD error, Q-value of the action taken), each of shape (B,)."""
+        with torch.no_grad(), self._autocast():
+            next_q_values = self.target_network(batch.next_observations)
+        rewards = batch.rewards
+        if self.config.reward_clip > 0:
+            rewards = rewards.clamp(-self.config.reward_clip, self.config.reward_clip)
+        with self._autocast():
+            q_values = self.q_network(batch.observations)
+        dtype = torch.promote_types(q_values.dtype, torch.float32)
+        targets = td_targets(rewards.to(dtype), batch.terminals, next_q_values.to(dtype), self.config.gamma)
+        q_value = q_values.to(dtype).gather(1, batch.actions[:, None]).squeeze(1)
+        td_error = targets - q_value
+        return huber(td_error), td_error, q_value
+
+    def update(self, batch: Minibatch) -> None:
+        """Make one optimizer step on a minibatch; nothing is read back from the device."""
+        # Only batch statistics care for the mode, and switching walks the whole module tree.
+        switch_mode = not self.parameterization.batch_independent
+        if switch_mode:
+            self.q_network.train()
+        losses, td_error, q_value = self.td_loss(batch)
+        loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        if switch_mode:
+            self.q_network.eval()
+        self.updates += 1
+        self._summed_updates += 1
+        with torch.no_grad():
+            self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
+
+    def copy_target(self) -> None:
+        """Copy the Q-network, buffers included, to the target network."""
+        self.target_network.load_state_dict(self.q_network.state_dict())
+
+    def is_finite(self) -> bool:
+        """Return whether every weight is a finite number; waits for the device."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.q_network.parameters())
+
+    def gradient_norm(self) -> float:
+        """Return the 2-norm of the last update's gradient, NaN before the first; waits for the device."""
+        gradients = [parameter.grad for parameter in self.q_network.parameters() if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else float("nan")
+
+    def read_statistics(self) -> Statistics:
+        """Return the means since the last reading and start anew; waits for the device."""
+        count = self._summed_updates
+        loss, td_error, q_value = (self._sums / max(count, 1)).tolist() if count else [float("nan")] * 3
+        self._sums.zero_()
+        self._summed_updates = 0
+        return Statistics(count, loss, td_error, q_value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the Q-network's weights: target network, optimizer, random state, counters."""
+        return {
+            "target_network": self.target_network.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "generator": self.generator.get_state(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore the Q-network's weights and what :meth:`state_dict` returned."""
+        self.q_network.load_state_dict(weights)
+        self.target_network.load_state_dict(state["target_network"])
+        self.optimizer.load_state_dict(
+            {
+                "state": {int(key): value for key, value in state.get("optimizer", {}).items()},
+                "param_groups": self.optimizer.state_dict()["param_groups"],
+            }
+        )
+        self.generator.set_state(state["generator"].cpu())
+        self.updates = int(state["updates"])

@@ -1,0 +1,35 @@
+"""wn_rl: deep Q-networks for Atari with swappable weight parameterizations.
+
+Names are imported when they are first used, so ``from wn_rl import reparameterize`` needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "reparameterize": "wn_rl.parameterizations",
+    "initialize_from_data": "wn_rl.parameterizations",
+    "Parameterization": "wn_rl.parameterizations",
+    "make_atari": "wn_rl.atari.env",
+    "game_names": "wn_rl.atari.games",
+}
+__all__ = ["Parameterization", "__version__", "game_names", "initialize_from_data", "make_atari", "reparameterize"]
+
+if TYPE_CHECKING:
+    from wn_rl.atari.env import make_atari
+    from wn_rl.atari.games import game_names
+    from wn_rl.parameterizations import Parameterization, initialize_from_data, reparameterize
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type is that of the name
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'wn_rl' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

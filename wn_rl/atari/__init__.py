@@ -1,0 +1,1 @@
+"""Atari: the games, and the vector environment with its preprocessing."""

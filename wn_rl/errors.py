@@ -1,0 +1,40 @@
+"""Errors that a user can mend: each is one clear line and carries its exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class WnRlError(Exception):
+    """Something went wrong that one line can explain; scripts exit with ``exit_code``."""
+
+    exit_code = 1
+
+
+class UsageError(WnRlError):
+    """The command, the configuration or an argument is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class CheckpointError(WnRlError):
+    """A checkpoint is missing, damaged or belongs to another network (exit code 1)."""
+
+
+class NonFiniteLossError(WnRlError):
+    """The loss became NaN or infinite; the last good checkpoint is left as it was (exit code 1)."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message with every line break and run of spaces folded into one space."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def closest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """Return ``" Did you mean …?"`` for the names nearest to ``name``, or an empty string."""
+    by_folded = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), by_folded, n=limit, cutoff=0.5)
+    if not matches:
+        return ""
+    return " Did you mean " + " or ".join(f"'{by_folded[match]}'" for match in matches) + "?"

@@ -1,0 +1,182 @@
+"""Test scores: raw points of whole games, the same code inside training and behind evaluate.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wn_rl.atari.env import AtariVector, emulator_seeds
+from wn_rl.errors import UsageError
+
+EVALUATION_STREAM = 1
+"""Label that keeps evaluation's random numbers apart from training's (stream 0)."""
+
+
+class Interrupted(Exception):
+    """The evaluation was asked to stop; it has no result."""
+
+
+class Policy(Protocol):
+    """Greedy actions: uint8 observations (B, 4, 84, 84) → int64 actions (B,)."""
+
+    def __call__(self, observations: Tensor, /) -> Tensor:
+        """Return the greedy actions."""
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """How a score is measured.
+
+    Attributes:
+        epsilon: probability of a random action.
+        steps: budget of agent steps; only episodes completed within it count. 0: play ``episodes``.
+        episodes: number of episodes where ``steps`` is 0.
+    """
+
+    epsilon: float = 0.05
+    steps: int = 0
+    episodes: int = 30
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One game: its raw score in points, its length in agent steps, and whether it was played to its end."""
+
+    score: float
+    length: int
+    completed: bool = True
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The episodes that count, in the order of their index, and the wall time in seconds."""
+
+    episodes: tuple[Episode, ...]
+    seconds: float
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """Raw scores, shape (episodes,)."""
+        return np.array([episode.score for episode in self.episodes])
+
+    @property
+    def mean(self) -> float:
+        """Mean score."""
+        return float(self.scores.mean())
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the scores, with n − 1; 0 for one episode."""
+        return float(self.scores.std(ddof=1)) if len(self.episodes) > 1 else 0.0
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length in agent steps."""
+        return float(np.mean([episode.length for episode in self.episodes]))
+
+
+class EpisodeLedger:
+    """Decides which episodes count, so that short ones are not preferred when N are played at a time.
+
+    Taking the first n episodes to *end* would favour short ones. Here every episode gets an index when it *starts*,
+    when nothing is known of its length, and the episodes that count are a prefix of that order: with a quota the
+    first n; with a budget of agent steps those that one emulator would complete, playing them one after the other,
+    before the budget is spent. Later episodes that happen to be done are dropped, earlier ones are waited for.
+    """
+
+    def __init__(self, *, steps: int, episodes: int) -> None:
+        """Count by ``steps`` (agent steps), or by ``episodes`` where that is 0."""
+        self._steps = steps
+        self._quota = episodes
+        self._episodes: list[Episode] = []
+        self._prefix = 0  # so many first episodes are complete and within the budget …
+        self._spent = 0  # … and took so many agent steps
+
+    def start(self) -> int:
+        """Return the index of an episode that starts now."""
+        self._episodes.append(Episode(0.0, 0, completed=False))
+        return len(self._episodes) - 1
+
+    def record(self, index: int, score: float, length: int, *, completed: bool) -> None:
+        """Note an episode's score and length so far."""
+        self._episodes[index] = Episode(score, length, completed)
+
+    def result(self) -> tuple[Episode, ...] | None:
+        """Return the episodes that count, or None while one of them is still being played."""
+        if self._steps == 0:
+            counted = self._episodes[: self._quota]
+            return tuple(counted) if len(counted) == self._quota and all(e.completed for e in counted) else None
+        while self._prefix < len(self._episodes):
+            episode = self._episodes[self._prefix]
+            spent = self._spent + episode.length
+            if spent > self._steps or (spent == self._steps and not episode.completed):
+                # This one is unfinished when the budget ends: dropped, unless it is all there is.
+                unfinished = Episode(episode.score, episode.length, completed=False)
+                return tuple(self._episodes[: self._prefix]) or (unfinished,)
+            if not episode.completed:
+                return None
+            self._spent = spent
+            self._prefix += 1
+            if spent == self._steps:
+                return tuple(self._episodes[: self._prefix])
+        return None
+
+
+def evaluate(
+    policy: Policy,
+    env: AtariVector,
+    protocol: EvaluationProtocol,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    on_episode: Callable[[Episode], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> EvaluationResult:
+    """Play ``policy`` ε-greedily and return the scores of whole games.
+
+    Draws from its own generators only.
+
+    Args:
+        policy: greedy actions.
+        env: emulators used for nothing else; they are reseeded.
+        protocol: how long, and with which ε.
+        seed: of the emulators and of the random actions.
+        device: of the policy.
+        on_episode: called with each episode that ends, counted or not.
+        should_stop: asked before every vector step.
+
+    Raises:
+        Interrupted: ``should_stop`` said so.
+        UsageError: the protocol asks for nothing.
+    """
+    if protocol.steps <= 0 and protocol.episodes <= 0:
+        raise UsageError("nothing to evaluate: ask for at least 1 episode or 1 agent step")
+    started = time.perf_counter()
+    rng = np.random.default_rng([seed, EVALUATION_STREAM])
+    ledger = EpisodeLedger(steps=protocol.steps, episodes=protocol.episodes)
+    observations, _ = env.reset(seed=emulator_seeds(seed, env.num_envs, EVALUATION_STREAM))
+    index = [ledger.start() for _ in range(env.num_envs)]
+    while (counted := ledger.result()) is None:
+        if should_stop():
+            raise Interrupted
+        greedy = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
+        explore = rng.random(env.num_envs) < protocol.epsilon
+        random = rng.integers(env.num_actions, size=env.num_envs)
+        observations, _, terminated, truncated, info = env.step(np.where(explore, random, greedy))
+        for slot in range(env.num_envs):
+            if info["is_reset"][slot]:
+                index[slot] = ledger.start()
+                continue
+            ended = bool(terminated[slot] or truncated[slot])
+            score, length = float(info["episode_return"][slot]), int(info["episode_length"][slot])
+            ledger.record(index[slot], score, length, completed=ended)
+            if ended and on_episode is not None:
+                on_episode(Episode(score, length))
+    return EvaluationResult(counted, time.perf_counter() - started)

@@ -1,0 +1,205 @@
+"""Experience replay on the learner's device: each frame is stored once, stacks are rebuilt when sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wn_rl.errors import UsageError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """B transitions on the learner's device.
+
+    Attributes:
+        observations: uint8, shape (B, 4, 84, 84), oldest frame first.
+        actions: int64, shape (B,).
+        rewards: float32, shape (B,), raw points.
+        next_observations: like ``observations``.
+        terminals: bool, shape (B,): no bootstrap from ``next_observations``.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    terminals: Tensor
+
+
+class Replay:
+    """The last transitions of N emulators that step together.
+
+    Storage is a ring of rows, one row a vector step, one entry per emulator in a row. An entry holds the newest
+    frame o_t of that emulator, its age (how many earlier frames of its episode the stack may show), and what
+    followed: action, raw reward, terminal. The row after it holds the frame that completes the next observation,
+    also at an episode's end, since auto-reset takes a step of its own. An entry whose step was such an auto-reset is
+    no transition and is never drawn; it occupies one place of the capacity.
+
+    Which entries can be drawn is said in one place: transitions are numbered in the order in which they were stored,
+    ``entry_of`` maps number → entry, and those of the last ``capacity // N`` rows form one range of numbers. Four
+    rows more than that are kept for the three older frames of the oldest stack and for the newest frame, so every
+    transition in the range is whole, each is drawn with the same probability, and no draw is ever rejected.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        frame_shape: tuple[int, int] = (84, 84),
+        stack_size: int = 4,
+    ) -> None:
+        """Allocate the ring.
+
+        Args:
+            capacity: agent steps; the ring holds the last ``capacity // num_envs`` vector steps.
+            num_envs: N.
+            device: where frames live and minibatches are made.
+            seed: of the generator that draws minibatches.
+            frame_shape: height and width of a frame.
+            stack_size: frames per observation.
+
+        Raises:
+            UsageError: the capacity is smaller than one vector step.
+        """
+        if capacity < num_envs:
+            raise UsageError(f"replay_capacity {capacity} is smaller than one step of {num_envs} emulators")
+        self.num_envs = num_envs
+        self.stack_size = stack_size
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._rows = capacity // num_envs
+        self._ring = self._rows + stack_size
+        entries = self._ring * num_envs
+        # One frame more than entries: the last stays black and stands for frames from before an episode.
+        self._frames = torch.zeros((entries + 1, *frame_shape), dtype=torch.uint8, device=self.device)
+        self._age = torch.zeros(entries, dtype=torch.uint8, device=self.device)
+        self._actions = torch.zeros(entries, dtype=torch.uint8, device=self.device)
+        self._rewards = torch.zeros(entries, dtype=torch.float32, device=self.device)
+        self._terminals = torch.zeros(entries, dtype=torch.bool, device=self.device)
+        self._entry_of = torch.zeros(entries, dtype=torch.int64, device=self.device)
+        # Frames back from the newest of the next observation, and the age below which each is not of this episode.
+        self._offsets = torch.arange(1 - stack_size, 2, device=self.device)
+        self._needed_age = torch.clamp(-self._offsets, min=0).to(torch.uint8)
+        self._newest = -1  # number of the newest row since the start; its place in the ring is this modulo _ring
+        self._first_of_row = np.zeros(self._ring, np.int64)
+        self._stored = 0
+        self._newest_age = np.zeros(num_envs, np.uint8)
+
+    def __len__(self) -> int:
+        """The number of transitions that can be drawn."""
+        low, high = self.drawable
+        return high - low
+
+    @property
+    def drawable(self) -> tuple[int, int]:
+        """The numbers (first, one past the last) of the transitions that can be drawn."""
+        oldest = self._newest - self._rows
+        return (int(self._first_of_row[oldest % self._ring]) if oldest > 0 else 0), self._stored
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the ring occupies on the device."""
+        tensors = (self._frames, self._age, self._actions, self._rewards, self._terminals, self._entry_of)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def start(self, frames: Array) -> None:
+        """Store the first frame of every emulator's episode: uint8, shape (N, 84, 84).
+
+        Called again (after a resume), the unfinished step before it is dropped.
+        """
+        self._observe(frames, np.ones(self.num_envs, bool))
+
+    def add(self, actions: Array, rewards: Array, terminals: Array, next_frames: Array, is_reset: Array) -> None:
+        """Store what followed the newest row, and the frames that came of it.
+
+        Args:
+            actions: int, shape (N,).
+            rewards: raw points, shape (N,).
+            terminals: bool, shape (N,): the learner must not bootstrap (game over or life loss, not truncation).
+            next_frames: the newest frame of each emulator after the step, uint8, shape (N, 84, 84).
+            is_reset: bool, shape (N,): the step was an auto-reset, so it is no transition and its frame is the first
+                of an episode.
+        """
+        place = self._newest % self._ring
+        row = slice(place * self.num_envs, (place + 1) * self.num_envs)
+        self._actions[row] = torch.as_tensor(np.asarray(actions, np.uint8), device=self.device)
+        self._rewards[row] = torch.as_tensor(np.asarray(rewards, np.float32), device=self.device)
+        self._terminals[row] = torch.as_tensor(np.asarray(terminals, bool), device=self.device)
+        (slots,) = np.nonzero(~np.asarray(is_reset, bool))
+        numbers = (self._stored + np.arange(len(slots))) % len(self._entry_of)
+        self._entry_of[torch.as_tensor(numbers, device=self.device)] = torch.as_tensor(
+            row.start + slots, device=self.device
+        )
+        self._stored += len(slots)
+        self._observe(next_frames, is_reset)
+
+    def _observe(self, frames: Array, is_reset: Array) -> None:
+        self._newest += 1
+        place = self._newest % self._ring
+        row = slice(place * self.num_envs, (place + 1) * self.num_envs)
+        self._first_of_row[place] = self._stored
+        self._newest_age = np.where(is_reset, 0, np.minimum(self._newest_age + 1, self.stack_size - 1)).astype(np.uint8)
+        self._frames[row] = torch.as_tensor(np.ascontiguousarray(frames), device=self.device)
+        self._age[row] = torch.as_tensor(self._newest_age, device=self.device)
+
+    def observations(self) -> Tensor:
+        """Return the newest observation of every emulator: uint8, shape (N, 4, 84, 84)."""
+        place = self._newest % self._ring
+        entries = torch.arange(place * self.num_envs, (place + 1) * self.num_envs, device=self.device)
+        return self._stacks(entries, self._offsets[:-1], self._needed_age[:-1])
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Minibatch:
+        """Draw ``batch_size`` transitions uniformly, with replacement.
+
+        Args:
+            batch_size: B.
+            generator: draws instead of the replay's own.
+
+        Raises:
+            UsageError: the replay holds no transition yet.
+        """
+        low, high = self.drawable
+        if high == low:
+            raise UsageError("the replay is empty: learning_starts must be larger than num_envs")
+        uniform = torch.rand(
+            batch_size, dtype=torch.float64, device=self.device, generator=generator or self.generator
+        )
+        return self.transitions(low + (uniform * (high - low)).long())
+
+    def transitions(self, numbers: Tensor) -> Minibatch:
+        """Return the transitions with these numbers (int64, shape (B,)), each within :attr:`drawable`."""
+        entries = self._entry_of[numbers % len(self._entry_of)]
+        frames = self._stacks(entries, self._offsets, self._needed_age)
+        return Minibatch(
+            observations=frames[:, :-1],
+            actions=self._actions[entries].long(),
+            rewards=self._rewards[entries],
+            next_observations=frames[:, 1:],
+            terminals=self._terminals[entries],
+        )
+
+    def _stacks(self, entries: Tensor, offsets: Tensor, needed_age: Tensor) -> Tensor:
+        """Gather the frames at ``offsets`` rows from each entry; those from before its episode are black."""
+        black = len(self._frames) - 1
+        places = (entries[:, None] + offsets * self.num_envs) % black
+        places = places.masked_fill_(self._age[entries][:, None] < needed_age, black)
+        return self._frames.index_select(0, places.flatten()).view(*places.shape, *self._frames.shape[1:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the generator; frames are not part of a checkpoint."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.generator.set_state(state["generator"])

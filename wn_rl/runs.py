@@ -1,0 +1,142 @@
+"""A run directory: its files, their columns, and the rows that a resumed run keeps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from wn_rl import __version__
+from wn_rl.errors import UsageError, WnRlError
+
+EVALUATION_COLUMNS = ("frames", "episodes", "mean", "std", "min", "max", "mean_length", "seconds")
+EPISODE_COLUMNS = ("frames", "return", "length")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this project, of Python and of the packages that decide results."""
+    found = {"wn_rl": __version__, "python": platform.python_version()}
+    for package in ("torch", "ale-py", "gymnasium", "numpy"):
+        found[package] = metadata.version(package)
+    return found
+
+
+def default_directory(game: str, param: str, preset: str, seed: int) -> Path:
+    """Return ``runs/GAME-PARAM-PRESET-sSEED-TIME``, TIME being local."""
+    return Path("runs") / f"{game}-{param}-{preset}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+class RunDirectory:
+    """The files of one run.
+
+    ``config.yaml``, TensorBoard events, ``evaluations.csv``, ``episodes.csv``, ``checkpoints/latest``,
+    ``checkpoints/best`` and ``summary.json``. Every axis is emulator frames.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Name the directory; nothing is written yet."""
+        self.path = path
+        self.config = path / "config.yaml"
+        self.evaluations = path / "evaluations.csv"
+        self.episodes = path / "episodes.csv"
+        self.summary = path / "summary.json"
+        self.latest = path / "checkpoints" / "latest"
+        self.best = path / "checkpoints" / "best"
+
+    def create(self, config_yaml: str) -> None:
+        """Make the directory of a new run.
+
+        Raises:
+            UsageError: it holds a run already, or is no directory.
+            WnRlError: it cannot be written.
+        """
+        if self.config.exists() or self.latest.exists():
+            raise UsageError(f"{self.path} already holds a run: name another --run-dir, or --resume {self.path}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.evaluations, _csv_lines([EVALUATION_COLUMNS]))
+            write_atomically(self.episodes, _csv_lines([EPISODE_COLUMNS]))
+            write_atomically(self.config, config_yaml)
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError(f"--run-dir {self.path}: a file is in the way") from None
+        except OSError as error:
+            raise WnRlError(f"cannot write to {self.path}: {error.strerror}") from None
+
+    def cut(self, frames: int) -> None:
+        """Drop the rows of both CSV files that lie after ``frames``, for a run that goes on from there.
+
+        Raises:
+            WnRlError: a file is missing or damaged.
+        """
+        for file, columns in ((self.evaluations, EVALUATION_COLUMNS), (self.episodes, EPISODE_COLUMNS)):
+            kept = [[row[column] for column in columns] for row in read_rows(file) if float(row["frames"]) <= frames]
+            write_atomically(file, _csv_lines([columns, *kept]))
+
+    def append(self, file: Path, rows: Iterable[Sequence[object]]) -> None:
+        """Append rows to a CSV file of this run.
+
+        Raises:
+            WnRlError: it cannot be written.
+        """
+        try:
+            with open(file, "a", encoding="utf-8") as stream:
+                stream.write(_csv_lines(rows))
+        except OSError as error:
+            raise WnRlError(f"cannot write to {file}: {error.strerror}") from None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``.
+
+        Raises:
+            WnRlError: it cannot be written.
+        """
+        try:
+            write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise WnRlError(f"cannot write to {self.summary}: {error.strerror}") from None
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's CSV file by column; a last line that was cut off is left out.
+
+    Raises:
+        WnRlError: it cannot be read, or its columns are not numbers.
+    """
+    try:
+        with open(file, newline="", encoding="utf-8") as stream:
+            rows = [row for row in csv.DictReader(stream) if None not in row.values() and None not in row]
+        for row in rows:
+            [float(value) for value in row.values()]
+    except OSError as error:
+        raise WnRlError(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, csv.Error) as error:
+        raise WnRlError(f"{file} is damaged: {error}") from None
+    return rows
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a file's content at once: a reader sees the old text or the new."""
+    temporary = file.with_name(f".{file.name}.writing")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _csv_lines(rows: Iterable[Sequence[object]]) -> str:
+    return "".join(",".join(_cell(value) for value in row) + "\n" for row in rows)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,158 @@
+"""What a run shows while it trains: TensorBoard scalars, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from wn_rl.evaluation import EvaluationResult
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+TAGS = {
+    "train/episode_return": "mean raw return of the training episodes that ended since the last point, points",
+    "train/episode_length": "their mean length, agent steps",
+    "train/loss": "mean Huber loss per transition of the updates since the last point",
+    "train/td_error": "mean absolute TD error of these updates, clipped-reward units",
+    "train/q_value": "mean Q-value of the actions in these updates' minibatches, clipped-reward units",
+    "train/max_q_held_out": "mean over a fixed set of states of the largest Q-value, clipped-reward units",
+    "train/gradient_norm": "2-norm of the last update's gradient",
+    "train/learning_rate": "learning rate of the optimizer",
+    "train/epsilon": "probability of a random action",
+    "train/replay_size": "transitions that can be drawn from the replay, agent steps",
+    "speed/frames_per_second": "emulator frames per second since the last point, evaluation excluded",
+    "speed/updates_per_second": "optimizer steps per second since the last point, evaluation excluded",
+    "evaluation/return_mean": "mean raw score of the evaluation's episodes, points",
+    "evaluation/return_std": "their standard deviation (n - 1), points",
+    "evaluation/episode_length_mean": "their mean length, agent steps",
+}
+"""Every scalar tag and what it holds. The axis of all is emulator frames."""
+
+
+class Dashboard:
+    """Writes scalars under the tags of :data:`TAGS` to a run directory."""
+
+    def __init__(self, directory: Path, *, resume_frames: int | None = None) -> None:
+        """Open the event file; points after ``resume_frames`` of an earlier one are hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resume_frames is None else resume_frames + 1
+        self._writer = SummaryWriter(directory, purge_step=purge)  # type: ignore[no-untyped-call]
+
+    def scalars(self, frames: int, values: dict[str, float]) -> None:
+        """Add one point at ``frames`` to each tag; NaN means "nothing to show" and is left out.
+
+        Raises:
+            KeyError: a tag that :data:`TAGS` does not document.
+        """
+        for tag, value in values.items():
+            if tag not in TAGS:
+                raise KeyError(tag)
+            if value == value:
+                self._writer.add_scalar(tag, value, frames)  # type: ignore[no-untyped-call]
+
+    def evaluation(self, frames: int, result: EvaluationResult) -> None:
+        """Add an evaluation's points at ``frames``."""
+        self.scalars(
+            frames,
+            {
+                "evaluation/return_mean": result.mean,
+                "evaluation/return_std": result.std,
+                "evaluation/episode_length_mean": result.mean_length,
+            },
+        )
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the file system."""
+        self._writer.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class Progress:
+    """A bar on a terminal; a plain line a minute elsewhere."""
+
+    LINE_SECONDS = 60.0
+
+    def __init__(self, total_frames: int, start_frames: int = 0, stream: TextIO | None = None) -> None:
+        """Show nothing yet.
+
+        Args:
+            total_frames: where the run ends.
+            start_frames: where it starts (more than 0 after a resume).
+            stream: where to; default: standard output.
+        """
+        self._stream = stream or sys.stdout
+        self._total = total_frames
+        self._started = self._last_line = time.monotonic()
+        self._start_frames = start_frames
+        self._returns: deque[float] = deque(maxlen=100)
+        self._evaluation = ""
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:.1f}%"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=Console(file=self._stream),
+                refresh_per_second=2,
+            )
+            self._task = self._bar.add_task("", total=total_frames, completed=start_frames)
+            self._bar.start()
+
+    def episode(self, episode_return: float) -> None:
+        """Note the raw return of a training episode that ended."""
+        self._returns.append(episode_return)
+
+    def evaluation(self, frames: int, result: EvaluationResult) -> None:
+        """Show an evaluation."""
+        self._evaluation = f"evaluation {result.mean:.1f}"
+        self.say(
+            f"frames {frames:,}: evaluation {result.mean:.2f} ± {result.std:.2f} over {len(result.episodes)} episodes "
+            f"({result.seconds:.0f} s)"
+        )
+
+    def update(self, frames: int, epsilon: float) -> None:
+        """Show where the run is."""
+        now = time.monotonic()
+        if self._bar is None and now - self._last_line < self.LINE_SECONDS:
+            return
+        rate = (frames - self._start_frames) / max(now - self._started, 1e-9)
+        parts = [f"{rate:,.0f} frames/s", f"ε {epsilon:.2f}"]
+        if self._returns:
+            parts.append(f"return {sum(self._returns) / len(self._returns):.1f} (last {len(self._returns)})")
+        if self._evaluation:
+            parts.append(self._evaluation)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=frames, description=", ".join(parts))
+            return
+        self._last_line = now
+        left = (self._total - frames) / max(rate, 1e-9) / 60
+        self.say(f"frames {frames:,} of {self._total:,}, {left:.0f} min left, {', '.join(parts)}")
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()

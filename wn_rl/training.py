@@ -1,0 +1,598 @@
+"""The training loop: what happens at which agent step, and what a run writes while it trains."""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wn_rl import checkpoint
+from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds, make_atari
+from wn_rl.config import TrainConfig, to_yaml
+from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
+from wn_rl.evaluation import EvaluationProtocol, EvaluationResult, Interrupted, evaluate
+from wn_rl.networks import QNetwork
+from wn_rl.replay import Minibatch, Replay
+from wn_rl.runs import RunDirectory, read_rows, versions
+from wn_rl.telemetry import Dashboard, Progress
+
+TRAINING_STREAM = 0
+HELD_OUT_STATES = 512
+"""States on which the mean max-Q is watched."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Means over the transitions of the updates since the last reading; ``updates`` is how many these were."""
+
+    updates: int
+    loss: float
+    td_error: float
+    q_value: float
+
+
+class Agent(Protocol):
+    """What the loop needs of an agent; :class:`agents.dqn.DQN` is one."""
+
+    updates: int
+
+    @property
+    def q_network(self) -> QNetwork:
+        """The network that acts and that a checkpoint carries."""
+
+    def act(self, observations: Tensor, epsilon: NDArray[np.float32]) -> Tensor:
+        """Return ε-greedy actions on the device."""
+
+    def greedy(self, observations: Tensor) -> Tensor:
+        """Return greedy actions."""
+
+    def q_values(self, observations: Tensor) -> Tensor:
+        """Return Q-values."""
+
+    def initialize(self, observations: Tensor) -> None:
+        """Prepare for the first update, with observations from replay."""
+
+    def update(self, batch: Minibatch) -> None:
+        """Make one update."""
+
+    def copy_target(self) -> None:
+        """Copy the network to the target network."""
+
+    def is_finite(self) -> bool:
+        """Return whether every weight is finite."""
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last gradient."""
+
+    def read_statistics(self) -> Statistics:
+        """Return the means since the last reading."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state without the network's weights."""
+
+    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore weights and state."""
+
+
+MakeAgent = Callable[[TrainConfig, int, torch.device], Agent]
+
+
+class Event(enum.Enum):
+    """What an agent step can owe."""
+
+    INITIALIZE = "initialize"
+    UPDATE = "update"
+    TARGET_COPY = "target copy"
+
+
+def owed(config: TrainConfig, first: int, last: int) -> Iterator[tuple[int, Event]]:
+    """Yield (agent step, event) for what the agent steps ``first`` … ``last`` owe, in order.
+
+    An update when the step's number is a multiple of ``update_period``, then a target copy when it is one of
+    ``target_period``; nothing before ``learning_starts``, whose first event is the initialization.
+    """
+    for step in range(max(first, config.learning_starts), last + 1):
+        if step == config.learning_starts:
+            yield step, Event.INITIALIZE
+        if step % config.update_period == 0:
+            yield step, Event.UPDATE
+        if step % config.target_period == 0:
+            yield step, Event.TARGET_COPY
+
+
+def epsilon_at(config: TrainConfig, steps: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return ε of each agent step: ``epsilon_start`` until ``learning_starts``, then linear to ``epsilon_end``."""
+    fraction = np.clip((steps - config.learning_starts) / max(config.epsilon_decay_steps, 1), 0.0, 1.0)
+    return (config.epsilon_start + (config.epsilon_end - config.epsilon_start) * fraction).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class FinishedEpisode:
+    """A training episode: the frame count at which it ended, its raw return, its length in agent steps."""
+
+    frames: int
+    episode_return: float
+    length: int
+
+
+class TrainingLoop:
+    """Emulators, agent and replay, one vector step at a time.
+
+    Agent steps are numbered 1, 2, 3, … across the emulators in slot order; a step that was an auto-reset has no
+    number. In each vector step all emulators act on the same network; while they run, the updates owed by the
+    numbers of this vector step are made from what the replay held before it. Logging, evaluation and checkpoints
+    stay outside and draw nothing from these generators.
+    """
+
+    def __init__(self, config: TrainConfig, env: AtariVector, agent: Agent, replay: Replay) -> None:
+        """Join the parts; :meth:`start` begins."""
+        self.config = config
+        self.env = env
+        self.agent = agent
+        self.replay = replay
+        self.agent_steps = 0
+        self.first_owing_step = 0
+        self._ended = np.zeros(env.num_envs, bool)
+
+    @property
+    def frames(self) -> int:
+        """Emulator frames so far: 4 per agent step (an episode's last step may have had fewer)."""
+        return self.agent_steps * FRAME_SKIP
+
+    @property
+    def epsilon(self) -> float:
+        """ε of the next agent step."""
+        return float(epsilon_at(self.config, np.array([self.agent_steps + 1]))[0])
+
+    def start(self) -> None:
+        """Reset the emulators; after a resume at ``agent_steps`` > 0 with seeds of their own."""
+        stream = (TRAINING_STREAM,) if self.agent_steps == 0 else (TRAINING_STREAM, self.agent_steps)
+        observations, _ = self.env.reset(seed=emulator_seeds(self.config.seed, self.env.num_envs, *stream))
+        self.replay.start(observations[:, -1])
+        self._ended[:] = False
+        if self.agent_steps > 0:
+            # Frames are not part of a checkpoint: let the replay fill as it did before the first update.
+            refill = min(self.config.learning_starts, self.config.replay_capacity - self.env.num_envs)
+            self.first_owing_step = self.agent_steps + max(refill, self.env.num_envs + 1)
+
+    def vector_step(self) -> list[FinishedEpisode]:
+        """Step every emulator once, make the updates owed, and return the episodes that ended."""
+        plays = ~self._ended  # the others are reset by this step
+        numbers = self.agent_steps + np.cumsum(plays)
+        actions = self.agent.act(self.replay.observations(), epsilon_at(self.config, numbers)).cpu().numpy()
+        self.env.send(actions)
+        first, last = self.agent_steps + 1, int(numbers[-1])
+        for _, event in owed(self.config, max(first, self.first_owing_step), last):
+            if event is Event.UPDATE:
+                self.agent.update(self.replay.sample(self.config.batch_size))
+            elif event is Event.TARGET_COPY:
+                self.agent.copy_target()
+            else:
+                self.agent.initialize(self.replay.sample(self.config.init_samples).observations)
+        observations, rewards, terminated, truncated, info = self.env.recv()
+        terminals = terminated | info["life_loss"] if self.config.life_loss_terminal else terminated
+        self.replay.add(actions, rewards, terminals, observations[:, -1], info["is_reset"])
+        self.agent_steps = last
+        self._ended = terminated | truncated
+        return [
+            FinishedEpisode(
+                int(numbers[slot]) * FRAME_SKIP,
+                float(info["episode_return"][slot]),
+                int(info["episode_length"][slot]),
+            )
+            for slot in np.flatnonzero(self._ended)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters."""
+        return {"agent_steps": self.agent_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the counters."""
+        self.agent_steps = int(state["agent_steps"])
+
+
+def resolve_device(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with ``device`` and ``precision`` decided by this machine.
+
+    Raises:
+        UsageError: a GPU was asked for and there is none.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU here; use --device cpu or auto")
+    precision = config.precision
+    if precision == "auto":
+        fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        precision = "bfloat16" if fast else "float32"
+    return replace(config, device=device, precision=precision)
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into a flag while it is entered; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: the caller handles signals
+                break
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One run in one process: the loop, its directory and its dashboards."""
+
+    def __init__(self, config: TrainConfig, make_agent: MakeAgent, directory: RunDirectory) -> None:
+        self.config = config
+        self.directory = directory
+        self.device = torch.device(config.device)
+        self.env = make_atari(
+            config.game, config.num_envs, num_threads=config.emulator_threads, **environment_options(config)
+        )
+        agent = make_agent(config, self.env.num_actions, self.device)
+        replay = Replay(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
+        self.loop = TrainingLoop(config, self.env, agent, replay)
+        self.held_out: Tensor | None = None
+        self.evaluated_at = 0
+        self.best: dict[str, float] | None = None
+        self.final: dict[str, float] | None = None
+        self.earlier_seconds = 0.0
+
+    def save(self, path: Path) -> None:
+        agent = self.loop.agent
+        if not agent.is_finite():
+            raise NonFiniteLossError(f"a weight is not finite at frame {self.loop.frames:,}; nothing was saved over")
+        checkpoint.save(
+            path,
+            config=asdict(self.config),
+            spec=agent.q_network.spec,
+            weights=agent.q_network.state_dict(),
+            agent_steps=self.loop.agent_steps,
+            training={
+                "agent": agent.state_dict(),
+                "replay": self.loop.replay.state_dict(),
+                "loop": self.loop.state_dict(),
+                "run": {
+                    "evaluated_at": self.evaluated_at,
+                    "best": self.best or {},
+                    "final": self.final or {},
+                    "seconds": self.earlier_seconds,
+                },
+            },
+            versions=versions(),
+        )
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        try:
+            self.loop.agent.load_state_dict(saved.weights, saved.training["agent"])
+            self.loop.replay.load_state_dict(saved.training["replay"])
+            self.loop.load_state_dict(saved.training["loop"])
+            run = saved.training["run"]
+            self.evaluated_at = int(run["evaluated_at"])
+            self.earlier_seconds = float(run["seconds"])
+            self.best, self.final = run.get("best"), run.get("final")
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{saved.path} does not fit this run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            ) from None
+
+    def evaluate(self, should_stop: Callable[[], bool]) -> EvaluationResult:
+        """Evaluate on emulators and generators of their own: the cadence changes no weight."""
+        config = self.config
+        options = environment_options(config)
+        env = make_atari(config.game, config.evaluation_envs, num_threads=config.emulator_threads, **options)
+        protocol = EvaluationProtocol(config.evaluation_epsilon, config.evaluation_steps, config.evaluation_episodes)
+        seed = int(np.random.SeedSequence([config.seed, self.loop.agent_steps]).generate_state(1)[0]) & 0x7FFFFFFF
+        try:
+            return evaluate(
+                self.loop.agent.greedy, env, protocol, seed=seed, device=self.device, should_stop=should_stop
+            )
+        finally:
+            env.close()
+
+    def max_q_held_out(self) -> float:
+        """Return the mean max-Q of states that random play reached, the same ones for the whole run."""
+        replay, agent = self.loop.replay, self.loop.agent
+        if agent.updates == 0 or len(replay) == 0:
+            return math.nan
+        if self.held_out is None:
+            generator = torch.Generator(self.device).manual_seed(self.config.seed)
+            self.held_out = replay.sample(HELD_OUT_STATES, generator).observations.clone()
+        return float(agent.q_values(self.held_out).amax(1).mean())
+
+
+def environment_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options of :func:`make_atari` that a configuration decides."""
+    return {
+        "seed": config.seed,
+        "noop_max": config.noop_max,
+        "fire_reset": config.fire_reset,
+        "sticky_actions": config.sticky_actions,
+        "full_action_set": config.full_action_set,
+        "max_frames_per_episode": config.max_frames,
+    }
+
+
+@dataclass
+class _Clock:
+    """Wall time of vector steps after warm-up, with the frames and updates that were made in it."""
+
+    seconds: float = 0.0
+    frames: int = 0
+    updates: int = 0
+
+    def rates(self) -> tuple[float | None, float | None]:
+        if self.seconds <= 0.0:
+            return None, None
+        return self.frames / self.seconds, self.updates / self.seconds
+
+
+def train(
+    config: TrainConfig, make_agent: MakeAgent, directory: Path, *, resume: checkpoint.Checkpoint | None = None
+) -> int:
+    """Train as ``config`` says and write the run to ``directory``.
+
+    Args:
+        config: resolved by :func:`wn_rl.config.resolve`.
+        make_agent: (configuration, number of actions, device) → agent.
+        directory: of the run; new unless ``resume`` is given.
+        resume: the checkpoint to go on from.
+
+    Returns:
+        The exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM.
+
+    Raises:
+        WnRlError: what a user can mend; everything saved before is kept.
+    """
+    config = replace(resolve_device(config), run_dir=str(directory))
+    torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
+    files = RunDirectory(directory)
+    if resume is None:
+        files.create(to_yaml(config))
+    run = _Run(config, make_agent, files)
+    loop = run.loop
+    if resume is not None:
+        run.restore(resume)
+        files.cut(loop.frames)
+        _write_config(files, config)
+    dashboard = Dashboard(directory, resume_frames=loop.frames if resume else None)
+    progress = Progress(config.frames, loop.frames)
+    try:
+        with _Signals() as signals:
+            _describe(run, progress)
+            loop.start()
+            _train(run, dashboard, progress, signals)
+            if signals.received is None:
+                return 0
+            progress.say(f"stopped at frame {loop.frames:,}; go on with: python train.py --resume {directory}")
+            return 128 + signals.received
+    finally:
+        progress.close()
+        dashboard.close()
+        run.env.close()
+
+
+def _write_config(files: RunDirectory, config: TrainConfig) -> None:
+    from wn_rl.runs import write_atomically
+
+    write_atomically(files.config, to_yaml(config))
+
+
+def _describe(run: _Run, progress: Progress) -> None:
+    config = run.config
+    network = run.loop.agent.q_network
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    progress.say(
+        f"{config.game}, {config.param}, preset {config.preset}, seed {config.seed}: {config.frames:,} frames with "
+        f"{config.num_envs} emulators on {config.device} in {config.precision}"
+    )
+    progress.say(
+        f"{parameters:,} parameters, {config.optimizer} with learning rate {config.learning_rate:g}, replay of "
+        f"{config.replay_capacity:,} agent steps ({run.loop.replay.nbytes / 1e9:.2f} GB); writing to {run.directory.path}"
+    )
+
+
+def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signals) -> None:
+    config, loop, files = run.config, run.loop, run.directory
+    started = time.monotonic() - run.earlier_seconds
+    saved_at = logged_at = loop.agent_steps
+    steady, point = _Clock(), _Clock()
+    episodes: list[FinishedEpisode] = []
+
+    def log() -> None:
+        nonlocal point, episodes
+        statistics = loop.agent.read_statistics()
+        if statistics.updates and not math.isfinite(statistics.loss):
+            raise NonFiniteLossError(
+                f"the loss became {statistics.loss} before frame {loop.frames:,}; the last good checkpoint is kept. "
+                "A smaller --learning-rate is the usual remedy."
+            )
+        frame_rate, update_rate = point.rates()
+        dashboard.scalars(
+            loop.frames,
+            {
+                "train/episode_return": _mean([episode.episode_return for episode in episodes]),
+                "train/episode_length": _mean([episode.length for episode in episodes]),
+                "train/loss": statistics.loss,
+                "train/td_error": statistics.td_error,
+                "train/q_value": statistics.q_value,
+                "train/max_q_held_out": run.max_q_held_out(),
+                "train/gradient_norm": loop.agent.gradient_norm(),
+                "train/learning_rate": config.learning_rate or math.nan,
+                "train/epsilon": loop.epsilon,
+                "train/replay_size": len(loop.replay),
+                "speed/frames_per_second": math.nan if frame_rate is None else frame_rate,
+                "speed/updates_per_second": math.nan if update_rate is None else update_rate,
+            },
+        )
+        files.append(files.episodes, [(e.frames, e.episode_return, e.length) for e in episodes])
+        episodes, point = [], _Clock()
+
+    def save(path: Path) -> None:
+        log()
+        run.earlier_seconds = time.monotonic() - started
+        run.save(path)
+
+    while True:
+        done = loop.frames >= config.frames
+        passed = loop.agent_steps // config.evaluation_period > run.evaluated_at // config.evaluation_period
+        if signals.received is None and (passed or (done and run.evaluated_at != loop.agent_steps)):
+            try:
+                result = run.evaluate(lambda: signals.received is not None)
+            except Interrupted:
+                continue
+            run.evaluated_at = loop.agent_steps
+            _record_evaluation(run, dashboard, progress, result)
+            save(files.latest)
+            saved_at = logged_at = loop.agent_steps
+            if run.best is not None and run.best["frames"] == loop.frames:
+                run.save(files.best)
+        if done or signals.received is not None:
+            break
+        before = loop.agent_steps, loop.agent.updates
+        stepped = time.perf_counter()
+        episodes += (ended := loop.vector_step())
+        stepped = time.perf_counter() - stepped
+        clocks = (steady, point) if before[1] > 0 and loop.agent.updates > before[1] else (point,)
+        for clock in clocks:
+            clock.seconds += stepped
+            clock.frames += (loop.agent_steps - before[0]) * FRAME_SKIP
+            clock.updates += loop.agent.updates - before[1]
+        for episode in ended:
+            progress.episode(episode.episode_return)
+        progress.update(loop.frames, loop.epsilon)
+        if loop.agent_steps // config.checkpoint_period > saved_at // config.checkpoint_period:
+            save(files.latest)
+            saved_at = logged_at = loop.agent_steps
+        if loop.agent_steps // config.log_period > logged_at // config.log_period:
+            log()
+            logged_at = loop.agent_steps
+    if saved_at != loop.agent_steps:
+        save(files.latest)
+    frame_rate, update_rate = steady.rates()
+    files.write_summary(
+        {
+            "game": config.game,
+            "param": config.param,
+            "preset": config.preset,
+            "seed": config.seed,
+            "frames": loop.frames,
+            "agent_steps": loop.agent_steps,
+            "updates": loop.agent.updates,
+            "finished": loop.frames >= config.frames,
+            "final_evaluation": run.final,
+            "best_evaluation": run.best,
+            "wall_seconds": time.monotonic() - started,
+            "frames_per_second": frame_rate,
+            "updates_per_second": update_rate,
+            "num_envs": config.num_envs,
+            "device": _device_name(run.device),
+            "precision": config.precision,
+            "num_threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+    )
+
+
+def _record_evaluation(run: _Run, dashboard: Dashboard, progress: Progress, result: EvaluationResult) -> None:
+    frames, files, scores = run.loop.frames, run.directory, result.scores
+    run.final = {
+        "frames": frames,
+        "episodes": len(result.episodes),
+        "mean": result.mean,
+        "std": result.std,
+        "min": float(scores.min()),
+        "max": float(scores.max()),
+        "mean_length": result.mean_length,
+        "seconds": result.seconds,
+    }
+    if run.best is None or run.final["mean"] > run.best["mean"]:
+        run.best = run.final
+    files.append(files.evaluations, [tuple(run.final.values())])
+    dashboard.evaluation(frames, result)
+    progress.evaluation(frames, result)
+
+
+def _mean(values: list[float] | list[int]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def open_for_resume(directory: Path, changes: Mapping[str, object]) -> tuple[TrainConfig, checkpoint.Checkpoint]:
+    """Return the configuration and the checkpoint with which the run in ``directory`` goes on.
+
+    Args:
+        directory: of the run.
+        changes: configuration keys that the user gave; only those that do not change the experiment may differ.
+
+    Raises:
+        UsageError: a key that may not change.
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    saved = checkpoint.load(RunDirectory(directory).path)
+    read_rows(RunDirectory(directory).evaluations)
+    for key, value in changes.items():
+        if key not in RESUMABLE and value != getattr(saved.config, key):
+            raise UsageError(
+                f"--resume: {key} is {getattr(saved.config, key)!r} in this run and cannot change to {value!r}; "
+                f"only these can: {', '.join(sorted(RESUMABLE))}"
+            )
+    config = replace(saved.config, **{key: value for key, value in changes.items() if key in RESUMABLE})
+    return config, saved
+
+
+RESUMABLE = frozenset(
+    {
+        "frames",
+        "device",
+        "precision",
+        "num_threads",
+        "emulator_threads",
+        "evaluation_period",
+        "evaluation_steps",
+        "evaluation_episodes",
+        "evaluation_envs",
+        "checkpoint_period",
+        "log_period",
+    }
+)
+"""Configuration keys that a resumed run may change."""
