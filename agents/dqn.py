@@ -100,7 +100,8 @@ class DQN:
     def q_values(self, observations: Tensor) -> Tensor:
         """Return Q-values, float32 (B, actions), of uint8 observations, (B, 4, 84, 84)."""
         with self._autocast():
-            return self.q_network(observations).float()
+            q_values: Tensor = self.q_network(observations)
+        return q_values.float()
 
     def greedy(self, observations: Tensor) -> Tensor:
         """Return the actions of the highest Q-values, int64 (B,)."""

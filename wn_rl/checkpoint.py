@@ -1,8 +1,8 @@
 """A checkpoint on disk: a directory that is written whole or not at all, and never executes code when read.
 
-    checkpoint.json        format, versions, configuration, network spec, counters, and the SHA-256 of the other files
-    model.safetensors      the Q-network's weights
-    training.safetensors   target network, optimizer, random states
+checkpoint.json        format, versions, configuration, network spec, counters, and the SHA-256 of the other files
+model.safetensors      the Q-network's weights
+training.safetensors   target network, optimizer, random states
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def find(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     for candidate in (path, path / "checkpoints" / "latest"):
-        for place in (candidate, candidate.with_name(f"{candidate.name}.previous")):
+        for place in (candidate, Path(f"{candidate}.previous")):
             if (place / _JSON).is_file():
                 return place
     raise CheckpointError(f"{path} holds no checkpoint ({_JSON} is missing); a run saves its first at an evaluation")

@@ -35,7 +35,11 @@ def _wide_and_captured() -> Iterator[io.StringIO]:
 
 
 def parse(
-    kind: type[_Arguments], arguments: Sequence[str], *, default: _Arguments | None = None, description: str | None = None
+    kind: type[_Arguments],
+    arguments: Sequence[str],
+    *,
+    default: _Arguments | None = None,
+    description: str | None = None,
 ) -> _Arguments:
     """Parse ``arguments`` into the dataclass ``kind``; ``--help`` prints and exits.
 
@@ -51,12 +55,13 @@ def parse(
     options: dict[str, Any] = {} if default is None else {"default": default}
     config = (tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes)
     if any(word in ("-h", "--help") for word in arguments):
-        return tyro.cli(kind, args=["--help"], description=description, config=config, **options)
+        tyro.cli(kind, args=["--help"], description=description, config=config, **options)
     if is_dataclass(kind):
         _check_flags([f"--{entry.name.replace('_', '-')}" for entry in fields(kind)], arguments)
     with _wide_and_captured() as captured:
         try:
-            return tyro.cli(kind, args=list(arguments), description=description, config=config, **options)
+            parsed: _Arguments = tyro.cli(kind, args=list(arguments), description=description, config=config, **options)
+            return parsed
         except SystemExit:
             pass
     raise UsageError(_first_sentence(captured.getvalue()))

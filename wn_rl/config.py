@@ -250,7 +250,12 @@ def coerce(key: str, value: object) -> Any:  # noqa: ANN401 - the type is that o
             return parse_count(value)
         except ValueError:
             raise wrong from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value in (math.inf, -math.inf):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or value != value
+        or value in (math.inf, -math.inf)
+    ):
         raise wrong
     if value != int(value):
         raise wrong

@@ -117,14 +117,15 @@ class QNetwork(nn.Module):
         super().__init__()
         self.spec = spec
         channels = spec.observation_shape[0]
-        convolutions = []
+        convolutions: list[nn.Conv2d] = []
         for filters, kernel, stride in spec.convolutions:
             convolutions.append(nn.Conv2d(channels, filters, kernel, stride))
             channels = filters
         self.convolutions = nn.ModuleList(convolutions)
         self.hidden = nn.Linear(spec.flat_features(), spec.hidden_units)
         self.output = nn.Linear(spec.hidden_units, spec.num_actions)
-        for layer in (*convolutions, self.hidden, self.output):
+        layers: list[nn.Conv2d | nn.Linear] = [*convolutions, self.hidden, self.output]
+        for layer in layers:
             _initialize(layer, spec.weight_init)
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -155,13 +156,13 @@ def _initialize(layer: nn.Conv2d | nn.Linear, weight_init: WeightInit) -> None:
         nn.init.uniform_(_bias(layer), -math.sqrt(1 / fan_in), math.sqrt(1 / fan_in))
 
 
-def _bias(layer: nn.Conv2d | nn.Linear) -> nn.Parameter:
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
     assert layer.bias is not None
     return layer.bias
 
 
 def build_q_network(spec: QNetworkSpec, *, seed: int) -> QNetwork:
-    """Build the network that ``spec`` describes, its weights drawn with ``seed``; the global generator is left alone."""
+    """Build the network that ``spec`` describes, its weights drawn with ``seed``, not the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = QNetwork(spec)

@@ -172,9 +172,7 @@ class Replay:
         low, high = self.drawable
         if high == low:
             raise UsageError("the replay is empty: learning_starts must be larger than num_envs")
-        uniform = torch.rand(
-            batch_size, dtype=torch.float64, device=self.device, generator=generator or self.generator
-        )
+        uniform = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=generator or self.generator)
         return self.transitions(low + (uniform * (high - low)).long())
 
     def transitions(self, numbers: Tensor) -> Minibatch:

@@ -91,15 +91,12 @@ class RunDirectory:
             raise WnRlError(f"cannot write to {file}: {error.strerror}") from None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write ``summary.json``.
+        """Replace ``summary.json``; see :func:`write_file`."""
+        write_file(self.summary, json.dumps(summary, indent=2) + "\n")
 
-        Raises:
-            WnRlError: it cannot be written.
-        """
-        try:
-            write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
-        except OSError as error:
-            raise WnRlError(f"cannot write to {self.summary}: {error.strerror}") from None
+    def write_config(self, config_yaml: str) -> None:
+        """Replace ``config.yaml``; see :func:`write_file`."""
+        write_file(self.config, config_yaml)
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
@@ -118,6 +115,18 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     except (ValueError, csv.Error) as error:
         raise WnRlError(f"{file} is damaged: {error}") from None
     return rows
+
+
+def write_file(file: Path, text: str) -> None:
+    """Replace a file's content at once.
+
+    Raises:
+        WnRlError: it cannot be written; what was there before still is.
+    """
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        raise WnRlError(f"cannot write {file}: {error.strerror}") from None
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -42,7 +42,7 @@ class Dashboard:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if resume_frames is None else resume_frames + 1
-        self._writer = SummaryWriter(directory, purge_step=purge)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(directory, purge_step=purge)
 
     def scalars(self, frames: int, values: dict[str, float]) -> None:
         """Add one point at ``frames`` to each tag; NaN means "nothing to show" and is left out.
@@ -54,7 +54,7 @@ class Dashboard:
             if tag not in TAGS:
                 raise KeyError(tag)
             if value == value:
-                self._writer.add_scalar(tag, value, frames)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(tag, value, frames)
 
     def evaluation(self, frames: int, result: EvaluationResult) -> None:
         """Add an evaluation's points at ``frames``."""
@@ -70,11 +70,11 @@ class Dashboard:
 
     def flush(self) -> None:
         """Hand everything to the file system."""
-        self._writer.flush()  # type: ignore[no-untyped-call]
+        self._writer.flush()
 
     def close(self) -> None:
         """Close the event file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class Progress:

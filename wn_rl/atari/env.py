@@ -32,7 +32,7 @@ def emulator_seeds(seed: int, count: int, *stream: int) -> NDArray[np.int32]:
     return (np.random.SeedSequence([seed, *stream]).generate_state(count) & 0x7FFFFFFF).astype(np.int32)
 
 
-class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[np.int64]]):
+class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
     """N emulators of one game; each ``step`` is one agent step (4 frames) of every emulator.
 
     Observations are uint8 of shape (N, 4, 84, 84), oldest frame first: grayscale, each the maximum of the last two

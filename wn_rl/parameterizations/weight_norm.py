@@ -33,7 +33,7 @@ def direction_and_scale(layer: nn.Module) -> tuple[Tensor, Tensor]:
         TypeError: the layer is not weight-normalized.
     """
     if parametrize.is_parametrized(layer, "weight"):
-        slot = layer.parametrizations["weight"]  # type: ignore[index, union-attr]
+        slot = layer.parametrizations["weight"]  # type: ignore[index]
         if isinstance(slot, parametrize.ParametrizationList) and isinstance(slot[0], WeightNormalized):
             g, v = slot.original0, slot.original1
             assert isinstance(g, Tensor)

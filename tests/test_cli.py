@@ -1,0 +1,158 @@
+"""The command lines as their user meets them: exit codes, one clear line, help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+from wn_rl import cli, parameterizations
+from wn_rl.atari.games import game_names
+
+ROOT = Path(__file__).parents[1]
+TINY = (  # noqa: SIM905 - reads like a command line
+    "--preset quick --frames 1200 --num-envs 2 --num-threads 1 --hidden-units 8 --batch-size 4 --learning-starts 60 "
+    "--target-period 50 --replay-capacity 200 --init-samples 16 --evaluation-period 200 --evaluation-episodes 2 "
+    "--evaluation-envs 2 --max-frames-per-episode 200 --checkpoint-period 100 --log-period 50"
+).split()
+
+
+def run(
+    script: object, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Run a script as the command line would; return (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(script.main)  # type: ignore[attr-defined]
+    output = capsys.readouterr()
+    return int(ended.value.code or 0), output.out, output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("", 2, "no game is named"),
+        ("--game Brekout", 2, "Did you mean 'Breakout'"),
+        ("--game Breakout --param wm", 2, "Did you mean 'wn'"),
+        ("--game Breakout --preset quik", 2, "Did you mean 'quick'"),
+        ("--gane Breakout", 2, "Did you mean --game"),
+        ("--game Breakout --frames lots", 2, "--frames"),
+        ("--game Breakout --frames 0", 2, "frames must be from 1"),
+        ("--game Breakout --frames", 2, "--frames"),
+        ("--game Breakout --gamma nan", 2, "gamma must be"),
+        ("--game Breakout --device tpu", 2, "tpu"),
+        ("--game Breakout --fire-reset maybe", 2, "maybe"),
+        ("--game Breakout surplus", 2, "surplus"),
+        ("--game Breakout --config nowhere.yaml", 2, "cannot read nowhere.yaml"),
+        ("--game Breakout --config", 2, "--config needs a value"),
+        ("--resume nowhere", 1, "nowhere does not exist"),
+    ],
+)
+def test_a_wrong_word_to_train_is_one_line(
+    arguments: str, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, out, err = run(train, arguments.split(), capsys, monkeypatch)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("", 2, "CHECKPOINT_OR_RUN"),
+        ("nowhere", 1, "nowhere does not exist"),
+        (".", 1, "holds no checkpoint"),
+        ("nowhere --episodes 0", 1, "nothing to evaluate"),
+        ("nowhere --episodes -1", 2, "--episodes must be from 0"),
+        ("nowhere --epsilon 2", 2, "--epsilon must be"),
+        ("nowhere --epsilon nan", 2, "--epsilon must be"),
+        ("nowhere --episode 3", 2, "Did you mean --episodes"),
+        ("nowhere --json no/such/file.json", 2, "--json no/such/file.json"),
+    ],
+)
+def test_a_wrong_word_to_evaluate_is_one_line(
+    arguments: str, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, out, err = run(evaluate, arguments.split(), capsys, monkeypatch)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_train_watch_evaluate_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from wn_rl.telemetry import TAGS
+
+    directory = tmp_path / "run"
+    arguments = ["--game", "space invaders", "--param", "wn", *TINY, "--run-dir", str(directory)]
+    code, out, _ = run(train, arguments, capsys, monkeypatch)
+    assert code == 0
+    assert "SpaceInvaders, wn, preset quick" in out
+    assert "evaluation" in out
+
+    events = EventAccumulator(str(directory)).Reload()
+    assert set(events.Tags()["scalars"]) == set(TAGS)
+    documented = (ROOT / "docs" / "monitoring.md").read_text()
+    assert all(f"`{tag}`" in documented for tag in TAGS)
+    assert [point.step for point in events.Scalars("evaluation/return_mean")][-1] == 1200
+
+    code, out, _ = run(train, arguments, capsys, monkeypatch)
+    assert code == 2  # the directory holds a run
+
+    scores = tmp_path / "scores.json"
+    code, out, _ = run(evaluate, [str(directory), "--episodes", "3", "--json", str(scores)], capsys, monkeypatch)
+    assert code == 0
+    assert "SpaceInvaders" in out
+    written = json.loads(scores.read_text())
+    assert len(written["scores"]) == len(written["lengths"]) == written["episodes"] == 3
+    assert written["mean"] == pytest.approx(sum(written["scores"]) / 3)
+    assert written["human_normalized"] == pytest.approx((written["mean"] - 148.0) / (1668.7 - 148.0))
+    code, out, _ = run(evaluate, [str(directory / "checkpoints" / "best"), "--steps", "120"], capsys, monkeypatch)
+    assert code == 0
+
+    code, out, err = run(train, ["--resume", str(directory), "--gamma", "0.5"], capsys, monkeypatch)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "gamma" in err
+    code, out, _ = run(train, ["--resume", str(directory), "--frames", "2k"], capsys, monkeypatch)
+    assert code == 0
+    assert json.loads((directory / "summary.json").read_text())["frames"] >= 2000
+
+    code, out, _ = run(
+        train,
+        ["--config", str(directory / "config.yaml"), "--run-dir", str(tmp_path / "again"), "--frames", "600"],
+        capsys,
+        monkeypatch,
+    )
+    assert code == 0
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["param"] == "wn"
+
+
+def test_help_names_every_game_and_parameterization_and_needs_no_torch() -> None:
+    code = (
+        "import sys, train\ntry:\n  train.main(['--help'])\n"
+        "finally:\n  print([m for m in ('torch', 'ale_py') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.endswith("[]\n")
+    for word in (*game_names(), *parameterizations.names(), "--replay-capacity", "--config", "--resume"):
+        assert word in done.stdout
+
+
+def test_reparameterize_loads_neither_gymnasium_nor_ale_nor_tensorboard() -> None:
+    code = (
+        "import sys\nfrom wn_rl import reparameterize\n"
+        "print([m for m in ('gymnasium', 'ale_py', 'tensorboard') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

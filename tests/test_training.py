@@ -1,0 +1,251 @@
+"""What happens at which agent step, determinism, interruption and resume; on real emulators with small networks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.dqn import DQN
+from wn_rl import checkpoint
+from wn_rl.atari.env import make_atari
+from wn_rl.config import TrainConfig, from_mapping, load, resolve
+from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
+from wn_rl.replay import Minibatch, Replay
+from wn_rl.training import Event, TrainingLoop, epsilon_at, open_for_resume, owed, train
+
+TINY = {
+    "game": "breakout",
+    "frames": 1600,
+    "num_envs": 3,
+    "num_threads": 1,
+    "hidden_units": 16,
+    "batch_size": 4,
+    "learning_starts": 100,
+    "target_period": 50,
+    "replay_capacity": 250,
+    "epsilon_decay_steps": 200,
+    "init_samples": 16,
+    "evaluation_period": 200,
+    "evaluation_episodes": 1,
+    "evaluation_envs": 1,
+    "max_frames_per_episode": 400,
+    "checkpoint_period": 150,
+    "log_period": 60,
+    "precision": "float32",
+}
+
+
+def tiny(**changes: object) -> TrainConfig:
+    return resolve(replace(load("quick"), **(TINY | changes)))
+
+
+class RecordingDQN(DQN):
+    """A DQN that notes what was asked of it, with a reading of its surroundings at that moment."""
+
+    def __init__(self, config: TrainConfig, num_actions: int, device: torch.device) -> None:
+        super().__init__(config, num_actions, device)
+        self.events: list[tuple[Event, int]] = []
+        self.read: Callable[[], int] = lambda: 0
+
+    def update(self, batch: Minibatch) -> None:
+        self.events.append((Event.UPDATE, self.read()))
+        self.updates += 1
+
+    def copy_target(self) -> None:
+        self.events.append((Event.TARGET_COPY, self.read()))
+
+    def initialize(self, observations: torch.Tensor) -> None:
+        self.events.append((Event.INITIALIZE, self.read()))
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 16])
+def test_events_happen_at_the_agent_steps_of_the_schedule(num_envs: int) -> None:
+    config = tiny(num_envs=num_envs, learning_starts=50, target_period=30, max_frames_per_episode=60)
+    env = make_atari("breakout", num_envs, seed=5, max_frames_per_episode=config.max_frames)
+    agent = RecordingDQN(config, env.num_actions, torch.device("cpu"))
+    replay = Replay(config.replay_capacity, num_envs)
+    agent.read = lambda: replay.drawable[1]
+    loop = TrainingLoop(config, env, agent, replay)
+    loop.start()
+    expected: list[tuple[Event, int]] = []
+    resets = 0
+    for _ in range(400 // num_envs):
+        before = loop.agent_steps
+        assert before == replay.drawable[1]
+        loop.vector_step()
+        resets += num_envs - (loop.agent_steps - before)
+        for step in range(before + 1, loop.agent_steps + 1):
+            # An update sees the transitions of the vector steps before its own, whatever its number.
+            if step == 50:
+                expected.append((Event.INITIALIZE, before))
+            if step >= 50 and step % 4 == 0:
+                expected.append((Event.UPDATE, before))
+            if step >= 50 and step % 30 == 0:
+                expected.append((Event.TARGET_COPY, before))
+        assert agent.events == expected
+    assert resets > 0
+    assert len(expected) > 50
+
+
+@given(cuts=st.lists(st.integers(1, 40), max_size=20))
+def test_owed_events_do_not_depend_on_how_the_steps_are_cut_into_vector_steps(cuts: list[int]) -> None:
+    config = tiny(learning_starts=17, update_period=4, target_period=10)
+    whole = list(owed(config, 1, sum(cuts)))
+    pieces, first = [], 1
+    for cut in cuts:
+        pieces += owed(config, first, first + cut - 1)
+        first += cut
+    assert pieces == whole
+
+
+def test_owed_events_written_out() -> None:
+    config = tiny(learning_starts=8, update_period=4, target_period=6)
+    assert list(owed(config, 1, 16)) == [
+        (8, Event.INITIALIZE),
+        (8, Event.UPDATE),
+        (12, Event.UPDATE),
+        (12, Event.TARGET_COPY),
+        (16, Event.UPDATE),
+    ]
+
+
+def test_epsilon_decays_linearly_after_the_warm_up() -> None:
+    config = tiny(learning_starts=100, epsilon_decay_steps=1000, epsilon_start=1.0, epsilon_end=0.1)
+    np.testing.assert_allclose(
+        epsilon_at(config, np.array([1, 100, 600, 1100, 9999])), [1.0, 1.0, 0.55, 0.1, 0.1], rtol=1e-6
+    )
+
+
+def run(directory: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
+    assert train(config, DQN, directory) == 0
+    return checkpoint.load(directory).weights
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("param", ["standard", "wn"])
+def test_same_seed_gives_same_weights_whatever_is_logged_evaluated_or_saved_when(tmp_path: Path, param: str) -> None:
+    first = run(tmp_path / "a", tiny(param=param))
+    again = run(tmp_path / "b", tiny(param=param, emulator_threads=1))
+    other_cadence = run(
+        tmp_path / "c",
+        tiny(param=param, log_period=33, evaluation_period=90, checkpoint_period=10**6, evaluation_envs=2),
+    )
+    assert equal(first, again)
+    assert equal(first, other_cadence)
+    assert (tmp_path / "a" / "episodes.csv").read_text() == (tmp_path / "b" / "episodes.csv").read_text()
+    assert not equal(first, run(tmp_path / "d", tiny(param=param, seed=2)))
+
+
+def test_a_run_directory_holds_what_it_promises(tmp_path: Path) -> None:
+    config = tiny()
+    run(tmp_path, config)
+    assert from_mapping(yaml.safe_load((tmp_path / "config.yaml").read_text())) == replace(
+        config, device="cpu", run_dir=str(tmp_path)
+    )
+    with open(tmp_path / "evaluations.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["frames", "episodes", "mean", "std", "min", "max", "mean_length", "seconds"]
+    assert [int(row["frames"]) // 4 // 200 for row in rows] == [1, 2]
+    with open(tmp_path / "episodes.csv") as file:
+        episodes = list(csv.DictReader(file))
+    assert list(episodes[0]) == ["frames", "return", "length"]
+    assert all(float(episode["length"]) <= 100 for episode in episodes)  # the cap of 400 frames
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for key in ("game", "param", "preset", "seed", "frames", "final_evaluation", "best_evaluation", "wall_seconds"):
+        assert summary[key] is not None
+    assert summary["updates"] == sum(event is Event.UPDATE for _, event in owed(config, 1, summary["agent_steps"]))
+    assert summary["frames_per_second"] > 0
+    assert summary["updates_per_second"] > 0
+    assert {"torch", "ale-py", "python"} <= summary["versions"].keys()
+    for name in ("latest", "best"):
+        assert checkpoint.load(tmp_path / "checkpoints" / name).config.game == "Breakout"
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(config, DQN, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    config = tiny(frames=10**7)
+    threading.Timer(3.0, lambda: os.kill(os.getpid(), number)).start()
+    assert train(config, DQN, tmp_path) == code
+    saved = checkpoint.load(tmp_path)
+    frames = saved.agent_steps * 4
+    assert 0 < frames < 10**7
+    assert not json.loads((tmp_path / "summary.json").read_text())["finished"]
+
+    resumed, saved = open_for_resume(tmp_path, {"frames": frames + 800})
+    assert train(resumed, DQN, tmp_path, resume=saved) == 0
+    ended = checkpoint.load(tmp_path)
+    assert frames + 800 <= ended.agent_steps * 4 < frames + 800 + 4 * config.num_envs
+    assert int(ended.training["agent"]["updates"]) > int(saved.training["agent"]["updates"])
+    with open(tmp_path / "evaluations.csv") as file:
+        evaluated = [int(row["frames"]) for row in csv.DictReader(file)]
+    assert evaluated == sorted(set(evaluated))
+    assert evaluated[-1] == ended.agent_steps * 4
+
+
+def test_resume_refuses_another_experiment_by_name(tmp_path: Path) -> None:
+    run(tmp_path, tiny(frames=800))
+    with pytest.raises(UsageError, match=r"gamma is 0\.99 in this run and cannot change to 0\.5"):
+        open_for_resume(tmp_path, {"gamma": 0.5})
+    config, _ = open_for_resume(tmp_path, {"gamma": 0.99, "frames": 10})
+    assert config.frames == 10
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_for_resume(tmp_path / "nothing", {})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    class Diverging(DQN):
+        def update(self, batch: Minibatch) -> None:
+            super().update(batch)
+            if self.updates == 60:
+                with torch.no_grad():
+                    self.q_network.output.bias.fill_(math.nan)
+
+    with pytest.raises(NonFiniteLossError, match="the last good checkpoint is kept"):
+        train(tiny(frames=4000, checkpoint_period=10), Diverging, tmp_path)
+    saved = checkpoint.load(tmp_path)
+    assert 0 < int(saved.training["agent"]["updates"]) <= 60
+    assert all(bool(weight.isfinite().all()) for weight in saved.weights.values())
+
+
+def test_wn_is_initialized_from_replayed_observations_at_learning_starts() -> None:
+    config = tiny(param="wn", num_envs=2, target_period=1000)
+    env = make_atari("breakout", 2, seed=1)
+    agent = DQN(config, env.num_actions, torch.device("cpu"))
+    replay = Replay(config.replay_capacity, 2)
+    loop = TrainingLoop(config, env, agent, replay)
+    loop.start()
+    while loop.agent_steps < config.learning_starts - 2:
+        loop.vector_step()
+    before = {name: value.clone() for name, value in agent.q_network.state_dict().items()}
+    state = replay.generator.get_state()
+    observations = replay.sample(config.init_samples).observations
+    replay.generator.set_state(state)
+    loop.vector_step()  # initialization, then the first update
+    assert agent.updates == 1
+    scale = "output.parametrizations.weight.original0"
+    assert not torch.equal(before[scale], agent.q_network.state_dict()[scale])
+    target = agent.target_network(observations)  # copied at the initialization, not touched by the update
+    torch.testing.assert_close(target.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(target.std(0, correction=0), torch.full((4,), 0.1), atol=1e-3, rtol=0)
