@@ -10,9 +10,10 @@ from wn_rl.atari.games import game_names
 
 HELP = """Train a DQN with a weight parameterization of your choice on an Atari game.
 
-A flag beats the file of --config, which beats the preset. Two more flags come before all others:
+A flag beats the file of --config, which beats the preset. Three more flags:
   --config FILE.yaml   configuration keys from a file; the config.yaml of a run repeats it
   --resume RUN_DIR     go on from the run's last checkpoint (its replay is filled anew before the next update)
+  --quiet              print nothing but errors
 
 Units: a frame is one emulator frame; an agent step is one decision, 4 frames; an update is one optimizer step.
 Counts may be written 200M, 2e6 or 500k. The defaults shown are those of the preset.
@@ -24,26 +25,27 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     config_file, arguments = cli.take_option(arguments, "--config")
     resume, arguments = cli.take_option(arguments, "--resume")
+    quiet, arguments = cli.take_switch(arguments, "--quiet")
     preset = None if resume else cli.take_option(arguments, "--preset")[0]
     base = config.load(preset, Path(config_file) if config_file else None)
     wanted = cli.parse(config.TrainConfig, arguments, default=base, description=HELP + ", ".join(game_names()) + ".")
     if resume:
         given = cli.given_flags(arguments) | (config.read_yaml(Path(config_file)).keys() if config_file else set())
-        return _resume(Path(resume), {key: getattr(wanted, key) for key in given})
+        return _resume(Path(resume), {key: getattr(wanted, key) for key in given}, quiet=quiet)
     wanted = config.resolve(wanted)
     name = runs.default_directory(wanted.game, wanted.param, wanted.preset, wanted.seed)
     from agents.dqn import DQN  # late: --help and wrong words need no torch
     from wn_rl.training import train
 
-    return train(wanted, DQN, Path(wanted.run_dir) if wanted.run_dir else name)
+    return train(wanted, DQN, Path(wanted.run_dir) if wanted.run_dir else name, quiet=quiet)
 
 
-def _resume(directory: Path, changes: dict[str, object]) -> int:
+def _resume(directory: Path, changes: dict[str, object], *, quiet: bool) -> int:
     from agents.dqn import DQN
     from wn_rl.training import open_for_resume, train
 
     resumed, checkpoint = open_for_resume(directory, changes)
-    return train(resumed, DQN, directory, resume=checkpoint)
+    return train(resumed, DQN, directory, resume=checkpoint, quiet=quiet)
 
 
 if __name__ == "__main__":

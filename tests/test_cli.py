@@ -91,7 +91,7 @@ def test_train_watch_evaluate_resume(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from wn_rl.telemetry import TAGS
+    from wn_rl.telemetry import FINAL_TAGS, HISTOGRAM_TAGS, LAYOUT, TAGS
 
     directory = tmp_path / "run"
     arguments = ["--game", "space invaders", "--param", "wn", *TINY, "--run-dir", str(directory)]
@@ -101,9 +101,12 @@ def test_train_watch_evaluate_resume(
     assert "evaluation" in out
 
     events = EventAccumulator(str(directory)).Reload()
-    assert set(events.Tags()["scalars"]) == set(TAGS)
+    assert set(events.Tags()["scalars"]) == {*TAGS, *FINAL_TAGS}
+    assert set(events.Tags()["histograms"]) == set(HISTOGRAM_TAGS)
     documented = (ROOT / "docs" / "monitoring.md").read_text()
-    assert all(f"`{tag}`" in documented for tag in TAGS)
+    assert all(f"`{tag}`" in documented for tag in (*TAGS, *FINAL_TAGS, *HISTOGRAM_TAGS))
+    assert all(tag in TAGS for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags)
+    assert "output_init_std: 0.1" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert [point.step for point in events.Scalars("evaluation/return_mean")][-1] == 1200
 
     code, out, _ = run(train, arguments, capsys, monkeypatch)
@@ -123,8 +126,8 @@ def test_train_watch_evaluate_resume(
     code, out, err = run(train, ["--resume", str(directory), "--gamma", "0.5"], capsys, monkeypatch)
     assert (code, err.count("\n")) == (2, 1)
     assert "gamma" in err
-    code, out, _ = run(train, ["--resume", str(directory), "--frames", "2k"], capsys, monkeypatch)
-    assert code == 0
+    code, out, _ = run(train, ["--resume", str(directory), "--frames", "2k", "--quiet"], capsys, monkeypatch)
+    assert (code, out) == (0, "")
     assert json.loads((directory / "summary.json").read_text())["frames"] >= 2000
 
     code, out, _ = run(

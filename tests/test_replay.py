@@ -136,8 +136,8 @@ def test_same_seed_draws_the_same_and_a_foreign_generator_leaves_it_alone() -> N
 
 def test_memory_of_a_million_agent_steps_stays_under_7_2_gb() -> None:
     replay = Replay(1_000_000, 16, frame_shape=(1, 1))
-    per_entry = replay.nbytes / (1_000_000 + 64) - 1
-    assert (84 * 84 + per_entry) * (1_000_000 + 64) < 7.2e9
+    assert replay.nbytes == Replay.expected_bytes(1_000_000, 16, frame_pixels=1)
+    assert Replay.expected_bytes(1_000_000, 16) < 7.2e9
 
 
 def test_empty_and_too_small_replays_say_so() -> None:

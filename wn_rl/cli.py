@@ -116,6 +116,12 @@ def take_option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[s
     return value, rest
 
 
+def take_switch(arguments: Sequence[str], flag: str) -> tuple[bool, list[str]]:
+    """Take ``flag``, which has no value, out of ``arguments``: (whether it stood there, the rest)."""
+    rest = [word for word in arguments if word != flag]
+    return len(rest) < len(arguments), rest
+
+
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a script's ``main`` on the command line and exit; an error that a user can mend is one line on stderr."""
     try:

@@ -107,6 +107,13 @@ class Replay:
         oldest = self._newest - self._rows
         return (int(self._first_of_row[oldest % self._ring]) if oldest > 0 else 0), self._stored
 
+    @staticmethod
+    def expected_bytes(capacity: int, num_envs: int, frame_pixels: int = 84 * 84, stack_size: int = 4) -> int:
+        """Return the bytes that a replay will occupy, before there is one."""
+        entries = (capacity // num_envs + stack_size) * num_envs
+        bookkeeping = 1 + 1 + 4 + 1 + 8  # age, action, reward, terminal, number → entry
+        return entries * (frame_pixels + bookkeeping) + frame_pixels
+
     @property
     def nbytes(self) -> int:
         """Bytes that the ring occupies on the device."""

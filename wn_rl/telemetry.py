@@ -8,6 +8,9 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from torch import Tensor
+
+from wn_rl.config import TrainConfig
 from wn_rl.evaluation import EvaluationResult
 
 if TYPE_CHECKING:
@@ -32,6 +35,48 @@ TAGS = {
     "evaluation/episode_length_mean": "their mean length, agent steps",
 }
 """Every scalar tag and what it holds. The axis of all is emulator frames."""
+FINAL_TAGS = {
+    "summary/final_return_mean": "mean score of the last evaluation, one point at the end of the run, points",
+    "summary/best_return_mean": "highest mean score of all evaluations, one point at the end of the run, points",
+}
+"""Scalars that are written once; the HPARAMS tab shows them beside the configuration."""
+HISTOGRAM_TAGS = {"q_values/held_out": "Q-values of every action on a fixed set of states, clipped-reward units"}
+LAYOUT = {
+    "What matters": {
+        "Test score": ["Multiline", ["evaluation/return_mean"]],
+        "Training return": ["Multiline", ["train/episode_return"]],
+        "Max-Q on held-out states": ["Multiline", ["train/max_q_held_out"]],
+        "Loss": ["Multiline", ["train/loss"]],
+    },
+    "Trouble": {
+        "TD error and Q-value": ["Multiline", ["train/td_error", "train/q_value"]],
+        "Gradient norm": ["Multiline", ["train/gradient_norm"]],
+        "Speed": ["Multiline", ["speed/frames_per_second", "speed/updates_per_second"]],
+    },
+}
+"""What the CUSTOM SCALARS tab opens on."""
+HPARAMS = (
+    "game",
+    "param",
+    "preset",
+    "seed",
+    "num_envs",
+    "precision",
+    "optimizer",
+    "learning_rate",
+    "batch_size",
+    "update_period",
+    "target_period",
+    "replay_capacity",
+    "learning_starts",
+    "epsilon_end",
+    "epsilon_decay_steps",
+    "weight_init",
+    "data_dependent_init",
+    "output_init_std",
+    "sticky_actions",
+)
+"""Configuration keys by which the HPARAMS tab compares runs."""
 
 
 class Dashboard:
@@ -55,6 +100,35 @@ class Dashboard:
                 raise KeyError(tag)
             if value == value:
                 self._writer.add_scalar(tag, value, frames)
+
+    def describe(self, config_yaml: str) -> None:
+        """Show the resolved configuration as text, and the layout of the custom scalars."""
+        self._writer.add_text("config", "```yaml\n" + config_yaml + "```", 0)
+        self._writer.add_custom_scalars(LAYOUT)
+
+    def histogram(self, frames: int, tag: str, values: Tensor) -> None:
+        """Add a histogram at ``frames``.
+
+        Raises:
+            KeyError: a tag that :data:`HISTOGRAM_TAGS` does not document.
+        """
+        if tag not in HISTOGRAM_TAGS:
+            raise KeyError(tag)
+        self._writer.add_histogram(tag, values, frames)
+
+    def hparams(self, frames: int, config: TrainConfig, *, final: float, best: float) -> None:
+        """Enter the run in the HPARAMS tab with its final and best score."""
+        from torch.utils.tensorboard.summary import hparams
+
+        scores = dict(zip(FINAL_TAGS, (final, best), strict=True))
+        for tag, score in scores.items():
+            self._writer.add_scalar(tag, score, frames)
+        # SummaryWriter.add_hparams would make a directory of its own, which shows up as a second run.
+        chosen = {key: getattr(config, key) for key in HPARAMS}
+        file_writer = self._writer.file_writer
+        assert file_writer is not None
+        for summary in hparams(chosen, scores):
+            file_writer.add_summary(summary)
 
     def evaluation(self, frames: int, result: EvaluationResult) -> None:
         """Add an evaluation's points at ``frames``."""
@@ -82,13 +156,16 @@ class Progress:
 
     LINE_SECONDS = 60.0
 
-    def __init__(self, total_frames: int, start_frames: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total_frames: int, start_frames: int = 0, stream: TextIO | None = None, *, quiet: bool = False
+    ) -> None:
         """Show nothing yet.
 
         Args:
             total_frames: where the run ends.
             start_frames: where it starts (more than 0 after a resume).
             stream: where to; default: standard output.
+            quiet: show nothing.
         """
         self._stream = stream or sys.stdout
         self._total = total_frames
@@ -98,7 +175,8 @@ class Progress:
         self._evaluation = ""
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
-        if self._stream.isatty():
+        self._quiet = quiet
+        if self._stream.isatty() and not quiet:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -129,6 +207,8 @@ class Progress:
 
     def update(self, frames: int, epsilon: float) -> None:
         """Show where the run is."""
+        if self._quiet:
+            return
         now = time.monotonic()
         if self._bar is None and now - self._last_line < self.LINE_SECONDS:
             return
@@ -147,6 +227,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
+        if self._quiet:
+            return
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)
         else:

@@ -25,12 +25,19 @@ from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds, make_atari
 from wn_rl.config import TrainConfig, to_yaml
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.evaluation import EvaluationInterrupted, EvaluationProtocol, EvaluationResult, environment_options, evaluate
+from wn_rl.memory import WORKING_BYTES, check_replay_fits
 from wn_rl.networks import QNetwork
 from wn_rl.replay import Minibatch, Replay
 from wn_rl.runs import RunDirectory, read_rows, versions
 from wn_rl.telemetry import Dashboard, Progress
 
 TRAINING_STREAM = 0
+LONG_ON_A_CPU = 20_000_000
+"""Emulator frames from which a run on a CPU takes the better part of a day or more."""
+MEASURED_SECONDS = 60.0
+"""Wall time of steady training after which the run says how long it will take."""
+HISTOGRAM_POINTS = 10
+"""A histogram of Q-values at every so many points of the curves."""
 HELD_OUT_STATES = 512
 """States on which the mean max-Q is watched."""
 
@@ -331,15 +338,18 @@ class _Run:
         finally:
             env.close()
 
-    def max_q_held_out(self) -> float:
-        """Return the mean max-Q of states that random play reached, the same ones for the whole run."""
+    def q_values_held_out(self) -> Tensor | None:
+        """Return Q-values, (states, actions), of states that random play reached, the same ones for the whole run.
+
+        None before the first update. After a resume the states are drawn anew.
+        """
         replay, agent = self.loop.replay, self.loop.agent
         if agent.updates == 0 or len(replay) == 0:
-            return math.nan
+            return None
         if self.held_out is None:
             generator = torch.Generator(self.device).manual_seed(self.config.seed)
             self.held_out = replay.sample(HELD_OUT_STATES, generator).observations.clone()
-        return float(agent.q_values(self.held_out).amax(1).mean())
+        return agent.q_values(self.held_out)
 
 
 @dataclass
@@ -357,7 +367,12 @@ class _Clock:
 
 
 def train(
-    config: TrainConfig, make_agent: MakeAgent, directory: Path, *, resume: checkpoint.Checkpoint | None = None
+    config: TrainConfig,
+    make_agent: MakeAgent,
+    directory: Path,
+    *,
+    resume: checkpoint.Checkpoint | None = None,
+    quiet: bool = False,
 ) -> int:
     """Train as ``config`` says and write the run to ``directory``.
 
@@ -366,6 +381,7 @@ def train(
         make_agent: (configuration, number of actions, device) → agent.
         directory: of the run; new unless ``resume`` is given.
         resume: the checkpoint to go on from.
+        quiet: print nothing but errors.
 
     Returns:
         The exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM.
@@ -376,6 +392,11 @@ def train(
     config = replace(resolve_device(config), run_dir=str(directory))
     torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
     keep_freed_memory()
+    check_replay_fits(
+        Replay.expected_bytes(config.replay_capacity, config.num_envs),
+        config.replay_capacity,
+        torch.device(config.device),
+    )
     files = RunDirectory(directory)
     if resume is None:
         files.create(to_yaml(config))
@@ -386,7 +407,8 @@ def train(
         files.cut(loop.frames)
         files.write_config(to_yaml(config))
     dashboard = Dashboard(directory, resume_frames=loop.frames if resume else None)
-    progress = Progress(config.frames, loop.frames)
+    dashboard.describe(to_yaml(config))
+    progress = Progress(config.frames, loop.frames, quiet=quiet)
     try:
         with _Signals() as signals:
             _describe(run, progress)
@@ -412,8 +434,18 @@ def _describe(run: _Run, progress: Progress) -> None:
     )
     progress.say(
         f"{parameters:,} parameters, {config.optimizer} with learning rate {config.learning_rate:g}, replay of "
-        f"{config.replay_capacity:,} agent steps ({run.loop.replay.nbytes / 1e9:.2f} GB); writing to {files.path}"
+        f"{config.replay_capacity:,} agent steps; writing to {files.path}"
     )
+    replay_gb, working_gb = run.loop.replay.nbytes / 1e9, WORKING_BYTES / 1e9
+    where = "memory" if config.device == "cpu" else "GPU memory"
+    progress.say(
+        f"at most {replay_gb:.2f} GB of {where} for the replay, about {working_gb:.1f} GB of memory for the rest"
+    )
+    if config.device == "cpu" and config.frames >= LONG_ON_A_CPU:
+        progress.say(
+            f"this machine has no GPU, and {config.frames:,} frames take days on a CPU; --preset quick shows "
+            "something in an hour"
+        )
 
 
 def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signals) -> None:
@@ -421,10 +453,12 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
     started = time.monotonic() - run.earlier_seconds
     saved_at = logged_at = loop.agent_steps
     steady, point = _Clock(), _Clock()
+    points = 0
+    told_duration = False
     episodes: list[FinishedEpisode] = []
 
     def log() -> None:
-        nonlocal point, episodes
+        nonlocal point, points, episodes
         statistics = loop.agent.read_statistics()
         if statistics.updates and not math.isfinite(statistics.loss):
             raise NonFiniteLossError(
@@ -432,6 +466,11 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
                 "A smaller --learning-rate is the usual remedy."
             )
         frame_rate, update_rate = point.rates()
+        q_values = run.q_values_held_out()
+        if q_values is not None:
+            if points % HISTOGRAM_POINTS == 0:
+                dashboard.histogram(loop.frames, "q_values/held_out", q_values)
+            points += 1
         dashboard.scalars(
             loop.frames,
             {
@@ -440,7 +479,7 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
                 "train/loss": statistics.loss,
                 "train/td_error": statistics.td_error,
                 "train/q_value": statistics.q_value,
-                "train/max_q_held_out": run.max_q_held_out(),
+                "train/max_q_held_out": math.nan if q_values is None else float(q_values.amax(1).mean()),
                 "train/gradient_norm": loop.agent.gradient_norm(),
                 "train/learning_rate": config.learning_rate or math.nan,
                 "train/epsilon": loop.epsilon,
@@ -485,6 +524,11 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
         for episode in ended:
             progress.episode(episode.episode_return)
         progress.update(loop.frames, loop.epsilon)
+        if not told_duration and steady.seconds >= MEASURED_SECONDS:
+            told_duration = True
+            rate = steady.frames / steady.seconds
+            left = (config.frames - loop.frames) / rate
+            progress.say(f"measured {rate:,.0f} frames/s: {duration(left)} for the rest, evaluations not counted")
         if loop.agent_steps // config.checkpoint_period > saved_at // config.checkpoint_period:
             save(files.latest)
             saved_at = logged_at = loop.agent_steps
@@ -493,6 +537,8 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
             logged_at = loop.agent_steps
     if saved_at != loop.agent_steps:
         save(files.latest)
+    if run.final is not None and run.best is not None:
+        dashboard.hparams(loop.frames, config, final=run.final["mean"], best=run.best["mean"])
     frame_rate, update_rate = steady.rates()
     files.write_summary(
         {
@@ -535,6 +581,15 @@ def _record_evaluation(run: _Run, dashboard: Dashboard, progress: Progress, resu
     files.append(files.evaluations, [tuple(run.final.values())])
     dashboard.evaluation(frames, result)
     progress.evaluation(frames, result)
+
+
+def duration(seconds: float) -> str:
+    """Return a wall time as a person would say it: ``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _mean(values: list[float] | list[int]) -> float:
