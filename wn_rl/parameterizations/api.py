@@ -53,6 +53,13 @@ def reparameterize(model: nn.Module, parameterization: str | Parameterization) -
     return model
 
 
+def _rounding(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return, per output unit, what rounding alone can make of the deviation of a constant pre-activation."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return torch.finfo(x.dtype).eps * weight.abs().flatten(1).sum(1) * x.abs().max()
+
+
 @dataclass(frozen=True)
 class LayerInit:
     """What data-dependent initialization saw at one layer: mean and standard deviation of t, per output unit."""
@@ -111,7 +118,8 @@ def initialize_from_data(
             axes = [axis for axis in range(t.dim()) if axis != units]
             mean = t.mean(axes)
             deviation = t.std(axes, correction=0)
-            factor = torch.where(deviation > 0, targets[name] / deviation, torch.ones_like(deviation))
+            constant = deviation <= _rounding(module, args[0])
+            factor = torch.where(constant, torch.ones_like(deviation), targets[name] / deviation)
             entry.rescale(module, factor)
             bias = module.bias
             assert isinstance(bias, Tensor)
