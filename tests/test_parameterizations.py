@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from wn_rl import config
 from wn_rl.networks import QNetworkSpec, build_q_network
@@ -170,9 +170,7 @@ def test_state_dict_round_trip_and_deepcopy_carry_g_and_v() -> None:
     for layer in (model[0], model[2]):
         direction_and_scale(layer)[1].data.mul_(-1.7)
     copied = copy.deepcopy(model)
-    restored = reparameterize(
-        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)).double(), "wn"
-    )
+    restored = reparameterize(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)).double(), "wn")
     restored.load_state_dict(copy.deepcopy(model.state_dict()))
     assert torch.equal(copied(x), model(x))
     assert torch.equal(restored(x), model(x))
@@ -365,7 +363,11 @@ def test_another_std_for_all_layers_and_for_single_ones(name: str) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(
-    inputs=st.integers(1, 4), units=st.integers(1, 4), batch=st.integers(2, 6), size=st.integers(0, 3), seed=st.integers(0)
+    inputs=st.integers(1, 4),
+    units=st.integers(1, 4),
+    batch=st.integers(2, 6),
+    size=st.integers(0, 3),
+    seed=st.integers(0),
 )
 def test_wn_gets_g_and_b_of_the_papers_formula_and_keeps_v(
     inputs: int, units: int, batch: int, size: int, seed: int

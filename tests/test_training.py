@@ -208,8 +208,10 @@ def test_resume_refuses_another_experiment_by_name(tmp_path: Path) -> None:
     run(tmp_path, tiny(frames=800))
     with pytest.raises(UsageError, match=r"gamma is 0\.99 in this run and cannot change to 0\.5"):
         open_for_resume(tmp_path, {"gamma": 0.5})
-    config, _ = open_for_resume(tmp_path, {"gamma": 0.99, "frames": 10})
+    config, saved = open_for_resume(tmp_path, {"gamma": 0.99, "frames": 10})
     assert config.frames == 10
+    with pytest.raises(UsageError, match="is finished"):
+        train(config, DQN, tmp_path, resume=saved)
     with pytest.raises(CheckpointError, match="does not exist"):
         open_for_resume(tmp_path / "nothing", {})
 

@@ -286,6 +286,10 @@ class _Run:
         self.final: dict[str, float] | None = None
         self.earlier_seconds = 0.0
 
+    @property
+    def finished(self) -> bool:
+        return self.loop.frames >= self.config.frames and self.evaluated_at == self.loop.agent_steps
+
     def save(self, path: Path) -> None:
         agent = self.loop.agent
         if not agent.is_finite():
@@ -344,7 +348,7 @@ class _Run:
         None before the first update. After a resume the states are drawn anew.
         """
         replay, agent = self.loop.replay, self.loop.agent
-        if agent.updates == 0 or len(replay) == 0:
+        if agent.updates == 0 or self.loop.agent_steps < self.loop.first_owing_step:
             return None
         if self.held_out is None:
             generator = torch.Generator(self.device).manual_seed(self.config.seed)
@@ -398,12 +402,14 @@ def train(
         torch.device(config.device),
     )
     files = RunDirectory(directory)
-    if resume is None:
-        files.create(to_yaml(config))
     run = _Run(config, make_agent, files)
     loop = run.loop
-    if resume is not None:
+    if resume is None:
+        files.create(to_yaml(config))
+    else:
         run.restore(resume)
+        if run.finished:
+            raise UsageError(f"{directory} is finished at frame {loop.frames:,}: raise --frames to go on")
         files.cut(loop.frames)
         files.write_config(to_yaml(config))
     dashboard = Dashboard(directory, resume_frames=loop.frames if resume else None)
@@ -499,7 +505,7 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
     while True:
         done = loop.frames >= config.frames
         passed = loop.agent_steps // config.evaluation_period > run.evaluated_at // config.evaluation_period
-        if signals.received is None and (passed or (done and run.evaluated_at != loop.agent_steps)):
+        if signals.received is None and (passed or (done and not run.finished)):
             try:
                 result = run.evaluate(lambda: signals.received is not None)
             except EvaluationInterrupted:
@@ -512,15 +518,15 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
                 run.save(files.best)
         if done or signals.received is not None:
             break
-        before = loop.agent_steps, loop.agent.updates
+        agent_steps, updates = loop.agent_steps, loop.agent.updates
+        warm = updates > 0 and agent_steps > loop.first_owing_step
         stepped = time.perf_counter()
         episodes += (ended := loop.vector_step())
         stepped = time.perf_counter() - stepped
-        clocks = (steady, point) if before[1] > 0 and loop.agent.updates > before[1] else (point,)
-        for clock in clocks:
+        for clock in (steady, point) if warm else (point,):
             clock.seconds += stepped
-            clock.frames += (loop.agent_steps - before[0]) * FRAME_SKIP
-            clock.updates += loop.agent.updates - before[1]
+            clock.frames += (loop.agent_steps - agent_steps) * FRAME_SKIP
+            clock.updates += loop.agent.updates - updates
         for episode in ended:
             progress.episode(episode.episode_return)
         progress.update(loop.frames, loop.epsilon)
