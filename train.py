@@ -35,14 +35,14 @@ def main(arguments: Sequence[str]) -> int:
     wanted = config.resolve(wanted)
     name = runs.default_directory(wanted.game, wanted.param, wanted.preset, wanted.seed)
     from agents.dqn import DQN  # late: --help and wrong words need no torch
-    from wn_rl.training import train
+    from wn_rl.trainer import train
 
     return train(wanted, DQN, Path(wanted.run_dir) if wanted.run_dir else name, quiet=quiet)
 
 
 def _resume(directory: Path, changes: dict[str, object], *, quiet: bool) -> int:
     from agents.dqn import DQN
-    from wn_rl.training import open_for_resume, train
+    from wn_rl.trainer import open_for_resume, train
 
     resumed, checkpoint = open_for_resume(directory, changes)
     return train(resumed, DQN, directory, resume=checkpoint, quiet=quiet)

@@ -12,7 +12,7 @@ from agents.dqn import DQN
 from wn_rl.atari.games import game_names
 from wn_rl.config import load, resolve
 from wn_rl.evaluation import score_checkpoint
-from wn_rl.training import train
+from wn_rl.trainer import train
 
 
 def train_and_evaluate(game: str, directory: Path, *, full_action_set: bool = False) -> None:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig, from_mapping, load, resolve
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.training import Event, TrainingLoop, epsilon_at, open_for_resume, owed, train
+from wn_rl.trainer import open_for_resume, train
+from wn_rl.training import Event, TrainingLoop, epsilon_at, owed
 
 TINY = {
     "game": "breakout",
@@ -185,12 +185,17 @@ def test_a_run_directory_holds_what_it_promises(tmp_path: Path) -> None:
 def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
+    class Interrupting(DQN):
+        def update(self, batch: Minibatch) -> None:
+            super().update(batch)
+            if self.updates == 40:
+                os.kill(os.getpid(), number)
+
     config = tiny(frames=10**7)
-    threading.Timer(3.0, lambda: os.kill(os.getpid(), number)).start()
-    assert train(config, DQN, tmp_path) == code
+    assert train(config, Interrupting, tmp_path) == code
     saved = checkpoint.load(tmp_path)
     frames = saved.agent_steps * 4
-    assert 0 < frames < 10**7
+    assert saved.training["agent"]["updates"] == 40  # the vector step ended, and no other was begun
     assert not json.loads((tmp_path / "summary.json").read_text())["finished"]
 
     resumed, saved = open_for_resume(tmp_path, {"frames": frames + 800})

@@ -19,6 +19,7 @@ from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds, make_atari
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError, UsageError
+from wn_rl.machine import pick_device
 
 MAX_EMULATORS = 30
 """At most so many play at a time where the user leaves it open."""
@@ -264,10 +265,7 @@ def score_checkpoint(
         UsageError: a GPU was asked for and there is none.
     """
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU here; use --device cpu or auto")
+    device = pick_device(device)
     saved = checkpoint.load(path, with_training=False)
     network = saved.q_network(device)
     cap = saved.config.max_frames if max_frames_per_episode is None else max_frames_per_episode or None

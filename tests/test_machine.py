@@ -11,9 +11,9 @@ import torch
 from agents.dqn import DQN
 from wn_rl.config import load, resolve
 from wn_rl.errors import WnRlError
-from wn_rl.memory import check_replay_fits, free_bytes
+from wn_rl.machine import check_replay_fits, free_bytes
 from wn_rl.replay import Replay
-from wn_rl.training import train
+from wn_rl.trainer import train
 
 
 def test_free_memory_is_a_plausible_number_or_unknown() -> None:

@@ -1,0 +1,439 @@
+"""One training run from its start to its end: what it writes, says and saves around the training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wn_rl import checkpoint
+from wn_rl.atari.env import FRAME_SKIP, make_atari
+from wn_rl.config import TrainConfig, to_yaml
+from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
+from wn_rl.evaluation import EvaluationInterrupted, EvaluationProtocol, EvaluationResult, environment_options, evaluate
+from wn_rl.machine import WORKING_BYTES, check_replay_fits, device_name, keep_freed_memory, resolve_device
+from wn_rl.replay import Replay
+from wn_rl.runs import RunDirectory, read_rows, versions
+from wn_rl.telemetry import Dashboard, Progress
+from wn_rl.training import Agent, FinishedEpisode, TrainingLoop
+
+LONG_ON_A_CPU = 20_000_000
+"""Emulator frames from which a run on a CPU takes the better part of a day or more."""
+MEASURED_SECONDS = 60.0
+"""Wall time of steady training after which the run says how long it will take."""
+HISTOGRAM_POINTS = 10
+"""A histogram of Q-values at every so many points of the curves."""
+HELD_OUT_STATES = 512
+"""States on which the mean max-Q is watched."""
+
+MakeAgent = Callable[[TrainConfig, int, torch.device], Agent]
+"""(configuration, number of actions, device) → agent."""
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into a flag while it is entered; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere the caller handles signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One run in one process: the loop, its directory and its dashboards."""
+
+    def __init__(self, config: TrainConfig, make_agent: MakeAgent, directory: RunDirectory) -> None:
+        self.config = config
+        self.directory = directory
+        self.device = torch.device(config.device)
+        self.env = make_atari(
+            config.game, config.num_envs, num_threads=config.emulator_threads, **environment_options(config)
+        )
+        agent = make_agent(config, self.env.num_actions, self.device)
+        replay = Replay(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
+        self.loop = TrainingLoop(config, self.env, agent, replay)
+        self.held_out: Tensor | None = None
+        self.evaluated_at = 0
+        self.best: dict[str, float] | None = None
+        self.final: dict[str, float] | None = None
+        self.earlier_seconds = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.loop.frames >= self.config.frames and self.evaluated_at == self.loop.agent_steps
+
+    def save(self, path: Path) -> None:
+        agent = self.loop.agent
+        if not agent.is_finite():
+            raise NonFiniteLossError(f"a weight is not finite at frame {self.loop.frames:,}; nothing was saved over")
+        checkpoint.save(
+            path,
+            config=asdict(self.config),
+            spec=agent.q_network.spec,
+            weights=agent.q_network.state_dict(),
+            agent_steps=self.loop.agent_steps,
+            training={
+                "agent": agent.state_dict(),
+                "replay": self.loop.replay.state_dict(),
+                "loop": self.loop.state_dict(),
+                "run": {
+                    "evaluated_at": self.evaluated_at,
+                    "best": self.best or {},
+                    "final": self.final or {},
+                    "seconds": self.earlier_seconds,
+                },
+            },
+            versions=versions(),
+        )
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        try:
+            self.loop.agent.load_state_dict(saved.weights, saved.training["agent"])
+            self.loop.replay.load_state_dict(saved.training["replay"])
+            self.loop.load_state_dict(saved.training["loop"])
+            run = saved.training["run"]
+            self.evaluated_at = int(run["evaluated_at"])
+            self.earlier_seconds = float(run["seconds"])
+            self.best, self.final = run.get("best"), run.get("final")
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{saved.path} does not fit this run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            ) from None
+
+    def evaluate(self, should_stop: Callable[[], bool]) -> EvaluationResult:
+        """Evaluate on emulators and generators of their own: the cadence changes no weight."""
+        config = self.config
+        options = environment_options(config)
+        env = make_atari(config.game, config.evaluation_envs, num_threads=config.emulator_threads, **options)
+        protocol = EvaluationProtocol(config.evaluation_epsilon, config.evaluation_steps, config.evaluation_episodes)
+        seed = int(np.random.SeedSequence([config.seed, self.loop.agent_steps]).generate_state(1)[0]) & 0x7FFFFFFF
+        try:
+            return evaluate(
+                self.loop.agent.greedy, env, protocol, seed=seed, device=self.device, should_stop=should_stop
+            )
+        finally:
+            env.close()
+
+    def q_values_held_out(self) -> Tensor | None:
+        """Return Q-values, (states, actions), of states that random play reached, the same ones for the whole run.
+
+        None before the first update. After a resume the states are drawn anew.
+        """
+        replay, agent = self.loop.replay, self.loop.agent
+        if agent.updates == 0 or self.loop.agent_steps < self.loop.first_owing_step:
+            return None
+        if self.held_out is None:
+            generator = torch.Generator(self.device).manual_seed(self.config.seed)
+            self.held_out = replay.sample(HELD_OUT_STATES, generator).observations.clone()
+        return agent.q_values(self.held_out)
+
+
+@dataclass
+class _Clock:
+    """Wall time of vector steps after warm-up, with the frames and updates that were made in it."""
+
+    seconds: float = 0.0
+    frames: int = 0
+    updates: int = 0
+
+    def rates(self) -> tuple[float | None, float | None]:
+        if self.seconds <= 0.0:
+            return None, None
+        return self.frames / self.seconds, self.updates / self.seconds
+
+
+def train(
+    config: TrainConfig,
+    make_agent: MakeAgent,
+    directory: Path,
+    *,
+    resume: checkpoint.Checkpoint | None = None,
+    quiet: bool = False,
+) -> int:
+    """Train as ``config`` says and write the run to ``directory``.
+
+    Args:
+        config: resolved by :func:`wn_rl.config.resolve`.
+        make_agent: (configuration, number of actions, device) → agent.
+        directory: of the run; new unless ``resume`` is given.
+        resume: the checkpoint to go on from.
+        quiet: print nothing but errors.
+
+    Returns:
+        The exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM.
+
+    Raises:
+        WnRlError: what a user can mend; everything saved before is kept.
+    """
+    config = replace(resolve_device(config), run_dir=str(directory))
+    torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
+    keep_freed_memory()
+    check_replay_fits(
+        Replay.expected_bytes(config.replay_capacity, config.num_envs),
+        config.replay_capacity,
+        torch.device(config.device),
+    )
+    files = RunDirectory(directory)
+    run = _Run(config, make_agent, files)
+    loop = run.loop
+    if resume is None:
+        files.create(to_yaml(config))
+    else:
+        run.restore(resume)
+        if run.finished:
+            raise UsageError(f"{directory} is finished at frame {loop.frames:,}: raise --frames to go on")
+        files.cut(loop.frames)
+        files.write_config(to_yaml(config))
+    dashboard = Dashboard(directory, resume_frames=loop.frames if resume else None)
+    dashboard.describe(to_yaml(config))
+    progress = Progress(config.frames, loop.frames, quiet=quiet)
+    try:
+        with _Signals() as signals:
+            _describe(run, progress)
+            loop.start()
+            _train(run, dashboard, progress, signals)
+            if signals.received is None:
+                return 0
+            progress.say(f"stopped at frame {loop.frames:,}; go on with: python train.py --resume {directory}")
+            return 128 + signals.received
+    finally:
+        progress.close()
+        dashboard.close()
+        run.env.close()
+
+
+def _describe(run: _Run, progress: Progress) -> None:
+    config, files = run.config, run.directory
+    network = run.loop.agent.q_network
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    progress.say(
+        f"{config.game}, {config.param}, preset {config.preset}, seed {config.seed}: {config.frames:,} frames with "
+        f"{config.num_envs} emulators on {config.device} in {config.precision}"
+    )
+    progress.say(
+        f"{parameters:,} parameters, {config.optimizer} with learning rate {config.learning_rate:g}, replay of "
+        f"{config.replay_capacity:,} agent steps; writing to {files.path}"
+    )
+    replay_gb, working_gb = run.loop.replay.nbytes / 1e9, WORKING_BYTES / 1e9
+    where = "memory" if config.device == "cpu" else "GPU memory"
+    progress.say(
+        f"at most {replay_gb:.2f} GB of {where} for the replay, about {working_gb:.1f} GB of memory for the rest"
+    )
+    if config.device == "cpu" and config.frames >= LONG_ON_A_CPU:
+        progress.say(
+            f"this machine has no GPU, and {config.frames:,} frames take days on a CPU; --preset quick shows "
+            "something in an hour"
+        )
+
+
+def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signals) -> None:
+    config, loop, files = run.config, run.loop, run.directory
+    started = time.monotonic() - run.earlier_seconds
+    saved_at = logged_at = loop.agent_steps
+    steady, point = _Clock(), _Clock()
+    points = 0
+    told_duration = False
+    episodes: list[FinishedEpisode] = []
+
+    def log() -> None:
+        nonlocal point, points, episodes
+        statistics = loop.agent.read_statistics()
+        if statistics.updates and not math.isfinite(statistics.loss):
+            raise NonFiniteLossError(
+                f"the loss became {statistics.loss} before frame {loop.frames:,}; the last good checkpoint is kept. "
+                "A smaller --learning-rate is the usual remedy."
+            )
+        frame_rate, update_rate = point.rates()
+        q_values = run.q_values_held_out()
+        if q_values is not None:
+            if points % HISTOGRAM_POINTS == 0:
+                dashboard.histogram(loop.frames, "q_values/held_out", q_values)
+            points += 1
+        dashboard.scalars(
+            loop.frames,
+            {
+                "train/episode_return": _mean([episode.episode_return for episode in episodes]),
+                "train/episode_length": _mean([episode.length for episode in episodes]),
+                "train/loss": statistics.loss,
+                "train/td_error": statistics.td_error,
+                "train/q_value": statistics.q_value,
+                "train/max_q_held_out": math.nan if q_values is None else float(q_values.amax(1).mean()),
+                "train/gradient_norm": loop.agent.gradient_norm(),
+                "train/learning_rate": config.learning_rate or math.nan,
+                "train/epsilon": loop.epsilon,
+                "train/replay_size": len(loop.replay),
+                "speed/frames_per_second": math.nan if frame_rate is None else frame_rate,
+                "speed/updates_per_second": math.nan if update_rate is None else update_rate,
+            },
+        )
+        files.append(files.episodes, [(e.frames, e.episode_return, e.length) for e in episodes])
+        episodes, point = [], _Clock()
+
+    def save(path: Path) -> None:
+        log()
+        run.earlier_seconds = time.monotonic() - started
+        run.save(path)
+
+    while True:
+        done = loop.frames >= config.frames
+        passed = loop.agent_steps // config.evaluation_period > run.evaluated_at // config.evaluation_period
+        if signals.received is None and (passed or (done and not run.finished)):
+            try:
+                result = run.evaluate(lambda: signals.received is not None)
+            except EvaluationInterrupted:
+                continue
+            run.evaluated_at = loop.agent_steps
+            _record_evaluation(run, dashboard, progress, result)
+            save(files.latest)
+            saved_at = logged_at = loop.agent_steps
+            if run.best is not None and run.best["frames"] == loop.frames:
+                run.save(files.best)
+        if done or signals.received is not None:
+            break
+        agent_steps, updates = loop.agent_steps, loop.agent.updates
+        warm = updates > 0 and agent_steps > loop.first_owing_step
+        stepped = time.perf_counter()
+        episodes += (ended := loop.vector_step())
+        stepped = time.perf_counter() - stepped
+        for clock in (steady, point) if warm else (point,):
+            clock.seconds += stepped
+            clock.frames += (loop.agent_steps - agent_steps) * FRAME_SKIP
+            clock.updates += loop.agent.updates - updates
+        for episode in ended:
+            progress.episode(episode.episode_return)
+        progress.update(loop.frames, loop.epsilon)
+        if not told_duration and steady.seconds >= MEASURED_SECONDS:
+            told_duration = True
+            rate = steady.frames / steady.seconds
+            left = (config.frames - loop.frames) / rate
+            progress.say(f"measured {rate:,.0f} frames/s: {duration(left)} for the rest, evaluations not counted")
+        if loop.agent_steps // config.checkpoint_period > saved_at // config.checkpoint_period:
+            save(files.latest)
+            saved_at = logged_at = loop.agent_steps
+        if loop.agent_steps // config.log_period > logged_at // config.log_period:
+            log()
+            logged_at = loop.agent_steps
+    if saved_at != loop.agent_steps:
+        save(files.latest)
+    if run.final is not None and run.best is not None:
+        dashboard.hparams(loop.frames, config, final=run.final["mean"], best=run.best["mean"])
+    frame_rate, update_rate = steady.rates()
+    files.write_summary(
+        {
+            "game": config.game,
+            "param": config.param,
+            "preset": config.preset,
+            "seed": config.seed,
+            "frames": loop.frames,
+            "agent_steps": loop.agent_steps,
+            "updates": loop.agent.updates,
+            "finished": loop.frames >= config.frames,
+            "final_evaluation": run.final,
+            "best_evaluation": run.best,
+            "wall_seconds": time.monotonic() - started,
+            "frames_per_second": frame_rate,
+            "updates_per_second": update_rate,
+            "num_envs": config.num_envs,
+            "device": device_name(run.device),
+            "precision": config.precision,
+            "num_threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+    )
+
+
+def _record_evaluation(run: _Run, dashboard: Dashboard, progress: Progress, result: EvaluationResult) -> None:
+    frames, files, scores = run.loop.frames, run.directory, result.scores
+    run.final = {
+        "frames": frames,
+        "episodes": len(result.episodes),
+        "mean": result.mean,
+        "std": result.std,
+        "min": float(scores.min()),
+        "max": float(scores.max()),
+        "mean_length": result.mean_length,
+        "seconds": result.seconds,
+    }
+    if run.best is None or run.final["mean"] > run.best["mean"]:
+        run.best = run.final
+    files.append(files.evaluations, [tuple(run.final.values())])
+    dashboard.evaluation(frames, result)
+    progress.evaluation(frames, result)
+
+
+def duration(seconds: float) -> str:
+    """Return a wall time as a person would say it: ``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _mean(values: list[float] | list[int]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, checkpoint.Checkpoint]:
+    """Return the configuration and the checkpoint with which the run in ``directory`` goes on.
+
+    Args:
+        directory: of the run.
+        changes: configuration keys that the user gave; only those that do not change the experiment may differ.
+
+    Raises:
+        UsageError: a key that may not change.
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    saved = checkpoint.load(RunDirectory(directory).path)
+    read_rows(RunDirectory(directory).evaluations)
+    for key, value in changes.items():
+        if key not in RESUMABLE and value != getattr(saved.config, key):
+            raise UsageError(
+                f"--resume: {key} is {getattr(saved.config, key)!r} in this run and cannot change to {value!r}; "
+                f"only these can: {', '.join(sorted(RESUMABLE))}"
+            )
+    config = replace(saved.config, **{key: value for key, value in changes.items() if key in RESUMABLE})
+    return config, saved
+
+
+RESUMABLE = frozenset(
+    {
+        "frames",
+        "device",
+        "precision",
+        "num_threads",
+        "emulator_threads",
+        "evaluation_period",
+        "evaluation_steps",
+        "evaluation_episodes",
+        "evaluation_envs",
+        "checkpoint_period",
+        "log_period",
+    }
+)
+"""Configuration keys that a resumed run may change."""
