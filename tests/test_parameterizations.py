@@ -391,8 +391,8 @@ def test_wn_gets_g_and_b_of_the_papers_formula_and_keeps_v(
         norm = math.sqrt(math.fsum(weight**2 for weight in direction))
         t = [math.fsum(w * a for w, a in zip(direction, x, strict=True)) / norm for x in columns]
         mean, deviation = population(t)
-        assert float(g.flatten()[unit]) == pytest.approx(1 / deviation, rel=1e-9)
-        assert float(layer.bias[unit]) == pytest.approx(-mean / deviation, rel=1e-9, abs=1e-9)
+        assert g[unit].item() == pytest.approx(1 / deviation, rel=1e-9)
+        assert layer.bias[unit].item() == pytest.approx(-mean / deviation, rel=1e-9, abs=1e-9)
         # The report is of the layer's own t, which had another g before.
         assert float(report.mean[unit] / report.std[unit]) == pytest.approx(mean / deviation, rel=1e-9, abs=1e-9)
 
