@@ -15,6 +15,7 @@ from wn_rl.parameterizations import names, reparameterize
 
 WeightInit = Literal["he", "torch", "normal"]
 MAX_PARAMETERS = 2**28
+MAX_CONVOLUTIONS = 64
 """No spec may ask for more: a damaged checkpoint must not exhaust memory."""
 
 
@@ -61,7 +62,7 @@ class QNetworkSpec:
                 num_actions=_whole(values["num_actions"], 1, 18),
                 parameterization=str(values["parameterization"]),
                 observation_shape=_three(values["observation_shape"], 512),
-                convolutions=tuple(_three(layer, 4096) for layer in values["convolutions"]),
+                convolutions=_convolutions(values["convolutions"]),
                 hidden_units=_whole(values["hidden_units"], 1, 65536),
                 weight_init=values["weight_init"],
             )
@@ -103,9 +104,15 @@ def _whole(value: object, low: int, high: int) -> int:
     return value
 
 
+def _convolutions(layers: object) -> tuple[tuple[int, int, int], ...]:
+    if not isinstance(layers, list | tuple) or len(layers) > MAX_CONVOLUTIONS:
+        raise ValueError(f"the convolutions are not a list of at most {MAX_CONVOLUTIONS} layers")
+    return tuple(_three(layer, 4096) for layer in layers)
+
+
 def _three(values: Any, high: int) -> tuple[int, int, int]:  # noqa: ANN401 - untrusted JSON
-    if len(values) != 3:
-        raise ValueError(f"{values!r} is not three numbers")
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise ValueError(f"{values!r} is not a list of three numbers")
     return _whole(values[0], 1, high), _whole(values[1], 1, high), _whole(values[2], 1, high)
 
 

@@ -1,0 +1,128 @@
+"""The optimizers' steps equal their papers' formulas, worked out in plain Python floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from agents.optimizers import OptimizerName, RMSpropMnih, make_optimizer
+
+START = [1.0, -2.0, 0.5]
+GRADIENTS = [[3.0, -0.5, 0.0], [-1.0, -4.0, 0.25]]
+"""Of two steps, one entry per parameter: signs that change and stay, and a first gradient of zero."""
+
+
+def named(
+    name: OptimizerName, *, learning_rate: float = 0.01, eps: float = 0.01
+) -> Callable[..., torch.optim.Optimizer]:
+    """Return what makes the optimizer called ``name``; β1 = 0.5, β2 = 0.999, RMSProp's decay 0.95."""
+    return lambda params: make_optimizer(
+        name, params, learning_rate=learning_rate, eps=eps, beta1=0.5, beta2=0.999, rmsprop_decay=0.95
+    )
+
+
+def after_each_step(make: Callable[..., torch.optim.Optimizer]) -> list[list[float]]:
+    """Apply ``GRADIENTS`` one after the other to ``START`` and return the parameters after each step."""
+    parameter = nn.Parameter(torch.tensor(START, dtype=torch.float64))
+    optimizer = make([parameter])
+    seen = []
+    for gradient in GRADIENTS:
+        parameter.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        seen.append(parameter.tolist())
+    return seen
+
+
+def rmsprop_by_hand(learning_rate: float) -> list[list[float]]:
+    """Mnih et al. 2015: Δ = lr · ∇ / √(E[∇²] − E[∇]² + 0.01), both averages 0.95·old + 0.05·new, from 0."""
+    after_first, after_second = [], []
+    for start, first, second in zip(START, *GRADIENTS, strict=True):
+        mean = 0.05 * first
+        square = 0.05 * first * first
+        once = start - learning_rate * first / math.sqrt(square - mean * mean + 0.01)
+        mean = 0.95 * mean + 0.05 * second
+        square = 0.95 * square + 0.05 * second * second
+        twice = once - learning_rate * second / math.sqrt(square - mean * mean + 0.01)
+        after_first.append(once)
+        after_second.append(twice)
+    return [after_first, after_second]
+
+
+def test_rmsprop_takes_two_steps_of_mnihs_rule() -> None:
+    steps = after_each_step(lambda params: RMSpropMnih(params, 0.02))
+    for found, expected in zip(steps, rmsprop_by_hand(0.02), strict=True):
+        assert found == pytest.approx(expected, rel=1e-14)
+
+
+def test_rmsprops_first_step_is_this_number() -> None:
+    """With ∇ = 3: mean 0.15, square 0.45, variance + 0.01 = 0.4375, so Δ = 3 · 0.01 / 0.661438 = 0.0453557."""
+    first = after_each_step(named("rmsprop_mnih"))[0]
+    assert first[0] == pytest.approx(1.0 - 0.04535573676110727, rel=1e-14)
+    assert first[2] == START[2], "no gradient, no step"
+
+
+def test_rmsprop_is_not_torchs_centred_rmsprop() -> None:
+    torchs = after_each_step(lambda params: torch.optim.RMSprop(params, 0.01, alpha=0.95, eps=0.01, centered=True))
+    ours = after_each_step(named("rmsprop_mnih"))
+    assert ours == [pytest.approx(step, rel=1e-14) for step in rmsprop_by_hand(0.01)]
+    assert torchs[0][1] != pytest.approx(ours[0][1], rel=1e-5)
+
+
+def test_rmsprop_returns_the_closures_loss_and_skips_what_has_no_gradient() -> None:
+    trained, untouched = (nn.Parameter(torch.tensor([2.0])) for _ in range(2))
+    optimizer = RMSpropMnih([trained, untouched], 0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = trained.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 4.0
+    assert trained.item() < 2.0
+    assert untouched.item() == 2.0
+    assert untouched not in optimizer.state
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8, 0.01])
+def test_adamax_takes_two_steps_of_kingma_and_bas_rule(eps: float) -> None:
+    """Section 7.1: m = β1 m + (1 − β1) ∇, u = max(β2 u, |∇|), Δ = lr / (1 − β1ᵗ) · m / u; torch adds ε to |∇|."""
+    found = after_each_step(named("adamax", learning_rate=0.03, eps=eps))
+    for unit, (start, first, second) in enumerate(zip(START, *GRADIENTS, strict=True)):
+        if first == 0.0 and eps == 0.0:
+            continue  # 0 / 0
+        m = 0.5 * first
+        u = abs(first) + eps
+        once = start - 0.03 / (1 - 0.5) * m / u
+        m = 0.5 * m + 0.5 * second
+        u = max(0.999 * u, abs(second) + eps)
+        twice = once - 0.03 / (1 - 0.25) * m / u
+        assert [step[unit] for step in found] == pytest.approx([once, twice], rel=1e-14)
+
+
+def test_adamaxs_steps_are_these_numbers() -> None:
+    """∇ = 3, −1: m = 1.5, 0.25; u = 3, 2.997; Δ = 0.01 · (1.5/3)/0.5 = 0.01, then 0.01 · (0.25/2.997)/0.75."""
+    found = [step[0] for step in after_each_step(named("adamax", eps=0.0))]
+    assert found == pytest.approx([0.99, 0.99 - 0.0011122233344456], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("adamax", torch.optim.Adamax, {"lr": 0.07, "betas": (0.5, 0.999), "eps": 1e-3}),
+        ("adam", torch.optim.Adam, {"lr": 0.07, "betas": (0.5, 0.999), "eps": 1e-3}),
+        ("rmsprop_mnih", RMSpropMnih, {"lr": 0.07, "decay": 0.95, "eps": 1e-3}),
+    ],
+)
+def test_each_name_gives_its_optimizer_with_its_options(
+    name: OptimizerName, kind: type[torch.optim.Optimizer], options: dict[str, object]
+) -> None:
+    optimizer = named(name, learning_rate=0.07, eps=1e-3)([nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert {key: group[key] for key in options} == options
+    assert group.get("weight_decay", 0) == 0
