@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -199,9 +200,10 @@ class DQN:
         self.target_network.load_state_dict(state["target_network"])
         self.optimizer.load_state_dict(
             {
-                "state": {int(key): value for key, value in state.get("optimizer", {}).items()},
+                "state": {int(key): copy.deepcopy(value) for key, value in state.get("optimizer", {}).items()},
                 "param_groups": self.optimizer.state_dict()["param_groups"],
             }
         )
         self.generator.set_state(state["generator"].cpu())
         self.updates = int(state["updates"])
+        self.read_statistics()

@@ -54,7 +54,9 @@ class RMSpropMnih(torch.optim.Optimizer):
                 gradient, mean, square = parameter.grad, state["mean"], state["square"]
                 mean.lerp_(gradient, 1 - group["decay"])
                 square.mul_(group["decay"]).addcmul_(gradient, gradient, value=1 - group["decay"])
-                root = torch.addcmul(square, mean, mean, value=-1).add_(group["eps"]).sqrt_()
+                # Rounding can make the variance of a constant gradient negative.
+                variance = torch.addcmul(square, mean, mean, value=-1).clamp_(min=0.0)
+                root = variance.add_(group["eps"]).sqrt_()
                 parameter.addcdiv_(gradient, root, value=-group["lr"])
         return loss
 

@@ -488,3 +488,35 @@ def test_the_q_values_of_a_state_do_not_depend_on_the_rest_of_the_batch(name: st
         alone, among, among_others = (network(x) for x in (batch[1:2], batch, others))
     torch.testing.assert_close(among[1], alone[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(among_others[1], alone[0], rtol=1e-12, atol=1e-12)
+
+
+class ByName(nn.Module):
+    """Calls its layer by keyword, and never calls another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(input=x)
+
+
+def test_layers_may_be_called_by_keyword_and_one_that_is_never_reached_cannot_be_asked_for() -> None:
+    torch.manual_seed(0)
+    model, batch = reparameterize(ByName().double(), "wn"), torch.randn(9, 3, dtype=torch.float64)
+    found = initialize_from_data(model, "wn", batch, std_of={"used": 0.5})
+    assert set(found) == {"used"}
+    torch.testing.assert_close(model(batch).std(0, correction=0), torch.full((2,), 0.5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="does not reach layer unused"):
+        initialize_from_data(model, "wn", batch, std_of={"unused": 0.5})
+
+
+def test_wn_needs_a_direction_for_each_unit_and_a_weight_of_its_own() -> None:
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight[1] = 0.0
+    with pytest.raises(ValueError, match="only zero weights"):
+        reparameterize(layer, "wn")
+    model = reparameterize(nn.Linear(3, 2), "wn")
+    with pytest.raises(ValueError, match="parametrized already"):
+        reparameterize(model, "wn")

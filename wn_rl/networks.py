@@ -15,8 +15,9 @@ from wn_rl.parameterizations import names, reparameterize
 
 WeightInit = Literal["he", "torch", "normal"]
 MAX_PARAMETERS = 2**28
-MAX_CONVOLUTIONS = 64
 """No spec may ask for more: a damaged checkpoint must not exhaust memory."""
+MAX_CONVOLUTIONS = 64
+"""Nor for more layers, since each takes some memory whatever its size."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 def build_q_network(spec: QNetworkSpec, *, seed: int) -> QNetwork:
     """Build the network that ``spec`` describes, its weights drawn with ``seed``, not the global generator."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         network = QNetwork(spec)
         reparameterize(network, spec.parameterization)

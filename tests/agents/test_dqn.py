@@ -139,12 +139,15 @@ def test_acting_during_warm_up_consumes_the_generator_as_acting_later_does() -> 
     assert greedy_actions.tolist() == greedy.q_values(observations).argmax(1).tolist()
 
 
-def test_warm_up_actions_are_the_random_ones_that_the_network_could_not_have_changed() -> None:
-    """With one emulator at ε < 1 the network is asked; the random actions stay what they were."""
+def test_one_emulator_below_epsilon_1_gets_its_greedy_action_and_the_others_their_random_ones() -> None:
     observations = random_observations(6, 0)
-    warm_up = agent(seed=4).act(observations, np.ones(6, np.float32))
-    mixed = agent(seed=4).act(observations, np.array([1, 1, 1, 1, 1, 0], np.float32))
-    assert warm_up[:5].tolist() == mixed[:5].tolist()
+    warm_up, mixed = agent(seed=4), agent(seed=4)
+    with torch.no_grad():
+        mixed.q_network.output.bias[3] += 100.0
+    random = warm_up.act(observations, np.ones(6, np.float32)).tolist()
+    actions = mixed.act(observations, np.array([1, 1, 1, 1, 1, 0], np.float32)).tolist()
+    assert actions == [*random[:5], 3]
+    assert random[5] != 3
 
 
 # --- one whole update --------------------------------------------------------------------------------------------

@@ -126,3 +126,14 @@ def test_each_name_gives_its_optimizer_with_its_options(
     (group,) = optimizer.param_groups
     assert {key: group[key] for key in options} == options
     assert group.get("weight_decay", 0) == 0
+
+
+@pytest.mark.parametrize("gradient", [3.7, 37.3, 1000.3])
+def test_rmsprop_survives_a_variance_that_rounds_below_zero(gradient: float) -> None:
+    """A constant gradient in float32 with a tiny epsilon: E[g²] − E[g]² comes out negative now and then."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = RMSpropMnih([parameter], lr=1e-4, eps=1e-8)
+    for _ in range(600):
+        parameter.grad = torch.full((1,), gradient)
+        optimizer.step()
+    assert bool(parameter.isfinite().all())

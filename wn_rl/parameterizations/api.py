@@ -94,31 +94,34 @@ def initialize_from_data(
         By layer name, the statistics of t that were found.
 
     Raises:
-        ValueError: a layer without bias, a layer used twice in the forward pass, or an unknown name in ``std_of``.
+        ValueError: a layer without bias or an unknown name in ``std_of`` (nothing was changed); a layer used twice in
+            the forward pass (those before it are initialized), or one of ``std_of`` that it does not reach.
     """
     entry = resolve(parameterization)
     layers = treated_layers(model)
     targets = dict.fromkeys(layers, std) | dict(std_of or {})
     if unknown := set(targets) - set(layers):
         raise ValueError(f"no layer is named {', '.join(sorted(unknown))}; there are: {', '.join(layers)}")
+    for name, layer in layers.items():
+        if not isinstance(layer.bias, Tensor):
+            raise ValueError(f"layer '{name}' has no bias, so its pre-activations cannot be centred")
     found: dict[str, LayerInit] = {}
     handles: list[RemovableHandle] = []
 
     def initialize(name: str, layer: nn.Module) -> None:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            bias = module.bias
-            if not isinstance(bias, Tensor):
-                raise ValueError(f"layer '{name}' has no bias, so its pre-activations cannot be centred")
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in found:
                 raise ValueError(f"layer '{name}' is used twice in the forward pass")
-            bias.zero_()
+            assert isinstance(module.bias, Tensor)
+            module.bias.zero_()
 
-        def after(module: nn.Module, args: tuple[Any, ...], t: Tensor) -> Tensor:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t: Tensor) -> Tensor:
+            (x,) = (*args, *kwargs.values())
             units = 1 if not isinstance(module, nn.Linear) else t.dim() - 1
             axes = [axis for axis in range(t.dim()) if axis != units]
             mean = t.mean(axes)
             deviation = t.std(axes, correction=0)
-            constant = deviation <= _rounding(module, args[0])
+            constant = deviation <= _rounding(module, x)
             factor = torch.where(constant, torch.ones_like(deviation), targets[name] / deviation)
             entry.rescale(module, factor)
             bias = module.bias
@@ -128,8 +131,8 @@ def initialize_from_data(
             shape = [-1 if axis == units else 1 for axis in range(t.dim())]
             return (t - mean.view(shape)) * factor.view(shape)
 
-        handles.append(layer.register_forward_pre_hook(before))
-        handles.append(layer.register_forward_hook(after))
+        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(layer.register_forward_hook(after, with_kwargs=True))
 
     for name, layer in layers.items():
         initialize(name, layer)
@@ -139,4 +142,6 @@ def initialize_from_data(
     finally:
         for handle in handles:
             handle.remove()
+    if missed := set(std_of or {}) - set(found):
+        raise ValueError(f"the forward pass does not reach layer {', '.join(sorted(missed))}")
     return found

@@ -53,7 +53,17 @@ class WeightNormalization(Parameterization):
     data_dependent_init = True
 
     def apply(self, layer: nn.Module) -> None:
-        """Replace ``weight`` by (g, v) = (‖w‖, w)."""
+        """Replace ``weight`` by (g, v) = (‖w‖, w).
+
+        Raises:
+            ValueError: the layer is parametrized already, or a unit's weights are all zero and have no direction.
+        """
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"the weight of {type(layer).__name__} is parametrized already")
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if bool((weight.detach().flatten(1).abs().amax(1) == 0).any()):
+            raise ValueError(f"a unit of {type(layer).__name__} has only zero weights, so v / ‖v‖ is not defined")
         parametrize.register_parametrization(layer, "weight", WeightNormalized())
 
     @torch.no_grad()
