@@ -15,7 +15,7 @@ from wn_rl.evaluation import score_checkpoint
 from wn_rl.trainer import train
 
 
-def train_and_evaluate(game: str, directory: Path, *, full_action_set: bool = False) -> None:
+def check_it_trains_and_is_evaluated(game: str, directory: Path, *, full_action_set: bool = False) -> None:
     config = replace(
         load("quick"),
         game=game,
@@ -45,9 +45,9 @@ def train_and_evaluate(game: str, directory: Path, *, full_action_set: bool = Fa
 @pytest.mark.slow
 @pytest.mark.parametrize("game", game_names())
 def test_every_game_trains_and_is_evaluated(game: str, tmp_path: Path) -> None:
-    train_and_evaluate(game, tmp_path / "run")
+    check_it_trains_and_is_evaluated(game, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("game", "full_action_set"), [("freeway", False), ("ms-pacman", False), ("Pong", True)])
 def test_games_with_other_action_sets_train_and_are_evaluated(game: str, full_action_set: bool, tmp_path: Path) -> None:
-    train_and_evaluate(game, tmp_path / "run", full_action_set=full_action_set)
+    check_it_trains_and_is_evaluated(game, tmp_path / "run", full_action_set=full_action_set)
