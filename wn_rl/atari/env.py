@@ -25,9 +25,10 @@ Info = dict[str, NDArray[Any]]
 
 
 def emulator_seeds(seed: int, count: int, *stream: int) -> NDArray[np.int32]:
-    """Return ``count`` emulator seeds that are unrelated between seeds and between ``stream`` labels.
+    """Return ``count`` emulator seeds, unrelated between seeds (below 2³²) and between ``stream`` labels.
 
-    Consecutive integers would give run 1 and run 2 all but one emulator in common.
+    Consecutive integers would give run 1 and run 2 all but one emulator in common. Labels of zero at the end equal
+    no label (numpy pads with zeros).
     """
     return (np.random.SeedSequence([seed, *stream]).generate_state(count) & 0x7FFFFFFF).astype(np.int32)
 
@@ -101,7 +102,10 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         return len(self.action_meanings)
 
     def reset(
-        self, *, seed: int | NDArray[np.integer[Any]] | None = None, options: dict[str, Any] | None = None
+        self,
+        *,
+        seed: int | np.integer[Any] | NDArray[np.integer[Any]] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> tuple[Observations, Info]:
         """Start a new episode in every emulator.
 
@@ -109,12 +113,17 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
             seed: an integer seeds all emulators with unrelated values derived from it; an array of shape (N,) gives
                 each its own; None seeds with the constructor's seed the first time and not at all later.
             options: not used.
+
+        Raises:
+            UsageError: a negative seed.
         """
+        if seed is not None and np.min(seed) < 0:
+            raise UsageError(f"a seed must be 0 or more, not {np.min(seed)}")
         if seed is None and not self._seeded:
             seed = self._seed
         self._seeded = True
-        if isinstance(seed, int):
-            seed = emulator_seeds(seed, self.num_envs)
+        if isinstance(seed, int | np.integer):
+            seed = emulator_seeds(int(seed), self.num_envs)
         observations, info = self._emulators.reset(seed=None if seed is None else np.asarray(seed, np.int32))
         self._lives = info["lives"]
         self._ended = np.zeros(self.num_envs, bool)
@@ -123,8 +132,15 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         return observations, self._info(np.zeros(self.num_envs, bool), np.ones(self.num_envs, bool))
 
     def send(self, actions: NDArray[np.integer[Any]]) -> None:
-        """Start the step with ``actions``, shape (N,), on the emulators' threads; :meth:`recv` ends it."""
-        self._emulators.send(np.asarray(actions, np.int64))
+        """Start the step with ``actions``, shape (N,), on the emulators' threads; :meth:`recv` ends it.
+
+        Raises:
+            ValueError: an action that the game does not have, for which the emulators would never answer.
+        """
+        actions = np.asarray(actions, np.int64)
+        if actions.shape != (self.num_envs,) or actions.min() < 0 or actions.max() >= self.num_actions:
+            raise ValueError(f"actions must be {self.num_envs} numbers from 0 to {self.num_actions - 1}, not {actions}")
+        self._emulators.send(actions)
 
     def recv(self) -> tuple[Observations, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], Info]:
         """Wait for the step that :meth:`send` started; returns what :meth:`step` returns."""
@@ -181,7 +197,7 @@ def make_atari(
         fire_reset: press FIRE at the start of an episode where the game has it.
         sticky_actions: probability that a frame repeats the previous action (Machado et al. 2018: 0.25).
         full_action_set: all 18 actions instead of the game's minimal set.
-        max_frames_per_episode: truncate an episode after so many emulator frames; None for no cap.
+        max_frames_per_episode: truncate an episode after so many emulator frames, no-ops not counted; None for no cap.
         num_threads: emulator threads; 0 takes one per core.
 
     Returns:
@@ -195,6 +211,8 @@ def make_atari(
         raise UsageError(f"num_envs must be at least 1, not {num_envs}")
     if noop_max < 0:
         raise UsageError(f"noop_max must be 0 or more, not {noop_max}")
+    if num_threads < 0:
+        raise UsageError(f"num_threads must be 0 (one per core) or more, not {num_threads}")
     if not 0.0 <= sticky_actions < 1.0:
         raise UsageError(f"sticky_actions is a probability in [0, 1), not {sticky_actions}")
     if max_frames_per_episode is not None and not 0 < max_frames_per_episode <= NO_CAP:
