@@ -130,14 +130,12 @@ def test_train_watch_evaluate_resume(
     assert (code, out) == (0, "")
     assert json.loads((directory / "summary.json").read_text())["frames"] >= 2000
 
-    code, out, _ = run(
-        train,
-        ["--config", str(directory / "config.yaml"), "--run-dir", str(tmp_path / "again"), "--frames", "600"],
-        capsys,
-        monkeypatch,
-    )
+    monkeypatch.chdir(tmp_path)
+    again = ["--config", str(directory / "config.yaml"), "--frames", "600", "--seed", "3"]
+    code, out, _ = run(train, again, capsys, monkeypatch)
     assert code == 0
-    assert json.loads((tmp_path / "again" / "summary.json").read_text())["param"] == "wn"
+    (summary,) = tmp_path.glob("runs/SpaceInvaders-wn-quick-s3-*/summary.json")
+    assert json.loads(summary.read_text())["seed"] == 3
 
 
 def test_help_names_every_game_and_parameterization_and_needs_no_torch() -> None:

@@ -189,7 +189,8 @@ def train(
     Raises:
         WnRlError: what a user can mend; everything saved before is kept.
     """
-    config = replace(resolve_device(config), run_dir=str(directory))
+    # Where a run lies is no part of it: its config.yaml repeats it in a directory of its own.
+    config = replace(resolve_device(config), run_dir=None)
     torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
     keep_freed_memory()
     check_replay_fits(
