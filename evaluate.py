@@ -75,7 +75,7 @@ def _check(wanted: EvaluateArguments) -> None:
         "epsilon": (0.0, 1.0),
         "seed": (0, 2**31 - 1),
         "num_envs": (0, 4096),
-        "num_threads": (0, 4096),
+        "num_threads": (0, 1024),
         "max_frames_per_episode": (0, 2**31 - 1),
     }
     for name, (low, high) in ranges.items():

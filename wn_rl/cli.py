@@ -16,6 +16,9 @@ import tyro
 
 from wn_rl.errors import UsageError, WnRlError, one_line
 
+LONGEST_MESSAGE = 600
+"""Letters of an error line; the middle of a longer one is left out."""
+
 _Arguments = TypeVar("_Arguments")
 
 
@@ -79,16 +82,22 @@ def _check_flags(known: Sequence[str], arguments: Sequence[str]) -> None:
 
 
 def _first_sentence(box: str) -> str:
-    """Fold tyro's boxed message into one line, without its help excerpt."""
-    lines = []
+    """Fold tyro's message into one line, without its title, its list of attempts and its help excerpt.
+
+    It stands between the first rule (the box's upper edge, or the line below the title where the output is not
+    Unicode) and the next.
+    """
+    lines: list[str] = []
+    rules = 0
     for line in box.splitlines():
         text = line.strip("│╭╮╰╯ ")
-        if text and not set(text) <= set("─ "):
+        if re.search(r"(─{3}|-{20})$", text):
+            rules += 1
+        elif rules == 1 and text.startswith("Got errors:"):
+            break
+        elif rules == 1 and text:
             lines.append(text)
-        elif lines and "│" in line:
-            break  # the rule between the message and the help excerpt
-    words = " ".join(line for line in lines if not re.fullmatch(r"─.*─", line))
-    return one_line(Exception(words)) or "the arguments are not understood; see --help"
+    return one_line(Exception(" ".join(lines) or "the arguments are not understood; see --help"))
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:
@@ -122,18 +131,32 @@ def take_switch(arguments: Sequence[str], flag: str) -> tuple[bool, list[str]]:
     return len(rest) < len(arguments), rest
 
 
+def _complain(message: str) -> None:
+    if len(message) > LONGEST_MESSAGE:  # somebody's megabyte of a flag must not hide what is wrong with it
+        message = f"{message[: LONGEST_MESSAGE // 2]} … {message[-LONGEST_MESSAGE // 2 :]}"
+    print(
+        "error:",
+        "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in message),
+        file=sys.stderr,
+    )
+
+
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a script's ``main`` on the command line and exit; an error that a user can mend is one line on stderr."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except WnRlError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        _complain(one_line(error))
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
         # The reader of our output went away; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        # A path that the system refuses, say one that is too long or may not be looked at.
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
         code = 1
     sys.exit(code)

@@ -180,8 +180,8 @@ _COUNT_RANGES: dict[str, tuple[int, int]] = {
     "frames": (1, 10**12),
     "seed": (0, 2**31 - 1),
     "num_envs": (1, 4096),
-    "num_threads": (0, 4096),
-    "emulator_threads": (0, 4096),
+    "num_threads": (0, 1024),
+    "emulator_threads": (0, 1024),
     "noop_max": (0, 10_000),
     "max_frames_per_episode": (0, 2**31 - 1),
     "replay_capacity": (1, 10**9),
@@ -203,7 +203,7 @@ _FLOAT_RANGES: dict[str, tuple[float, float]] = {
     "sticky_actions": (0.0, 0.999),
     "reward_clip": (0.0, 1e9),
     "gamma": (0.0, 1.0),
-    "learning_rate": (0.0, 1e3),
+    "learning_rate": (1e-12, 1e3),
     "optimizer_eps": (0.0, 1.0),
     "adam_beta1": (0.0, 0.99999999),
     "adam_beta2": (0.0, 0.99999999),
@@ -362,10 +362,13 @@ def validate(config: TrainConfig) -> None:
         if value is not None and not bounds[0] <= value <= bounds[1]:
             raise UsageError(f"{key} must be from {bounds[0]:g} to {bounds[1]:g}, not {value:g}")
     for name, rate in config.learning_rates.items():
-        if not 0.0 <= rate <= 1e3:
-            raise UsageError(f"learning_rates: the value for '{name}' must be from 0 to 1000, not {rate:g}")
+        slow, fast = _FLOAT_RANGES["learning_rate"]
+        if not slow <= rate <= fast:
+            raise UsageError(f"learning_rates: the value for '{name}' must be from {slow:g} to {fast:g}, not {rate:g}")
     if config.learning_rate is None and "standard" not in config.learning_rates | {config.param: 0.0}:
         raise UsageError(f"learning_rates has no value for '{config.param}' and none for 'standard'")
+    if config.run_dir is not None and (not config.run_dir or "\0" in config.run_dir):
+        raise UsageError(f"run_dir: {config.run_dir!r} is not the name of a directory")
     if config.replay_capacity < config.num_envs:
         raise UsageError(f"replay_capacity {config.replay_capacity:,} is less than num_envs {config.num_envs:,}")
     if config.learning_starts <= config.num_envs:

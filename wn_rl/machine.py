@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +14,19 @@ import torch
 from wn_rl.config import TrainConfig
 from wn_rl.errors import UsageError, WnRlError
 
-WORKING_BYTES = 1_500_000_000
-"""Host memory beside the replay: libraries, emulators, network, optimizer (1.1 GB was seen with 16 emulators)."""
+LIBRARY_BYTES = 800_000_000
+"""Host memory of a run before its own data: Python, torch, ale-py (a run of `quick` was seen to take 1.1 GB)."""
+CONTEXT_BYTES = 600_000_000
+"""GPU memory that CUDA and its libraries take."""
+EMULATOR_BYTES = 1_600_000
+"""Host memory of one emulator (16 took 29 MB, 256 took 400 MB)."""
+TRANSITION_BYTES = 700_000
+"""Memory of one transition of a minibatch in an update: both observations gathered and widened, activations and
+gradients (measured: 490 kB in float32, without the gathering)."""
+INIT_SAMPLE_BYTES = 400_000
+"""Memory of one observation in the data-dependent initialization (measured: 275 kB, without the gathering)."""
+COPIES_OF_WEIGHTS = 8
+"""Network, target, gradient, two of the optimizer, and what is being saved."""
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -43,23 +54,64 @@ def _cgroup() -> int | None:
         return None
 
 
-def check_replay_fits(replay_bytes: int, capacity: int, device: torch.device) -> None:
-    """Refuse a replay that does not fit.
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The bytes that a run will take at most, by the configuration key that sets them."""
+
+    on_device: dict[str, int]
+    on_host: dict[str, int]
+
+    @property
+    def working_bytes(self) -> int:
+        """Everything but the replay."""
+        return sum(self.on_device.values()) + sum(self.on_host.values()) - self.on_device["replay_capacity"]
+
+
+def plan_memory(config: TrainConfig, replay_bytes: int, parameters: int) -> MemoryPlan:
+    """Estimate the memory of a run.
+
+    Args:
+        config: of the run.
+        replay_bytes: of its replay.
+        parameters: of its network, about.
+    """
+    on_device = {
+        "replay_capacity": replay_bytes,
+        "batch_size": config.batch_size * TRANSITION_BYTES,
+        "init_samples": config.init_samples * INIT_SAMPLE_BYTES if config.data_dependent_init else 0,
+        "hidden_units": parameters * 4 * COPIES_OF_WEIGHTS,
+    }
+    on_host = {
+        "num_envs": config.num_envs * EMULATOR_BYTES,
+        "evaluation_envs": config.evaluation_envs * EMULATOR_BYTES,
+    }
+    return MemoryPlan(on_device, on_host)
+
+
+def check_memory(config: TrainConfig, plan: MemoryPlan, device: torch.device) -> None:
+    """Refuse a run that does not fit.
 
     Raises:
-        WnRlError: it needs more than is free; the message says which capacity would fit.
+        WnRlError: it needs more than is free; the message names the key that takes most, and what would fit.
     """
+    if device.type == "cuda":
+        _check_fits(config, plan.on_device, device, CONTEXT_BYTES)
+        _check_fits(config, plan.on_host, torch.device("cpu"), LIBRARY_BYTES)
+    else:
+        _check_fits(config, plan.on_device | plan.on_host, device, LIBRARY_BYTES)
+
+
+def _check_fits(config: TrainConfig, needs: dict[str, int], device: torch.device, fixed: int) -> None:
     free = free_bytes(device)
-    if free is None:
+    if free is None or sum(needs.values()) + fixed <= free:
         return
-    room = free - (WORKING_BYTES if device.type == "cpu" else WORKING_BYTES // 3)
-    if replay_bytes > room:
-        fits = max(int(room / replay_bytes * capacity), 0)
-        raise WnRlError(
-            f"the replay of {capacity:,} agent steps needs {replay_bytes / 1e9:.1f} GB, and "
-            f"{max(room, 0) / 1e9:.1f} GB are left for it on {device.type}: "
-            f"lower --replay-capacity (about {fits:,} would fit)"
-        )
+    key = max(needs, key=lambda name: needs[name])
+    value = int(getattr(config, key))
+    room = max(free - fixed - sum(needs.values()) + needs[key], 0)
+    raise WnRlError(
+        f"{key} {value:,} needs {needs[key] / 1e9:.1f} GB, and {room / 1e9:.1f} GB are left for it on {device.type}: "
+        f"lower --{key.replace('_', '-')} (about {int(room / needs[key] * value):,} would fit)"
+    )
 
 
 def pick_device(wanted: str) -> Literal["cpu", "cuda"]:

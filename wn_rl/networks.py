@@ -14,6 +14,8 @@ from wn_rl.errors import CheckpointError
 from wn_rl.parameterizations import names, reparameterize
 
 WeightInit = Literal["he", "torch", "normal"]
+MAX_ACTIONS = 18
+"""The Atari joystick has no more."""
 MAX_PARAMETERS = 2**28
 """No spec may ask for more: a damaged checkpoint must not exhaust memory."""
 MAX_CONVOLUTIONS = 64
@@ -60,7 +62,7 @@ class QNetworkSpec:
             raise CheckpointError("the network spec has missing or unknown fields")
         try:
             spec = cls(
-                num_actions=_whole(values["num_actions"], 1, 18),
+                num_actions=_whole(values["num_actions"], 1, MAX_ACTIONS),
                 parameterization=str(values["parameterization"]),
                 observation_shape=_three(values["observation_shape"], 512),
                 convolutions=_convolutions(values["convolutions"]),
@@ -97,6 +99,19 @@ class QNetworkSpec:
         if total + features * self.hidden_units > MAX_PARAMETERS:
             raise CheckpointError(f"the network spec asks for more than {MAX_PARAMETERS:,} parameters")
         return features
+
+    def count_parameters(self) -> int:
+        """Return the number of weights and biases, before any parameterization adds its own.
+
+        Raises:
+            CheckpointError: see :meth:`flat_features`.
+        """
+        channels = self.observation_shape[0]
+        total = 0
+        for filters, kernel, _ in self.convolutions:
+            total += filters * (channels * kernel**2 + 1)
+            channels = filters
+        return total + self.hidden_units * (self.flat_features() + 1) + self.num_actions * (self.hidden_units + 1)
 
 
 def _whole(value: object, low: int, high: int) -> int:

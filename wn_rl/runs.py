@@ -56,9 +56,9 @@ class RunDirectory:
             UsageError: it holds a run already, or is no directory.
             WnRlError: it cannot be written.
         """
-        if self.config.exists() or self.latest.exists():
-            raise UsageError(f"{self.path} already holds a run: name another --run-dir, or --resume {self.path}")
         try:
+            if self.config.exists() or self.latest.exists():
+                raise UsageError(f"{self.path} already holds a run: name another --run-dir, or --resume {self.path}")
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.evaluations, _csv_lines([EVALUATION_COLUMNS]))
             write_atomically(self.episodes, _csv_lines([EPISODE_COLUMNS]))

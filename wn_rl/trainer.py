@@ -22,7 +22,16 @@ from wn_rl.atari.env import FRAME_SKIP, make_atari
 from wn_rl.config import TrainConfig, to_yaml
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.evaluation import EvaluationInterrupted, EvaluationProtocol, EvaluationResult, environment_options, evaluate
-from wn_rl.machine import WORKING_BYTES, check_replay_fits, device_name, keep_freed_memory, resolve_device
+from wn_rl.machine import (
+    LIBRARY_BYTES,
+    MemoryPlan,
+    check_memory,
+    device_name,
+    keep_freed_memory,
+    plan_memory,
+    resolve_device,
+)
+from wn_rl.networks import MAX_ACTIONS, QNetworkSpec
 from wn_rl.replay import Replay
 from wn_rl.runs import RunDirectory, read_rows, versions
 from wn_rl.telemetry import Dashboard, Progress
@@ -193,11 +202,12 @@ def train(
     config = replace(resolve_device(config), run_dir=None)
     torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
     keep_freed_memory()
-    check_replay_fits(
+    memory = plan_memory(
+        config,
         Replay.expected_bytes(config.replay_capacity, config.num_envs),
-        config.replay_capacity,
-        torch.device(config.device),
+        QNetworkSpec(MAX_ACTIONS, hidden_units=config.hidden_units).count_parameters(),
     )
+    check_memory(config, memory, torch.device(config.device))
     files = RunDirectory(directory)
     run = _Run(config, make_agent, files)
     loop = run.loop
@@ -214,7 +224,7 @@ def train(
     progress = Progress(config.frames, loop.frames, quiet=quiet)
     try:
         with _Signals() as signals:
-            _describe(run, progress)
+            _describe(run, memory, progress)
             loop.start()
             _train(run, dashboard, progress, signals)
             if signals.received is None:
@@ -227,7 +237,7 @@ def train(
         run.env.close()
 
 
-def _describe(run: _Run, progress: Progress) -> None:
+def _describe(run: _Run, memory: MemoryPlan, progress: Progress) -> None:
     config, files = run.config, run.directory
     network = run.loop.agent.q_network
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -239,7 +249,7 @@ def _describe(run: _Run, progress: Progress) -> None:
         f"{parameters:,} parameters, {config.optimizer} with learning rate {config.learning_rate:g}, replay of "
         f"{config.replay_capacity:,} agent steps; writing to {files.path}"
     )
-    replay_gb, working_gb = run.loop.replay.nbytes / 1e9, WORKING_BYTES / 1e9
+    replay_gb, working_gb = run.loop.replay.nbytes / 1e9, (memory.working_bytes + LIBRARY_BYTES) / 1e9
     where = "memory" if config.device == "cpu" else "GPU memory"
     progress.say(
         f"at most {replay_gb:.2f} GB of {where} for the replay, about {working_gb:.1f} GB of memory for the rest"
