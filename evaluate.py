@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from wn_rl import cli
-from wn_rl.config import Count
+from wn_rl.config import Count, import_parameterization
 from wn_rl.errors import UsageError, WnRlError
 
 
@@ -40,6 +40,9 @@ class EvaluateArguments:
     """Where the network runs."""
     num_threads: Count = 0
     """Threads of the network's arithmetic on a CPU; 0: all cores."""
+    param: str | None = None
+    """module:Name of the parameterization, where it is your own: a checkpoint names it, but its module is imported only
+    when it stands here."""
     json: str | None = None
     """Write every episode's score and length, and how they were played, to this file."""
 
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     wanted = cli.parse(EvaluateArguments, arguments)
     _check(wanted)
+    if wanted.param is not None:
+        import_parameterization(wanted.param)
     from wn_rl.evaluation import score_checkpoint  # late: --help and wrong words need no torch
     from wn_rl.report import table
 

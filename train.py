@@ -29,10 +29,13 @@ def main(arguments: Sequence[str]) -> int:
     preset = None if resume else cli.take_option(arguments, "--preset")[0]
     base = config.load(preset, Path(config_file) if config_file else None)
     wanted = cli.parse(config.TrainConfig, arguments, default=base, description=HELP + ", ".join(game_names()) + ".")
+    typed = "param" in cli.given_flags(arguments)
+    if typed and ":" in wanted.param:
+        config.import_parameterization(wanted.param)
     if resume:
         given = cli.given_flags(arguments) | (config.read_yaml(Path(config_file)).keys() if config_file else set())
         return _resume(Path(resume), {key: getattr(wanted, key) for key in given}, quiet=quiet)
-    wanted = config.resolve(wanted)
+    wanted = config.resolve(wanted, param_in_file=config_file is not None and not typed)
     name = runs.default_directory(wanted.game, wanted.param, wanted.preset, wanted.seed)
     from agents.dqn import DQN  # late: --help and wrong words need no torch
     from wn_rl.trainer import train

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from agents.optimizers import make_optimizer
 from wn_rl.config import TrainConfig
+from wn_rl.errors import UsageError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
-from wn_rl.parameterizations import initialize_from_data, resolve
+from wn_rl.parameterizations import initialize_from_data, project
+from wn_rl.parameterizations.api import treated_layers
 from wn_rl.replay import Minibatch
 from wn_rl.training import Statistics
 
@@ -70,13 +72,15 @@ class DQN:
         assert config.weight_init is not None
         self.config = config
         self.device = device
-        self.parameterization = resolve(config.param)
         spec = QNetworkSpec(
             num_actions,
             config.param,
+            options=config.param_options,
+            layers=config.param_layers,
             hidden_units=config.hidden_units,
             weight_init=config.weight_init,
         )
+        self.parameterization = spec.entry()
         self.q_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target_network.requires_grad_(False)
@@ -120,45 +124,66 @@ class DQN:
         """Initialize the network from replayed observations, if its parameterization asks for it, then the target.
 
         Salimans & Kingma 2016, section 3, in full precision; the output layer's Q-values get the standard deviation
-        ``output_init_std`` instead of 1 (see docs/algorithm.md for why).
+        ``output_init_std`` instead of 1 (see docs/algorithm.md for why) unless ``output_init`` is ``literal``.
+
+        Raises:
+            UsageError: the parameterization has no scale to initialize.
         """
         if self.config.data_dependent_init:
-            initialize_from_data(
-                self.q_network,
-                self.parameterization,
-                observations,
-                std_of={"output": self.config.output_init_std},
-            )
+            std = 1.0 if self.config.output_init == "literal" else self.config.output_init_std
+            treats_output = "output" in treated_layers(self.q_network)
+            try:
+                initialize_from_data(self.q_network, observations, std_of={"output": std} if treats_output else None)
+            except TypeError as error:
+                raise UsageError(f"--data-dependent-init: {error}") from None
         self.copy_target()
 
     def td_loss(self, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss per transition, TD error, Q-value of the action taken), each of shape (B,)."""
-        with torch.no_grad(), self._autocast():
-            next_q_values = self.target_network(batch.next_observations)
+        q_values, next_q_values = self._forward(batch)
         rewards = batch.rewards
         if self.config.reward_clip > 0:
             rewards = rewards.clamp(-self.config.reward_clip, self.config.reward_clip)
-        with self._autocast():
-            q_values = self.q_network(batch.observations)
         dtype = torch.promote_types(q_values.dtype, torch.float32)
         targets = td_targets(rewards.to(dtype), batch.terminals, next_q_values.to(dtype), self.config.gamma)
         q_value = q_values.to(dtype).gather(1, batch.actions[:, None]).squeeze(1)
         td_error = targets - q_value
         return huber(td_error), td_error, q_value
 
+    def _forward(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Return the network's Q-values of the observations and the target network's of the next ones.
+
+        Where batch statistics matter, ``joint_batches`` lets each network see both as one batch.
+        """
+        joint = self.config.joint_batches and not self.parameterization.batch_independent
+        with self._autocast():
+            if not joint:
+                with torch.no_grad():
+                    next_q_values = self.target_network(batch.next_observations)
+                return self.q_network(batch.observations), next_q_values
+            both = torch.cat([batch.observations, batch.next_observations])
+            with torch.no_grad():
+                next_q_values = self.target_network(both)[len(batch.observations) :]
+            return self.q_network(both)[: len(batch.observations)], next_q_values
+
     def update(self, batch: Minibatch) -> None:
         """Make one optimizer step on a minibatch; nothing is read back from the device."""
-        # Only batch statistics care for the mode, and switching walks the whole module tree.
-        switch_mode = not self.parameterization.batch_independent
+        # Only some entries care for the mode, and switching walks the whole module tree.
+        switch_mode = self.parameterization.has_training_mode
         if switch_mode:
             self.q_network.train()
+            batch_statistics = self.config.target_statistics == "batch" and not self.parameterization.batch_independent
+            self.target_network.train(batch_statistics)
         losses, td_error, q_value = self.td_loss(batch)
         loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        if self.parameterization.projects:
+            project(self.q_network)
         if switch_mode:
             self.q_network.eval()
+            self.target_network.eval()
         self.updates += 1
         self._summed_updates += 1
         with torch.no_grad():

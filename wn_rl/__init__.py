@@ -13,16 +13,42 @@ __version__ = "0.1.0"
 _WHERE = {
     "reparameterize": "wn_rl.parameterizations",
     "initialize_from_data": "wn_rl.parameterizations",
+    "fold": "wn_rl.parameterizations",
+    "project": "wn_rl.parameterizations",
+    "register": "wn_rl.parameterizations",
     "Parameterization": "wn_rl.parameterizations",
+    "WeightParameterization": "wn_rl.parameterizations",
+    "OutputNormalization": "wn_rl.parameterizations",
     "make_atari": "wn_rl.atari.env",
     "game_names": "wn_rl.atari.games",
 }
-__all__ = ["Parameterization", "__version__", "game_names", "initialize_from_data", "make_atari", "reparameterize"]
+__all__ = [
+    "OutputNormalization",
+    "Parameterization",
+    "WeightParameterization",
+    "__version__",
+    "fold",
+    "game_names",
+    "initialize_from_data",
+    "make_atari",
+    "project",
+    "register",
+    "reparameterize",
+]
 
 if TYPE_CHECKING:
     from wn_rl.atari.env import make_atari
     from wn_rl.atari.games import game_names
-    from wn_rl.parameterizations import Parameterization, initialize_from_data, reparameterize
+    from wn_rl.parameterizations import (
+        OutputNormalization,
+        Parameterization,
+        WeightParameterization,
+        fold,
+        initialize_from_data,
+        project,
+        register,
+        reparameterize,
+    )
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type is that of the name

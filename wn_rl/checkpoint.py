@@ -27,7 +27,7 @@ from wn_rl.config import TrainConfig, from_mapping
 from wn_rl.errors import CheckpointError, UsageError, one_line
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 
-FORMAT = 1
+FORMAT = 2
 _JSON, _MODEL, _TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 _MAX_BYTES = {_JSON: 2**24, _MODEL: 2**32, _TRAINING: 2**34}
 

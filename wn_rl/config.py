@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,7 +17,7 @@ import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from wn_rl.atari.games import find_game
-from wn_rl.errors import UsageError, closest, one_line
+from wn_rl.errors import UsageError, WnRlError, closest, one_line
 
 PRESETS_DIR = Path(__file__).resolve().parents[1] / "configs"
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
@@ -53,6 +53,43 @@ Count = Annotated[
 ]
 
 
+Options = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE …",
+        instance_from_str=lambda words: parse_options(words),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={option}" for name, option in value.items()],
+    ),
+]
+Names = Annotated[
+    tuple[str, ...] | None,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="LAYER …",
+        instance_from_str=lambda words: tuple(words),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: list(value or ()),
+    ),
+]
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """Return ``g=exp rate=0.05`` as a mapping from name to text.
+
+    Raises:
+        ValueError: a word is not NAME=VALUE, or a name stands twice.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value) or name in found:
+            raise ValueError(f"'{word}' is not NAME=VALUE, or the name stands twice")
+        found[name] = value
+    return found
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a DQN with a weight parameterization of your choice on an Atari game.
@@ -64,7 +101,13 @@ class TrainConfig:
     game: str = ""
     """The game, e.g. Breakout, space_invaders or ALE/Pong-v5."""
     param: str = "wn"
-    """Parameterization of the network's weights: standard or wn."""
+    """Parameterization of the network: standard, wn, mean_only_bn, wn_mean_only_bn, bn, ln, sn, wn_projected, or
+    module:Name of your own registered class, whose module is imported."""
+    param_options: Options = field(default_factory=dict)
+    """Options of the parameterization, e.g. g=exp for wn; docs/parameterizations.md lists them."""
+    param_layers: Names = None
+    """Layers that are parameterized, of convolutions.0 convolutions.1 convolutions.2 hidden output (* and ? may stand
+    for letters). Default: those that the parameterization's source treats, for wn all."""
     preset: str = "paper"
     """Start from configs/PRESET.yaml: paper (Salimans & Kingma 2016), nature (Mnih et al. 2015), machado (sticky
     actions, full action set) or quick (for a laptop: something to see within 2M frames)."""
@@ -148,8 +191,16 @@ class TrainConfig:
     init_samples: Count = 512
     """Observations for the data-dependent initialization."""
     output_init_std: float = 0.1
-    """Standard deviation of the Q-values after the data-dependent initialization; 1 is the paper's rule applied to
-    the output layer as to every other."""
+    """Standard deviation of the Q-values after the data-dependent initialization."""
+    output_init: Literal["scaled", "literal"] = "scaled"
+    """literal: the paper's rule applied to the output layer as to every other, a standard deviation of 1;
+    scaled: output_init_std."""
+    target_statistics: Literal["running", "batch"] = "running"
+    """For parameterizations with batch statistics: those that the target network uses. batch: the minibatch's own, so
+    its noise enters the targets."""
+    joint_batches: bool = False
+    """For parameterizations with batch statistics: observations and next observations share one batch, as in CrossQ,
+    instead of being two."""
 
     evaluation_period: Count = 250_000
     """Agent steps between evaluations."""
@@ -231,6 +282,16 @@ def coerce(key: str, value: object) -> Any:  # noqa: ANN401 - the type is that o
         if value not in get_args(hint) or not isinstance(value, str):
             raise UsageError(f"{key}: {value!r} is not one of {', '.join(get_args(hint))}")
         return value
+    if key == "param_options":
+        if not isinstance(value, Mapping) or not all(
+            isinstance(option, str | int | float) for option in value.values()
+        ):
+            raise UsageError(f"{key}: {value!r} is not a mapping from option to number or text")
+        return {str(name): option for name, option in value.items()}
+    if key == "param_layers":
+        if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+            raise UsageError(f"{key}: {value!r} is not a list of layer names")
+        return tuple(value)
     if get_origin(hint) is dict:
         if not isinstance(value, Mapping):
             raise wrong
@@ -378,42 +439,78 @@ def validate(config: TrainConfig) -> None:
         )
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolve(config: TrainConfig, *, param_in_file: bool = False) -> TrainConfig:
     """Return the configuration with names made canonical and every choice of "the default" made.
 
     Device and precision are resolved where torch is loaded, in the training.
 
+    Args:
+        config: as the user gave it.
+        param_in_file: the parameterization's name stands in a file, so it is nobody's typing mistake.
+
     Raises:
         UsageError: an unknown name, or see :func:`validate`.
+        WnRlError: an unknown parameterization in a file.
     """
     if not config.game:
         raise UsageError("no game is named: add --game, e.g. --game Breakout")
     validate(replace(config, game=find_game(config.game).name))
     from wn_rl import parameterizations  # loads torch
+    from wn_rl.networks import QNetworkSpec, treated_names, unknown_in_file
 
-    if config.param not in parameterizations.names():
-        known = parameterizations.names()
+    known = parameterizations.names()
+    try:
+        name = parameterizations.get(config.param).name
+    except KeyError:
+        if param_in_file:
+            raise WnRlError(f"{unknown_in_file(config.param)}. There are: {', '.join(known)}.") from None
         raise UsageError(
             f"unknown parameterization '{config.param}'.{closest(config.param, known)} There are: {', '.join(known)}."
-        )
+        ) from None
+    try:
+        entry = parameterizations.resolve(name, config.param_options)
+    except ValueError as error:
+        raise UsageError(f"param_options: {error}") from None
+    layers = config.param_layers
+    if layers is None:
+        layers = treated_names(entry, len(QNetworkSpec(1).convolutions))
     from_data = config.data_dependent_init
     if from_data is None:
-        from_data = parameterizations.get(config.param).data_dependent_init
+        from_data = entry.data_dependent_init
     rate = config.learning_rate
     if rate is None:
-        rate = config.learning_rates.get(config.param, config.learning_rates.get("standard"))
+        rate = config.learning_rates.get(name, config.learning_rates.get("standard"))
     return replace(
         config,
         game=find_game(config.game).name,
+        param_options=entry.options(),
+        param_layers=layers,
         data_dependent_init=from_data,
         weight_init=config.weight_init or ("normal" if from_data else "he"),
         learning_rate=rate,
     )
 
 
+def import_parameterization(reference: str) -> None:
+    """Import the module of ``module:Name``, so that the class in it is registered.
+
+    It runs the module's code: use it on what a person typed, never on what stands in a file.
+
+    Raises:
+        UsageError: there is no such module or class.
+    """
+    from wn_rl import parameterizations
+
+    try:
+        parameterizations.load(reference)
+    except ValueError as error:
+        raise UsageError(f"--param {reference}: {one_line(error)}") from None
+
+
 def to_yaml(config: TrainConfig) -> str:
     """Return the configuration as a YAML file that ``--config`` reads back to the same values."""
     values = {name: getattr(config, name) for name in _FIELDS}
+    values["param_layers"] = None if config.param_layers is None else list(config.param_layers)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wn_rl.errors import CheckpointError
-from wn_rl.parameterizations import names, reparameterize
+from wn_rl.parameterizations import Parameterization, forward, get, reparameterize, resolve
 
 WeightInit = Literal["he", "torch", "normal"]
 MAX_ACTIONS = 18
@@ -28,7 +28,9 @@ class QNetworkSpec:
 
     Attributes:
         num_actions: outputs, one Q-value per action.
-        parameterization: a registered name.
+        parameterization: a registered name, or ``module:Name`` of a registered class.
+        options: of the parameterization; what is missing has its default.
+        layers: names of the layers that it treats, with ``*`` and ``?``; None: those that its source treats.
         observation_shape: (frames, height, width) of a uint8 observation.
         convolutions: (filters, kernel size, stride) of each, without padding.
         hidden_units: units of the dense layer before the output.
@@ -40,6 +42,8 @@ class QNetworkSpec:
 
     num_actions: int
     parameterization: str = "standard"
+    options: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[str, ...] | None = None
     observation_shape: tuple[int, int, int] = (4, 84, 84)
     convolutions: tuple[tuple[int, int, int], ...] = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
     hidden_units: int = 512
@@ -64,6 +68,8 @@ class QNetworkSpec:
             spec = cls(
                 num_actions=_whole(values["num_actions"], 1, MAX_ACTIONS),
                 parameterization=str(values["parameterization"]),
+                options=_options(values["options"]),
+                layers=_patterns(values["layers"]),
                 observation_shape=_three(values["observation_shape"], 512),
                 convolutions=_convolutions(values["convolutions"]),
                 hidden_units=_whole(values["hidden_units"], 1, 65536),
@@ -71,11 +77,14 @@ class QNetworkSpec:
             )
         except (TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"the network spec is damaged: {error}") from None
-        if spec.parameterization not in names():
-            raise CheckpointError(
-                f"the checkpoint's parameterization '{spec.parameterization}' is not registered; "
-                f"there are: {', '.join(names())}"
-            )
+        try:
+            entry = get(spec.parameterization)
+        except KeyError:
+            raise CheckpointError(unknown_in_file(spec.parameterization)) from None
+        try:
+            resolve(entry.name, spec.options)
+        except ValueError as error:
+            raise CheckpointError(f"the network spec is damaged: {error}") from None
         if spec.weight_init not in get_args(WeightInit):
             raise CheckpointError(f"the network spec has an unknown weight_init '{spec.weight_init}'")
         spec.flat_features()
@@ -100,6 +109,14 @@ class QNetworkSpec:
             raise CheckpointError(f"the network spec asks for more than {MAX_PARAMETERS:,} parameters")
         return features
 
+    def entry(self) -> Parameterization:
+        """Return the parameterization with its options.
+
+        Raises:
+            ValueError: it is not registered, or has no such option.
+        """
+        return resolve(self.parameterization, self.options)
+
     def count_parameters(self) -> int:
         """Return the number of weights and biases, before any parameterization adds its own.
 
@@ -112,6 +129,36 @@ class QNetworkSpec:
             total += filters * (channels * kernel**2 + 1)
             channels = filters
         return total + self.hidden_units * (self.flat_features() + 1) + self.num_actions * (self.hidden_units + 1)
+
+
+def unknown_in_file(name: str) -> str:
+    """Return the error for a parameterization's name that stands in a file and is not registered."""
+    if ":" in name:
+        return f"the parameterization '{name}' is somebody's own and is not imported from a file: add --param {name}"
+    return f"the parameterization '{name}' is not registered: if it is your own, add --param YOUR_MODULE:ITS_CLASS"
+
+
+def treated_names(entry: Parameterization, convolutions: int) -> tuple[str, ...]:
+    """Return the names of a Q-network's layers that the source of ``entry`` treats."""
+    hidden = (*(f"convolutions.{index}" for index in range(convolutions)), "hidden")
+    return {"all": (*hidden, "output"), "hidden": hidden, "penultimate": ("hidden",)}[entry.treats]
+
+
+def _options(values: object) -> dict[str, Any]:
+    if not isinstance(values, Mapping) or len(values) > 64:
+        raise ValueError("the parameterization's options are not a mapping")
+    for name, value in values.items():
+        if not isinstance(value, str | int | float | bool):
+            raise ValueError(f"the parameterization's option {name} is no number or text")
+    return dict(values)
+
+
+def _patterns(values: object) -> tuple[str, ...] | None:
+    if values is None:
+        return None
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str) and len(value) < 100 for value in values):
+        raise ValueError("the names of the parameterized layers are not a list of texts")
+    return tuple(values)
 
 
 def _whole(value: object, low: int, high: int) -> int:
@@ -157,13 +204,24 @@ class QNetwork(nn.Module):
         The output layer stays in the weights' precision under autocast: the eight bits of a bfloat16 are too coarse
         for differences between actions.
         """
-        x = observations.to(self.output.bias.dtype) / 255
+        return self.q_values(self.features(observations))
+
+    def features(self, observations: Tensor) -> Tensor:
+        """Return what the output layer sees, shape (B, hidden units)."""
+        x = observations.to(self.precision) / 255
         for convolution in self.convolutions:
-            x = torch.relu(convolution(x))
-        x = torch.relu(self.hidden(x.flatten(1)))
-        with torch.autocast(x.device.type, enabled=False):
-            q_values: Tensor = self.output(x.to(self.output.bias.dtype))
-        return q_values
+            x = torch.relu(forward(convolution, x))
+        return torch.relu(forward(self.hidden, x.flatten(1)))
+
+    def q_values(self, features: Tensor) -> Tensor:
+        """Return Q-values, shape (B, num_actions), of :meth:`features`."""
+        with torch.autocast(features.device.type, enabled=False):
+            return forward(self.output, features.to(self.precision))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype of the trained parameters."""
+        return next(self.output.parameters()).dtype
 
 
 def _initialize(layer: nn.Conv2d | nn.Linear, weight_init: WeightInit) -> None:
@@ -185,9 +243,18 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 
 def build_q_network(spec: QNetworkSpec, *, seed: int) -> QNetwork:
-    """Build the network that ``spec`` describes, its weights drawn with ``seed``, not the global generator."""
+    """Build the network that ``spec`` describes, its weights drawn with ``seed``, not the global generator.
+
+    Raises:
+        CheckpointError: its parameterization treats no such layer, or cannot treat it.
+    """
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         network = QNetwork(spec)
-        reparameterize(network, spec.parameterization)
+        try:
+            entry = spec.entry()
+            treated = treated_names(entry, len(spec.convolutions)) if spec.layers is None else spec.layers
+            reparameterize(network, entry, include=treated)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
     return network

@@ -28,8 +28,8 @@ def versions() -> dict[str, str]:
 
 
 def default_directory(game: str, param: str, preset: str, seed: int) -> Path:
-    """Return ``runs/GAME-PARAM-PRESET-sSEED-TIME``, TIME being local."""
-    return Path("runs") / f"{game}-{param}-{preset}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Return ``runs/GAME-PARAM-PRESET-sSEED-TIME``, TIME being local; of ``module:Name`` the name."""
+    return Path("runs") / f"{game}-{param.rpartition(':')[2]}-{preset}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 class RunDirectory:

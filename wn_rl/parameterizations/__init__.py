@@ -1,8 +1,34 @@
 """Swappable parameterizations for any torch model. Imports only torch."""
 
-from wn_rl.parameterizations import standard, weight_norm  # noqa: F401  (their decorators fill the registry)
-from wn_rl.parameterizations.api import initialize_from_data, reparameterize, resolve
-from wn_rl.parameterizations.base import Parameterization
-from wn_rl.parameterizations.registry import get, names, register
+# Importing an entry's module puts it into the registry, in this order.
+from wn_rl.parameterizations import standard  # noqa: I001
+from wn_rl.parameterizations import weight_norm
+from wn_rl.parameterizations import batch_norm
+from wn_rl.parameterizations import layer_norm
+from wn_rl.parameterizations import spectral_norm
+from wn_rl.parameterizations import projected
+from wn_rl.parameterizations.api import fold, forward, initialize_from_data, project, reparameterize, resolve
+from wn_rl.parameterizations.base import OutputNormalization, Parameterization, WeightParameterization
+from wn_rl.parameterizations.registry import get, load, names, register
 
-__all__ = ["Parameterization", "get", "initialize_from_data", "names", "register", "reparameterize", "resolve"]
+__all__ = [
+    "OutputNormalization",
+    "Parameterization",
+    "WeightParameterization",
+    "batch_norm",
+    "fold",
+    "forward",
+    "get",
+    "initialize_from_data",
+    "layer_norm",
+    "load",
+    "names",
+    "project",
+    "projected",
+    "register",
+    "reparameterize",
+    "resolve",
+    "spectral_norm",
+    "standard",
+    "weight_norm",
+]

@@ -1,9 +1,12 @@
-"""Put a parameterization on a model, and initialize it from data."""
+"""Put a parameterization on a model, initialize it from data, fold it into plain weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,53 +14,174 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from wn_rl.parameterizations import registry
-from wn_rl.parameterizations.base import LAYERS, Parameterization
+from wn_rl.parameterizations.base import (
+    LAYERS,
+    RECURRENT,
+    Normalization,
+    Parameterization,
+    Units,
+    bias_of,
+    entry_of,
+    make,
+    note_entry,
+    spatial_axes,
+    weight_names,
+)
+
+Choice = str | type[nn.Module] | nn.Module
+"""Layers of a model: a name with ``*`` and ``?``, a type, or the layer itself."""
 
 
-def resolve(parameterization: str | Parameterization) -> Parameterization:
+def resolve(parameterization: str | Parameterization, options: Mapping[str, Any] | None = None) -> Parameterization:
     """Return the object behind a registered name; an object is returned as it is.
 
+    Args:
+        parameterization: a registered name (``wn``, or ``module:Name`` of a class that is registered), or an object.
+        options: of the parameterization, where a name is given.
+
     Raises:
-        ValueError: no parameterization has this name.
+        ValueError: no parameterization has this name, or it has no such option.
     """
     if isinstance(parameterization, Parameterization):
+        if options:
+            raise ValueError("options go with a name; an object has its own")
         return parameterization
     try:
-        return registry.get(parameterization)()
+        entry = registry.get(parameterization)
     except KeyError:
         known = ", ".join(registry.names())
         raise ValueError(f"unknown parameterization '{parameterization}'; there are: {known}") from None
+    return make(entry, dict(options or {}))
 
 
-def treated_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that a parameterization applies to, by their name in ``model``."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+def treated_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Parameterization]]:
+    """Return the layers of ``model`` that carry a parameterization, with it, by their name."""
+    found = {}
+    for name, module in model.named_modules():
+        entry = entry_of(module)
+        if entry is not None:
+            found[name] = (module, entry)
+    return found
 
 
-def reparameterize(model: nn.Module, parameterization: str | Parameterization) -> nn.Module:
-    """Reparameterize every Linear and Conv layer of ``model`` in place; its output does not change.
+def _matches(choice: Choice, name: str, module: nn.Module) -> bool:
+    if isinstance(choice, str):
+        return fnmatchcase(name, choice)
+    return isinstance(module, choice) if isinstance(choice, type) else module is choice
+
+
+def _chosen(model: nn.Module, include: Iterable[Choice] | None, exclude: Iterable[Choice]) -> dict[str, nn.Module]:
+    candidates = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    include = None if include is None else list(include)
+    exclude = list(exclude)
+    for choice in [*(include or []), *exclude]:
+        if not any(_matches(choice, name, module) for name, module in candidates.items()):
+            shown = choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
+            raise ValueError(f"no layer matches '{shown}'; there are: {', '.join(map(_shown, candidates)) or 'none'}")
+    return {
+        name: module
+        for name, module in candidates.items()
+        if (include is None or any(_matches(choice, name, module) for choice in include))
+        and not any(_matches(choice, name, module) for choice in exclude)
+    }
+
+
+def _shown(name: str) -> str:
+    return name or "the model itself"
+
+
+def reparameterize(
+    model: nn.Module,
+    parameterization: str | Parameterization,
+    *,
+    include: Iterable[Choice] | None = None,
+    exclude: Iterable[Choice] = (),
+    **options: Any,  # noqa: ANN401 - each entry has its own
+) -> nn.Module:
+    """Reparameterize the Linear, convolution and recurrent layers of ``model`` in place.
 
     Args:
         model: any module; embeddings and other layer types are left alone.
         parameterization: a registered name, or a :class:`Parameterization`.
+        include: only these layers: names with ``*`` and ``?``, types, or layers; default: all.
+        exclude: not these.
+        options: of the parameterization, e.g. ``g="exp"``; see its docstring.
 
     Returns:
-        The same ``model``.
+        The same ``model``. Its parameters are other tensors than before: make the optimizer afterwards.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name or option, a choice that matches no layer, or a layer that this parameterization
+            cannot treat. Nothing was changed.
     """
-    entry = resolve(parameterization)
-    for layer in treated_layers(model).values():
+    entry = resolve(parameterization, options)
+    layers = _chosen(model, include, exclude)
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    for name, layer in layers.items():
+        shared = any(uses[id(getattr(layer, weight))] > 1 for weight in weight_names(layer))
+        if problem := _problem(entry, layer, shared=shared):
+            kind = type(layer).__name__
+            raise ValueError(f"layer '{_shown(name)}' ({kind}): {problem}; exclude= leaves a layer alone")
+    for layer in layers.values():
         entry.apply(layer)
+        note_entry(layer, entry)
     return model
 
 
-def _rounding(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return, per output unit, what rounding alone can make of the deviation of a constant pre-activation."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return torch.finfo(x.dtype).eps * weight.abs().flatten(1).sum(1) * x.abs().max()
+def _problem(entry: Parameterization, layer: nn.Module, *, shared: bool) -> str:
+    """Return why ``entry`` cannot treat ``layer``, an empty text if it can."""
+    if not isinstance(layer, entry.layers):
+        return f"'{entry.name}' does not treat this type"
+    if shared:
+        return "its weight is shared with another layer, which would be left behind"
+    try:
+        entry.check(layer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Write every parameterization of ``model`` into plain weights and biases, in place.
+
+    The model's output in evaluation mode stays what it was; running statistics become part of weight and bias.
+
+    Returns:
+        The same ``model``, with the state dict that it would have had without any parameterization (a layer without
+        bias gains one where a mean was subtracted).
+
+    Raises:
+        ValueError: a layer's parameterization cannot be folded; nothing was changed.
+    """
+    treated = treated_layers(model)
+    for name, (_, entry) in treated.items():
+        if not entry.foldable:
+            raise ValueError(
+                f"layer '{_shown(name)}': '{entry.name}' cannot be folded: no plain weight and bias give its output"
+            )
+    for layer, entry in treated.values():
+        training = layer.training
+        layer.eval()
+        entry.fold(layer)
+        layer.train(training)
+        note_entry(layer, None)
+    return model
+
+
+def project(model: nn.Module) -> None:
+    """Bring the parameters of ``model`` back to where their parameterization wants them after an optimizer step.
+
+    Only entries that say so need it (``wn_projected``); for the others it does nothing.
+    """
+    for layer, entry in treated_layers(model).values():
+        if entry.projects:
+            entry.project(layer)
+
+
+def forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)``, the cheapest way that the layer's parameterization knows to the same values."""
+    entry = entry_of(layer)
+    return entry.forward(layer, x) if entry is not None else layer(x)
 
 
 @dataclass(frozen=True)
@@ -68,11 +192,33 @@ class LayerInit:
     std: Tensor
 
 
+def _rounding(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return, per output unit, what rounding alone can make of the deviation of a constant pre-activation."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return torch.finfo(x.dtype).eps * Units.of(layer).rows(weight).abs().sum(1) * x.abs().max()
+
+
+@contextlib.contextmanager
+def _statistics_of_one_batch(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let batch statistics be those of the next batch, and make its running ones just that."""
+    modules = [layer.normalization for layer in layers.values() if "normalization" in layer._modules]
+    normalizations = [module for module in modules if isinstance(module, Normalization)]
+    before = [(normalization, normalization.training, normalization.rate) for normalization in normalizations]
+    for normalization in normalizations:
+        normalization.train()
+        normalization.rate = 1.0
+    try:
+        yield
+    finally:
+        for normalization, training, rate in before:
+            normalization.train(training)
+            normalization.rate = rate
+
+
 def initialize_from_data(
     model: nn.Module,
-    parameterization: str | Parameterization,
-    batch: Tensor,
-    *,
+    *batch: Any,  # noqa: ANN401 - whatever the model takes
     std: float = 1.0,
     std_of: Mapping[str, float] | None = None,
 ) -> dict[str, LayerInit]:
@@ -81,51 +227,60 @@ def initialize_from_data(
     Salimans & Kingma 2016, section 3: with t the layer's output without bias, g ← 1/σ[t] and b ← −μ[t]/σ[t];
     statistics over the batch and, in convolutions, over positions; the population standard deviation. Each layer
     sees what the layers before it give *after* their own initialization. An output unit that is constant over
-    the batch keeps its scale and is only centred.
+    the batch keeps its scale and is only centred. Entries with batch statistics are initialized in training mode, and
+    their running statistics become those of ``batch``.
 
     Args:
-        model: a model that ``parameterization`` was applied to; each treated layer needs a bias.
-        parameterization: the entry on the model.
-        batch: the input of ``model``; its first axis is the batch.
+        model: a model that :func:`reparameterize` has treated, whatever its forward pass does between the layers; each
+            treated layer needs a bias.
+        batch: the arguments of the model's forward pass; 500 examples or so.
         std: the standard deviation that each pre-activation gets.
         std_of: another value for single layers, by name, e.g. ``{"output": 0.1}``.
 
     Returns:
-        By layer name, the statistics of t that were found.
+        By layer name, the statistics of t that were found. Layers that the forward pass does not reach are left out.
 
     Raises:
-        ValueError: a layer without bias or an unknown name in ``std_of`` (nothing was changed); a layer used twice in
-            the forward pass (those before it are initialized), or one of ``std_of`` that it does not reach.
+        ValueError: a model without parameterization, a layer without bias, a recurrent layer, or an unknown name in
+            ``std_of`` (nothing was changed); a layer used twice in the forward pass (those before it are initialized),
+            or one of ``std_of`` that it does not reach.
     """
-    entry = resolve(parameterization)
-    layers = treated_layers(model)
+    treated = treated_layers(model)
+    layers = {name: layer for name, (layer, _) in treated.items()}
     targets = dict.fromkeys(layers, std) | dict(std_of or {})
+    if not layers:
+        raise ValueError("the model carries no parameterization: reparameterize() it first ('standard' will do)")
     if unknown := set(targets) - set(layers):
-        raise ValueError(f"no layer is named {', '.join(sorted(unknown))}; there are: {', '.join(layers)}")
+        raise ValueError(f"no treated layer is named {', '.join(sorted(unknown))}; there are: {', '.join(layers)}")
     for name, layer in layers.items():
-        if not isinstance(layer.bias, Tensor):
+        if isinstance(layer, RECURRENT):
+            raise ValueError(
+                f"layer '{name}' is recurrent: it is used at every time step and has no one pre-activation"
+            )
+        if bias_of(layer) is None:
             raise ValueError(f"layer '{name}' has no bias, so its pre-activations cannot be centred")
     found: dict[str, LayerInit] = {}
     handles: list[RemovableHandle] = []
 
-    def initialize(name: str, layer: nn.Module) -> None:
+    def initialize(name: str, layer: nn.Module, entry: Parameterization) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in found:
                 raise ValueError(f"layer '{name}' is used twice in the forward pass")
-            assert isinstance(module.bias, Tensor)
-            module.bias.zero_()
+            bias = bias_of(module)
+            assert bias is not None
+            bias.zero_()
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t: Tensor) -> Tensor:
-            (x,) = (*args, *kwargs.values())
-            units = 1 if not isinstance(module, nn.Linear) else t.dim() - 1
+            (x, *_) = (*args, *kwargs.values())
+            units = t.dim() - 1 - spatial_axes(module)
             axes = [axis for axis in range(t.dim()) if axis != units]
             mean = t.mean(axes)
             deviation = t.std(axes, correction=0)
             constant = deviation <= _rounding(module, x)
             factor = torch.where(constant, torch.ones_like(deviation), targets[name] / deviation)
             entry.rescale(module, factor)
-            bias = module.bias
-            assert isinstance(bias, Tensor)
+            bias = bias_of(module)
+            assert bias is not None
             bias.copy_(-mean * factor)
             found[name] = LayerInit(mean, deviation)
             shape = [-1 if axis == units else 1 for axis in range(t.dim())]
@@ -134,11 +289,11 @@ def initialize_from_data(
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(after, with_kwargs=True))
 
-    for name, layer in layers.items():
-        initialize(name, layer)
+    for name, (layer, entry) in treated.items():
+        initialize(name, layer, entry)
     try:
-        with torch.no_grad():
-            model(batch)
+        with torch.no_grad(), _statistics_of_one_batch(layers):
+            model(*batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,22 +1,117 @@
-"""What a parameterization is: how one layer's weight is written in terms of trained parameters."""
+"""What a parameterization is, and how one attaches to a layer."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layer types that :func:`wn_rl.reparameterize` knows how to treat: output units lie on weight axis 0."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *RECURRENT)
+"""Layer types that :func:`wn_rl.reparameterize` treats."""
+
+_ENTRY = "_wn_rl_parameterization"
+
+
+@dataclass(frozen=True)
+class Units:
+    """Where the output units lie in a weight.
+
+    On axis 0 for Linear, Conv and recurrent weights; on axis 1, within each group, for transposed convolutions, whose
+    weight has the shape (inputs, outputs / groups, …).
+    """
+
+    transposed: bool = False
+    groups: int = 1
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Units:
+        """Return where the units of ``layer`` lie."""
+        if isinstance(layer, TRANSPOSED):
+            return cls(transposed=True, groups=layer.groups)
+        return cls()
+
+    def split(self, weight: Tensor) -> Tensor:
+        """Return a view of ``weight`` in which every per-unit tensor broadcasts."""
+        return weight.view(self.groups, -1, *weight.shape[1:]) if self.groups > 1 else weight
+
+    def axes(self, split: Tensor) -> list[int]:
+        """Return the axes of a :meth:`split` weight that lie within a unit."""
+        unit_axes = {0} if not self.transposed else {1} if self.groups == 1 else {0, 2}
+        return [axis for axis in range(split.dim()) if axis not in unit_axes]
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """Return ‖·‖ of each unit's weights, shaped to broadcast with :meth:`split`."""
+        if not self.transposed:
+            return torch.norm_except_dim(weight, 2, 0)
+        split = self.split(weight)
+        norm: Tensor = torch.linalg.vector_norm(split, dim=self.axes(split), keepdim=True)
+        return norm
+
+    def scale(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """Return ``weight`` times a per-unit ``factor`` (shaped as :meth:`norm`'s result, or flat)."""
+        split = self.split(weight)
+        return (split * self.shaped(factor, weight)).view_as(weight)
+
+    def shaped(self, factor: Tensor, weight: Tensor) -> Tensor:
+        """Return a flat per-unit tensor in the shape of :meth:`norm`'s result."""
+        split = self.split(weight)
+        within = self.axes(split)
+        return factor.reshape([1 if axis in within else size for axis, size in enumerate(split.shape)])
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return ``weight`` as a matrix with a row for each unit, shape (units, inputs of a unit)."""
+        split = self.split(weight)
+        within = self.axes(split)
+        outside = [axis for axis in range(split.dim()) if axis not in within]
+        rows = split.permute(*outside, *within)
+        return rows.reshape(math.prod(rows.shape[: len(outside)]), -1)
+
+
+def weight_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of a layer's weight tensors: ``weight``, or each of a recurrent layer's."""
+    if not isinstance(layer, RECURRENT):
+        return ("weight",)
+    stored = dict(layer.named_parameters(recurse=False)).keys()
+    parametrized = layer.parametrizations.keys() if parametrize.is_parametrized(layer) else ()  # type: ignore[operator,union-attr]
+    return tuple(sorted(name for name in (*stored, *parametrized) if name.startswith("weight")))
+
+
+def spatial_axes(layer: nn.Module) -> int:
+    """Return how many axes follow the units' in a layer's output: 0 for Linear, 1 to 3 for convolutions."""
+    if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+        return 1
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        return 2
+    return 3 if isinstance(layer, nn.Conv3d | nn.ConvTranspose3d) else 0
+
+
+def units_of(layer: nn.Module) -> int:
+    """Return the number of output units of a Linear or convolution."""
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """Return a treated layer's trained bias, wherever its parameterization keeps it."""
+    normalization = layer._modules.get("normalization")
+    bias = normalization.bias if normalization is not None else layer.bias
+    return bias if isinstance(bias, Tensor) else None
 
 
 class Parameterization:
-    """One way of writing the weights of a layer.
+    """One way of writing what a layer computes in terms of trained parameters.
 
-    Subclass it, decorate the class with :func:`wn_rl.parameterizations.register` and its name works everywhere
-    a name is accepted. An instance holds options, never a layer's state: that lives in the layer itself, so
-    ``state_dict`` and ``deepcopy`` of the model carry all of it.
+    Subclass :class:`WeightParameterization` or :class:`OutputNormalization` (or this class), decorate the subclass
+    with :func:`wn_rl.parameterizations.register`, and its name works everywhere a name is accepted. Make it a frozen
+    dataclass if it has options: bool, int, float, str or ``Literal`` fields with defaults. An instance holds options,
+    never a layer's state: that lives in the layer itself, so ``state_dict`` and ``deepcopy`` of the model carry it.
     """
 
     name: ClassVar[str] = ""
@@ -28,12 +123,45 @@ class Parameterization:
     data_dependent_init: ClassVar[bool] = False
     """Whether the entry's source initializes it from data (Salimans & Kingma 2016, section 3)."""
 
+    has_training_mode: ClassVar[bool] = False
+    """Whether a forward pass in training mode differs from one in evaluation mode, or changes a buffer."""
+
+    preserves_output: ClassVar[bool] = True
+    """Whether putting it on a layer leaves the layer's output in evaluation mode as it was."""
+
+    foldable: ClassVar[bool] = False
+    """Whether :func:`wn_rl.fold` can write it as a plain weight and bias (in evaluation mode)."""
+
+    leaves_plain: ClassVar[bool] = False
+    """Whether a treated layer is an ordinary one, so that another parameterization may take this one's place."""
+
+    projects: ClassVar[bool] = False
+    """Whether :func:`wn_rl.project` must follow every optimizer step."""
+
+    treats: ClassVar[Literal["all", "hidden", "penultimate"]] = "all"
+    """Which layers of a Q-network its source treats: all, all but the output layer, or the one before the output."""
+
+    layers: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
+    """Layer types that it can treat."""
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuse a layer that it cannot treat.
+
+        Raises:
+            ValueError: what is wrong with the layer; it does not name it.
+        """
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in layer.parameters()):
+            raise ValueError("it has no weights yet (a lazy layer): run the model once before")
+        before = entry_of(layer)
+        if (before is not None and not before.leaves_plain) or parametrize.is_parametrized(layer):
+            raise ValueError("it is parametrized already; fold() takes a parameterization off")
+
     def apply(self, layer: nn.Module) -> None:
-        """Reparameterize ``layer`` in place. Its output must not change."""
+        """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
         raise TypeError(f"{type(self).__name__} does not say how it treats a layer")
 
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
-        """Multiply the layer's weight by ``factor`` per output unit, in place.
+        """Multiply what the layer computes, its bias aside, by ``factor`` per output unit, in place.
 
         Data-dependent initialization uses it to give each pre-activation its scale.
 
@@ -41,17 +169,246 @@ class Parameterization:
             layer: a layer that :meth:`apply` has treated.
             factor: positive, shape ``(output units,)``, the weight's dtype and device.
         """
-        raise TypeError(f"{type(self).__name__} has no scale to initialize from data")
+        raise TypeError(f"'{self.name or type(self).__name__}' has no scale to initialize from data")
+
+    def fold(self, layer: nn.Module) -> None:
+        """Undo :meth:`apply` in place, with a plain weight and bias that give the same output."""
+        raise TypeError(f"{type(self).__name__} does not say how it is folded")
+
+    def project(self, layer: nn.Module) -> None:
+        """Bring the layer's parameters back to where they must be after an optimizer step."""
+
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the layer's output; an entry may know a cheaper way than ``layer(x)`` to the same values."""
+        output: Tensor = layer(x)
+        return output
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of this instance."""
+        return {entry.name: getattr(self, entry.name) for entry in option_fields(type(self))}
 
 
-def per_output(factor: Tensor, weight: Tensor) -> Tensor:
-    """Reshape ``(output units,)`` so that it broadcasts along axis 0 of ``weight``."""
-    return factor.reshape(-1, *([1] * (weight.dim() - 1)))
+def option_fields(entry: type[Parameterization]) -> tuple[Any, ...]:
+    """Return the dataclass fields of a parameterization's options, none for a class without."""
+    return fields(entry) if hasattr(entry, "__dataclass_fields__") else ()  # type: ignore[arg-type]
 
 
-@torch.no_grad()
-def plain_weight_rescale(layer: nn.Module, factor: Tensor) -> None:
-    """Scale a layer whose ``weight`` is an ordinary parameter, in place."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    weight.mul_(per_output(factor, weight))
+def make(entry: type[Parameterization], options: dict[str, Any]) -> Parameterization:
+    """Build a parameterization from options that nobody vouches for.
+
+    Args:
+        entry: the class.
+        options: by name; a text is read as the option's type.
+
+    Raises:
+        ValueError: an unknown option, or a value that it cannot take.
+    """
+    known = {field.name for field in option_fields(entry)}
+    hints = get_type_hints(entry)
+    for name in options:
+        if name not in known:
+            there = f"there are: {', '.join(sorted(known))}" if known else "it has none"
+            raise ValueError(f"the parameterization '{entry.name}' has no option '{name}'; {there}")
+    return entry(**{name: _as(hints[name], name, value) for name, value in options.items()})
+
+
+def _as(hint: Any, name: str, value: object) -> Any:  # noqa: ANN401 - the type is that of the option
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"the option {name} is one of {', '.join(map(str, get_args(hint)))}, not {value!r}")
+        return value
+    if hint is bool:
+        truth = {"true": True, "false": False}.get(str(value).lower())
+        if truth is None:
+            raise ValueError(f"the option {name} is true or false, not {value!r}")
+        return truth
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"the option {name} is not {value!r}")
+    try:
+        return hint(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"the option {name} is of type {hint.__name__}, not {value!r}") from None
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse an option outside its range.
+
+    Raises:
+        ValueError: it is; NaN is outside every range.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"the option {name} must be from {low:g} to {high:g}, not {value:g}")
+
+
+def entry_of(layer: nn.Module) -> Parameterization | None:
+    """Return the parameterization on ``layer``, None where there is none."""
+    entry = layer.__dict__.get(_ENTRY)
+    return entry if isinstance(entry, Parameterization) else None
+
+
+def note_entry(layer: nn.Module, entry: Parameterization | None) -> None:
+    """Write on ``layer`` which parameterization it carries."""
+    if entry is None:
+        layer.__dict__.pop(_ENTRY, None)
+    else:
+        layer.__dict__[_ENTRY] = entry
+
+
+class WeightParameterization(Parameterization):
+    """A parameterization that computes the weight itself, through ``torch.nn.utils.parametrize``.
+
+    A subclass says which module computes w (:meth:`computes`): its ``forward`` takes the trained tensors, its
+    ``right_inverse`` gives them for a weight. Recurrent layers have each of their weight matrices treated.
+    """
+
+    foldable = True
+
+    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+        """Return the module that computes a weight of the shape of ``weight``."""
+        raise TypeError(f"{type(self).__name__} does not say how it computes a weight")
+
+    def apply(self, layer: nn.Module) -> None:
+        """Register the parametrization of each weight of ``layer``."""
+        for name in weight_names(layer):
+            weight = getattr(layer, name)
+            parametrize.register_parametrization(layer, name, self.computes(Units.of(layer), weight))
+        if isinstance(layer, nn.RNNBase):
+            # The class is this layer's own since it is parametrized; .to() must not collect weights either.
+            setattr(type(layer), "_init_flat_weights", _forget_flat_weights)  # noqa: B010 - mypy knows the method
+            _forget_flat_weights(layer)
+            layer.register_forward_pre_hook(_collect_flat_weights)
+            layer.register_forward_hook(_forget_flat_weights)
+
+    def fold(self, layer: nn.Module) -> None:
+        """Leave the weights as they are now, as plain parameters."""
+        for name in weight_names(layer):
+            trained = any(parameter.requires_grad for parameter in layer.parametrizations[name].parameters())  # type: ignore[index,union-attr]
+            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+            getattr(layer, name).requires_grad_(trained)
+        if isinstance(layer, nn.RNNBase):
+            remove_hook(layer._forward_pre_hooks, _collect_flat_weights)
+            remove_hook(layer._forward_hooks, _forget_flat_weights)
+            layer._init_flat_weights()
+
+
+def _collect_flat_weights(layer: nn.RNNBase, _inputs: object) -> None:
+    """Give a recurrent layer the weights for one forward pass."""
+    layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
+
+
+def _forget_flat_weights(layer: nn.RNNBase, *_: object) -> None:
+    """Drop the weights that a recurrent layer keeps from its last forward pass.
+
+    ``nn.RNNBase`` keeps its weights in a list; parametrized ones are results of a computation, which ``deepcopy``
+    refuses to copy and which would keep the graph alive. So here the list is filled for each forward pass and is empty
+    in between. Without references in ``_flat_weight_refs`` it never takes its list for outdated.
+    """
+    layer._flat_weights = [None for _ in layer._flat_weights_names]
+    layer._flat_weight_refs = [None for _ in layer._flat_weights_names]
+
+
+def remove_hook(hooks: dict[int, Any], hook: object) -> None:
+    """Remove a hook by its function, since a copied model has no handle for it."""
+    for key in [key for key, registered in hooks.items() if registered is hook]:
+        del hooks[key]
+
+
+class Normalization(nn.Module):
+    """What an :class:`OutputNormalization` puts behind a layer: it takes the layer's output t, without bias.
+
+    Attributes:
+        bias: the layer's bias, moved here, or None.
+        spatial_axes: axes after the units' axis.
+        rate: weight of a new minibatch in running statistics, where there are any.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, bias: nn.Parameter | None, spatial_axes: int, rate: float = 0.0) -> None:
+        """Take over the layer's bias."""
+        super().__init__()
+        self.register_parameter("bias", bias)
+        self.spatial_axes = spatial_axes
+        self.rate = rate
+
+    def unit_axis(self, t: Tensor) -> int:
+        """Return the axis of ``t`` on which the units lie."""
+        return t.dim() - 1 - self.spatial_axes
+
+    def other_axes(self, t: Tensor) -> list[int]:
+        """Return every axis of ``t`` but the units'."""
+        return [axis for axis in range(t.dim()) if axis != self.unit_axis(t)]
+
+    def along_units(self, per_unit: Tensor, t: Tensor) -> Tensor:
+        """Return ``per_unit``, shape (units,), shaped to broadcast with ``t``."""
+        return per_unit.view([1 if axis != self.unit_axis(t) else -1 for axis in range(t.dim())])
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Return (scale, shift), shape (units,), that this comes to in evaluation mode."""
+        raise TypeError(f"{type(self).__name__} is no fixed scale and shift")
+
+    def rescale(self, factor: Tensor) -> None:
+        """Multiply the output, its bias aside, by ``factor`` per unit; the layer before it is left alone."""
+        raise TypeError(f"{type(self).__name__} has no scale")
+
+
+def _normalize(layer: nn.Module, _inputs: object, t: Tensor) -> Tensor:
+    normalized: Tensor = layer.normalization(t)  # type: ignore[operator]
+    return normalized
+
+
+class OutputNormalization(Parameterization):
+    """A parameterization that normalizes what a layer computes, before bias and nonlinearity.
+
+    The layer gets a submodule ``normalization``, which holds its bias from then on, and a forward hook that calls it.
+    A recurrent layer does not show its pre-activations and is refused.
+    """
+
+    foldable = True
+    layers = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+
+    def normalization(self, layer: nn.Module, bias: nn.Parameter | None) -> Normalization:
+        """Return the module that normalizes the output of ``layer``."""
+        raise TypeError(f"{type(self).__name__} does not say how it normalizes")
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuse recurrent layers, and those whose owner reads the weight instead of calling them."""
+        super().check(layer)
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            raise ValueError("it is part of an attention that never calls it, so its output cannot be normalized")
+        if "normalization" in layer._modules:
+            raise ValueError("it has a submodule 'normalization' already")
+
+    def apply(self, layer: nn.Module) -> None:
+        """Move the bias behind the normalization and hook it in."""
+        bias = layer.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        layer.register_parameter("bias", None)
+        weight = next(layer.parameters())
+        normalization = self.normalization(layer, bias).to(weight.device)
+        normalization.train(layer.training)
+        layer.add_module("normalization", normalization)
+        layer.register_forward_hook(_normalize)
+
+    @torch.no_grad()
+    def rescale(self, layer: nn.Module, factor: Tensor) -> None:
+        """Multiply the normalization's gain."""
+        normalization = layer.normalization
+        assert isinstance(normalization, Normalization)
+        normalization.rescale(factor)
+
+    @torch.no_grad()
+    def fold(self, layer: nn.Module) -> None:
+        """Write scale and shift of evaluation mode into the layer's weight and bias."""
+        normalization = layer.normalization
+        assert isinstance(normalization, Normalization)
+        scale, shift = normalization.plain()
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        weight.copy_(Units.of(layer).scale(weight, scale.to(weight.dtype)))
+        bias = normalization.bias
+        remove_hook(layer._forward_hooks, _normalize)
+        del layer._modules["normalization"]
+        bias = nn.Parameter(torch.empty_like(shift), requires_grad=weight.requires_grad) if bias is None else bias
+        bias.copy_(shift)
+        layer.register_parameter("bias", bias)

@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Parameterization, per_output
+from wn_rl.parameterizations.base import Units, WeightParameterization, weight_names
 from wn_rl.parameterizations.registry import register
+from wn_rl.parameterizations.scaled_output import scaled_conv2d, scaled_linear
+
+Scale = Literal["direct", "exp"]
 
 
 class WeightNormalized(nn.Module):
-    """Compute w = g · v / ‖v‖ with one g per output unit; ‖·‖ runs over every axis but the first.
+    """Compute w = g · v / ‖v‖ with one g per output unit; ‖·‖ runs over every other axis.
 
     No epsilon in the norm, as in the authors' code. Plugs into ``torch.nn.utils.parametrize``, under which g is
-    ``parametrizations.weight.original0``, shape ``(output units, 1, …)``, and v is ``…original1``, the shape of w.
+    ``parametrizations.weight.original0``, shape ``(output units, 1, …)`` (its logarithm where ``exponential``), and v
+    is ``…original1``, the shape of w.
     """
+
+    def __init__(self, units: Units, *, exponential: bool = False) -> None:
+        """Say where the units lie, and whether log g is trained instead of g."""
+        super().__init__()
+        self.units = units
+        self.exponential = exponential
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         """Return w, the shape of ``v``."""
-        return torch._weight_norm(v, g, 0)
+        if self.exponential:
+            g = g.exp()
+        if not self.units.transposed:
+            return torch._weight_norm(v, g, 0)
+        return self.units.scale(v, g / self.units.norm(v))
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (g, v) = (‖w‖, w), so that the layer's output does not change."""
-        return torch.norm_except_dim(w, 2, 0), w.clone(memory_format=torch.preserve_format)
+        g = self.units.norm(w)
+        return g.log() if self.exponential else g, w.clone(memory_format=torch.preserve_format)
 
 
-def direction_and_scale(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return a weight-normalized layer's trained parameters (v, g).
+def direction_and_scale(layer: nn.Module, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """Return a weight-normalized layer's trained parameters (v, g); g is log g where that is trained.
 
     Raises:
         TypeError: the layer is not weight-normalized.
     """
-    if parametrize.is_parametrized(layer, "weight"):
-        slot = layer.parametrizations["weight"]  # type: ignore[index]
+    if parametrize.is_parametrized(layer, name):
+        slot = layer.parametrizations[name]  # type: ignore[index]
         if isinstance(slot, parametrize.ParametrizationList) and isinstance(slot[0], WeightNormalized):
             g, v = slot.original0, slot.original1
             assert isinstance(g, Tensor)
@@ -43,31 +61,50 @@ def direction_and_scale(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 @register("wn")
-class WeightNormalization(Parameterization):
+@dataclass(frozen=True)
+class WeightNormalization(WeightParameterization):
     """Train g and v of w = g · v / ‖v‖: length and direction of each unit's weights apart.
 
     Uses no batch statistics, so the Q-value of a state never depends on the other states of a minibatch. The
-    paper pairs it with data-dependent initialization (section 3), on here unless switched off.
+    paper pairs it with data-dependent initialization (section 3), on here unless switched off. It normalizes every
+    layer, the last one included, as the authors' image code does; for the RL runs this is not known.
+
+    Attributes:
+        g: ``direct`` trains g (the authors' code); ``exp`` trains log g, which the paper tried and found no better.
     """
+
+    g: Scale = "direct"
 
     data_dependent_init = True
 
-    def apply(self, layer: nn.Module) -> None:
-        """Replace ``weight`` by (g, v) = (‖w‖, w).
+    def check(self, layer: nn.Module) -> None:
+        """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
+        super().check(layer)
+        for name in weight_names(layer):
+            if bool((Units.of(layer).norm(getattr(layer, name).detach()) == 0).any()):
+                raise ValueError("a unit has only zero weights, so v / ‖v‖ is not defined")
 
-        Raises:
-            ValueError: the layer is parametrized already, or a unit's weights are all zero and have no direction.
-        """
-        if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError(f"the weight of {type(layer).__name__} is parametrized already")
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        if bool((weight.detach().flatten(1).abs().amax(1) == 0).any()):
-            raise ValueError(f"a unit of {type(layer).__name__} has only zero weights, so v / ‖v‖ is not defined")
-        parametrize.register_parametrization(layer, "weight", WeightNormalized())
+    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+        """Return w = g · v / ‖v‖."""
+        return WeightNormalized(units, exponential=self.g == "exp")
 
     @torch.no_grad()
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
         """Multiply g by ``factor``; v keeps its length, which sets how fast its direction turns."""
-        _, g = direction_and_scale(layer)
-        g.mul_(per_output(factor, g))
+        v, g = direction_and_scale(layer)
+        factor = Units.of(layer).shaped(factor, v)
+        if self.g == "exp":
+            g.add_(factor.log())
+        else:
+            g.mul_(factor)
+
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return (g / ‖v‖) · (v·x) + b: the same output as ``layer(x)``, scaling the few outputs, not the weights."""
+        if self.g == "direct" and not (layer._forward_hooks or layer._forward_pre_hooks):
+            if isinstance(layer, nn.Linear):
+                v, g = direction_and_scale(layer)
+                return scaled_linear(x, v, g, layer.bias)
+            if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+                v, g = direction_and_scale(layer)
+                return scaled_conv2d(x, v, g, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return super().forward(layer, x)
