@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -456,11 +457,11 @@ def resolve(config: TrainConfig, *, param_in_file: bool = False) -> TrainConfig:
         raise UsageError("no game is named: add --game, e.g. --game Breakout")
     validate(replace(config, game=find_game(config.game).name))
     from wn_rl import parameterizations  # loads torch
-    from wn_rl.networks import QNetworkSpec, treated_names, unknown_in_file
+    from wn_rl.networks import QNetworkSpec, layer_names, treated_names, unknown_in_file
 
     known = parameterizations.names()
     try:
-        name = parameterizations.get(config.param).name
+        param = parameterizations.get(config.param).name
     except KeyError:
         if param_in_file:
             raise WnRlError(f"{unknown_in_file(config.param)}. There are: {', '.join(known)}.") from None
@@ -468,18 +469,27 @@ def resolve(config: TrainConfig, *, param_in_file: bool = False) -> TrainConfig:
             f"unknown parameterization '{config.param}'.{closest(config.param, known)} There are: {', '.join(known)}."
         ) from None
     try:
-        entry = parameterizations.resolve(name, config.param_options)
+        entry = parameterizations.resolve(param, config.param_options)
     except ValueError as error:
         raise UsageError(f"param_options: {error}") from None
+    convolutions = len(QNetworkSpec(1).convolutions)
     layers = config.param_layers
     if layers is None:
-        layers = treated_names(entry, len(QNetworkSpec(1).convolutions))
+        layers = treated_names(entry, convolutions)
+    there = layer_names(convolutions)
+    for layer in layers:
+        if not any(fnmatchcase(name, layer) for name in there):
+            raise UsageError(
+                f"param_layers: no layer matches '{layer}'.{closest(layer, there)} There are: {', '.join(there)}."
+            )
+    if not layers:
+        raise UsageError(f"param_layers names no layer. There are: {', '.join(there)}.")
     from_data = config.data_dependent_init
     if from_data is None:
         from_data = entry.data_dependent_init
     rate = config.learning_rate
     if rate is None:
-        rate = config.learning_rates.get(name, config.learning_rates.get("standard"))
+        rate = config.learning_rates.get(param, config.learning_rates.get("standard"))
     return replace(
         config,
         game=find_game(config.game).name,

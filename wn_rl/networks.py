@@ -138,9 +138,14 @@ def unknown_in_file(name: str) -> str:
     return f"the parameterization '{name}' is not registered: if it is your own, add --param YOUR_MODULE:ITS_CLASS"
 
 
+def layer_names(convolutions: int) -> tuple[str, ...]:
+    """Return the names of the layers of a Q-network with so many convolutions, from input to output."""
+    return (*(f"convolutions.{index}" for index in range(convolutions)), "hidden", "output")
+
+
 def treated_names(entry: Parameterization, convolutions: int) -> tuple[str, ...]:
     """Return the names of a Q-network's layers that the source of ``entry`` treats."""
-    hidden = (*(f"convolutions.{index}" for index in range(convolutions)), "hidden")
+    hidden = layer_names(convolutions)[:-1]
     return {"all": (*hidden, "output"), "hidden": hidden, "penultimate": ("hidden",)}[entry.treats]
 
 

@@ -28,7 +28,7 @@ class PerExample(Normalization):
         """Return t̃, the shape of ``t``."""
         if self.over == "example" and self.spatial_axes:
             batched = t if self.unit_axis(t) == 1 else t.unsqueeze(0)
-            return nn.functional.group_norm(batched, 1, self.gain, self.bias, self.eps).view_as(t)
+            return torch.group_norm(batched, 1, self.gain, self.bias, self.eps).view_as(t)
         axis = self.unit_axis(t)
         moved = t.movedim(axis, -1)
         return nn.functional.layer_norm(moved, moved.shape[-1:], self.gain, self.bias, self.eps).movedim(-1, axis)
