@@ -36,12 +36,14 @@ DIAGNOSTIC_TAGS = {
     "layers/LAYER/g_mean": "mean of |g| over the layer's units, of the gain for bn and ln (entries that have one)",
     "layers/LAYER/gradient_norm": "2-norm of the last update's gradient of all the layer's trained parameters",
     "layers/LAYER/effective_learning_rate": "relative change of w in one update, norm of the change / norm of w",
-    DORMANT_FRACTION: "fraction of dormant units in all hidden layers together (score up to 0.025), 0 to 1",
+    DORMANT_FRACTION: "fraction of dormant units in all hidden layers together (score at most 0.025), 0 to 1",
     SRANK: "effective rank of the features before the output layer (delta 0.01), count of singular values",
     Q_NOISE: "standard deviation of a state's Q-value over minibatches it may be in, mean, clipped-reward units",
     OVERESTIMATION: "mean of max-Q minus realized discounted return in evaluation, clipped-reward units",
 }
 """Every tag and what it holds; LAYER stands for a layer's name in the model, such as ``convolutions.0``."""
+DORMANT_THRESHOLD = 0.025
+"""Score up to which a unit counts as dormant."""
 PROBE_STATES = 4
 """States on which :func:`collect` measures noise across minibatches; few, since they are in the statistics too."""
 
@@ -99,12 +101,12 @@ def collect(
         minibatches: of observations, all of one shape; uint8, shape (32, 4, 84, 84). See :func:`batch_noise`.
         probe_states: how many of ``observations``, from the first, the noise is measured on.
     """
-    values = {}
+    values: dict[str, float] = {}
     for layer, norms in layer_norms(network).items():
         values |= {layer_tag(layer, quantity): norm for quantity, norm in norms.items()}
     values |= {layer_tag(layer, "gradient_norm"): norm for layer, norm in gradient_norms(network).items()}
     features, activity = _hidden_pass(network, observations)
-    values[DORMANT_FRACTION] = _fraction(torch.cat([_dormant(units, 0.025) for units in activity.values()]))
+    values[DORMANT_FRACTION] = _fraction(torch.cat([_dormant(units, DORMANT_THRESHOLD) for units in activity.values()]))
     values[SRANK] = float(srank(features)) if bool(features.isfinite().all()) else math.nan
     enough = len(minibatches) > 1
     values[Q_NOISE] = batch_noise(network, observations[:probe_states], minibatches) if enough else math.nan
@@ -147,10 +149,11 @@ def _direction(layer: nn.Module) -> Tensor | None:
     computes = slot[0]
     if isinstance(computes, WeightNormalized):
         return direction_and_scale(layer)[0]
+    v: object = None
     if isinstance(computes, Projected):
         v = slot.original1 if computes.has_scale else slot.original
-    else:
-        v = slot.original if isinstance(computes, SpectralNormalized) else None
+    elif isinstance(computes, SpectralNormalized):
+        v = slot.original
     return v if isinstance(v, Tensor) else None
 
 
@@ -201,8 +204,8 @@ def layer_norms(model: nn.Module) -> dict[str, dict[str, float]]:
 def gradient_norms(model: nn.Module) -> dict[str, float]:
     """Return the gradient's 2-norm for each Linear and convolution of ``model``, by the layer's name.
 
-    Over all that the layer trains: w or v, g, bias and gain together, so that the squares of all layers sum to the
-    square of the whole network's norm. In units of loss per unit of parameter. NaN for a layer without any gradient.
+    Over all that the layer trains: w or v, g, bias and gain together, so that the squares over a Q-network's layers sum
+    to that of ``train/gradient_norm``. In units of loss per unit of parameter. NaN for a layer without any gradient.
     """
     norms = {}
     for name, layer in _layers(model).items():
@@ -222,8 +225,9 @@ def effective_learning_rates(before: Mapping[str, Tensor], model: nn.Module) -> 
     """Return the relative change of each layer's weight, ‖w − w before‖ / ‖w before‖, without unit.
 
     Taken over one update it tells how fast a layer really learns, whatever the parameterization makes of the learning
-    rate. Where a normalization follows, only the direction of w matters, and this is about the angle that it turned
-    by: the effective learning rate of van Laarhoven 2017 ("L2 regularization versus batch and weight normalization").
+    rate. For plain gradient descent where a normalization of the outputs follows, it is the effective learning rate
+    η/‖w‖² of van Laarhoven 2017 ("L2 regularization versus batch and weight normalization") times the gradient's norm
+    at w/‖w‖; only the direction of w matters there.
 
     Args:
         before: what :func:`weights` returned before the update.
@@ -245,7 +249,9 @@ def effective_learning_rates(before: Mapping[str, Tensor], model: nn.Module) -> 
 
 def _activity(activations: Tensor) -> Tensor:
     """Return the mean of |h| for each unit, over examples and positions, shape (units,)."""
-    return activations.abs().mean([0, *range(2, activations.dim())], dtype=torch.float64)
+    size = activations.abs()
+    # Positions first: they are next to each other in memory.
+    return (size.flatten(2).mean(2) if size.dim() > 2 else size).mean(0, dtype=torch.float64)
 
 
 def _dormant(activity: Tensor, threshold: float) -> Tensor:
@@ -285,11 +291,11 @@ def _hidden_pass(network: QNetwork, observations: Tensor) -> tuple[Tensor, dict[
 
 
 @torch.no_grad()
-def dormant_fraction(activations: Tensor, threshold: float = 0.025) -> float:
+def dormant_fraction(activations: Tensor, threshold: float = DORMANT_THRESHOLD) -> float:
     """Return the fraction of a layer's units that are dormant, from 0 to 1.
 
-    Sokar et al. 2023, "The dormant neuron phenomenon in deep reinforcement learning", definition 3.1: a unit's score
-    is its mean absolute activation over the mean of that over the layer's units; it is τ-dormant if its score is at
+    Sokar et al. 2023, "The dormant neuron phenomenon in deep reinforcement learning", section 3: a unit's score is its
+    mean absolute activation, divided by the mean of that over the layer's units; it is τ-dormant if its score is at
     most τ. A convolution's unit is a channel, averaged over examples and positions, as in the authors' code (Dopamine,
     ``labs/redo/weight_recyclers.py``). All units of a layer that is all zero are dormant.
 
@@ -300,7 +306,9 @@ def dormant_fraction(activations: Tensor, threshold: float = 0.025) -> float:
     return _fraction(_dormant(_activity(activations), threshold))
 
 
-def dormant_fractions(network: QNetwork, observations: Tensor, threshold: float = 0.025) -> dict[str, float]:
+def dormant_fractions(
+    network: QNetwork, observations: Tensor, threshold: float = DORMANT_THRESHOLD
+) -> dict[str, float]:
     """Return :func:`dormant_fraction` of each hidden layer of a Q-network in evaluation mode, by the layer's name.
 
     Args:
@@ -314,7 +322,8 @@ def dormant_fractions(network: QNetwork, observations: Tensor, threshold: float 
     """
     _, activity = _hidden_pass(network, observations)
     dormant = {name: _dormant(units, threshold) for name, units in activity.items()}
-    return {name: _fraction(units) for name, units in dormant.items()} | {"all": _fraction(torch.cat([*dormant.values()]))}
+    every = torch.cat([*dormant.values()])
+    return {name: _fraction(units) for name, units in (*dormant.items(), ("all", every))}
 
 
 @torch.no_grad()
@@ -343,9 +352,9 @@ def srank(features: Tensor, delta: float = 0.01) -> int:
 def batch_noise(network: nn.Module, states: Tensor, minibatches: Sequence[Tensor]) -> float:
     """Return how much a state's Q-values in training mode depend on the minibatch that it is in.
 
-    The paper says of batch normalization that the noise it adds to the Q-values hurts (Salimans & Kingma 2016, section
-    5.4); this is that noise. The states are put before each minibatch in turn and the Q-values of the states compared.
-    Every forward pass starts from the same buffers.
+    Salimans & Kingma 2016 call deep reinforcement learning sensitive to the noise of batch normalization; this measures
+    it. The states are put before each minibatch in turn and their Q-values compared. Every forward pass starts from the
+    same buffers.
 
     The result is 0 for an entry whose outputs do not depend on the minibatch: the states always lie at the same
     positions of a batch of the same size, where equal inputs give bitwise equal outputs. A library that rounds by the
@@ -423,7 +432,6 @@ def overestimation(
         return math.nan
     if not last[-1]:
         raise ValueError("the last episode is not complete")
-    after_each = (last.nonzero().flatten() + 1).tolist()
-    lengths = [end - start for start, end in zip([0, *after_each], after_each, strict=False)]
-    realized = torch.cat([discounted_returns(episode, gamma) for episode in clipped.split(lengths)])
+    episodes = clipped.tensor_split(last.nonzero().flatten()[:-1] + 1)
+    realized = torch.cat([discounted_returns(episode, gamma) for episode in episodes])
     return float((promised - realized).mean())

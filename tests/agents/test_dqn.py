@@ -15,7 +15,9 @@ from torch.nn import functional
 
 from agents.dqn import DQN, epsilon_greedy, huber, td_targets
 from wn_rl.config import load, resolve
+from wn_rl.errors import UsageError
 from wn_rl.networks import build_q_network
+from wn_rl.parameterizations import names
 from wn_rl.replay import Minibatch
 
 ACTIONS = 4
@@ -419,3 +421,134 @@ def test_the_seed_decides_weights_and_actions() -> None:
     actions = first.act(observations, epsilon)
     assert torch.equal(actions, again.act(observations, epsilon))
     assert not torch.equal(actions, other.act(observations, epsilon))
+
+
+# --- batch statistics --------------------------------------------------------------------------------------------
+
+
+def statistics_of(network: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("param", ["bn", "mean_only_bn", "wn_mean_only_bn"])
+def test_acting_uses_running_statistics_and_changes_none(param: str) -> None:
+    dqn = agent(param)
+    dqn.initialize(random_observations(16, 3))
+    dqn.update(minibatch())
+    assert not any(module.training for module in dqn.q_network.modules())
+    before = statistics_of(dqn.q_network)
+    states = random_observations(6, 4)
+    together = dqn.q_values(states)
+    alone = torch.cat([dqn.q_values(state[None]) for state in states])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    dqn.act(states, np.zeros(6, np.float32))
+    assert same(before, statistics_of(dqn.q_network))
+
+
+@pytest.mark.parametrize("param", ["bn", "wn_mean_only_bn"])
+def test_an_update_uses_the_minibatchs_statistics_online_and_running_ones_in_the_target(param: str) -> None:
+    dqn = in_float64(agent(param))
+    dqn.initialize(random_observations(16, 3))
+    batch = minibatch()
+    online, target = copy.deepcopy(dqn.q_network), copy.deepcopy(dqn.target_network)
+    running = statistics_of(dqn.target_network)
+    expected = td_targets(
+        batch.rewards.clamp(-1, 1).double(), batch.terminals, target.eval()(batch.next_observations), dqn.config.gamma
+    ) - online.train()(batch.observations).gather(1, batch.actions[:, None]).squeeze(1)
+    dqn.q_network.train()
+    torch.testing.assert_close(dqn.td_loss(batch)[1], expected, rtol=1e-10, atol=1e-12)
+    dqn.update(batch)
+    assert same(running, statistics_of(dqn.target_network)), "the target keeps its statistics until it is copied"
+    assert not same(running, statistics_of(dqn.q_network))
+    dqn.copy_target()
+    assert_same_weights(dqn.q_network, dqn.target_network)
+
+
+def test_target_statistics_batch_lets_the_minibatch_into_the_targets() -> None:
+    errors = {}
+    for choice in ("running", "batch"):
+        dqn = in_float64(agent("bn", target_statistics=choice, learning_rate=1e-6))
+        dqn.initialize(random_observations(16, 3))
+        batch = minibatch()
+        other = replace(batch, next_observations=batch.next_observations.clone())
+        other.next_observations[3] = random_observations(1, 9)[0]
+        seen: list[Tensor] = []
+        original = dqn.td_loss
+
+        def td_loss(batch: Minibatch, original: Any = original, seen: list[Tensor] = seen) -> Any:
+            found = original(batch)
+            seen.append(found[1].detach())
+            return found
+
+        dqn.td_loss = td_loss  # type: ignore[method-assign]
+        state = copy.deepcopy(dqn.q_network.state_dict())
+        dqn.update(batch)
+        dqn.q_network.load_state_dict(state)
+        dqn.update(other)
+        errors[choice] = (seen[0] - seen[1]).abs()
+        assert not dqn.target_network.training
+    # Transition 0 is not terminal: another state beside it changes its target only through batch statistics.
+    assert float(errors["running"][0]) == 0.0
+    assert float(errors["batch"][0]) > 1e-6
+
+
+def test_joint_batches_give_both_networks_one_batch_of_both_observations() -> None:
+    dqn = in_float64(agent("bn", joint_batches=True, target_statistics="batch"))
+    dqn.initialize(random_observations(16, 3))
+    batch = minibatch()
+    both = torch.cat([batch.observations, batch.next_observations])
+    q_values = copy.deepcopy(dqn.q_network).train()(both)[:5]
+    next_q_values = copy.deepcopy(dqn.target_network).train()(both)[5:]
+    dqn.q_network.train()
+    dqn.target_network.train()
+    _, td_error, q_value = dqn.td_loss(batch)
+    targets = td_targets(batch.rewards.clamp(-1, 1).double(), batch.terminals, next_q_values, dqn.config.gamma)
+    torch.testing.assert_close(q_value, q_values.gather(1, batch.actions[:, None]).squeeze(1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(td_error, targets - q_value, rtol=1e-10, atol=1e-12)
+
+
+def test_joint_batches_change_nothing_without_batch_statistics() -> None:
+    losses = []
+    for joint in (False, True):
+        dqn = agent("wn", joint_batches=joint)
+        dqn.initialize(random_observations(16, 3))
+        losses.append(dqn.td_loss(minibatch())[0])
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_projected_weights_stay_at_length_one_through_updates() -> None:
+    dqn = agent("wn_projected")
+    for step in range(3):
+        dqn.update(minibatch(step))
+    v = dqn.q_network.hidden.parametrizations.weight.original1
+    torch.testing.assert_close(v.norm(dim=1), torch.ones(len(v)))
+    assert not hasattr(dqn.q_network.output, "parametrizations")
+
+
+def test_the_literal_initialization_gives_q_values_a_standard_deviation_of_one() -> None:
+    states = random_observations(64, 5)
+    for choice, std in (("literal", 1.0), ("scaled", 0.1)):
+        dqn = agent("wn", output_init=choice)
+        dqn.initialize(states)
+        found = dqn.q_values(states)
+        torch.testing.assert_close(found.std(0, correction=0), torch.full((ACTIONS,), std), rtol=1e-3, atol=0)
+
+
+def test_a_parameterization_without_a_scale_cannot_be_initialized_from_data() -> None:
+    dqn = agent("wn_projected", param_options={"g": "none"}, data_dependent_init=True)
+    with pytest.raises(UsageError, match="--data-dependent-init: 'wn_projected' has no scale"):
+        dqn.initialize(random_observations(8, 1))
+
+
+def test_any_entry_may_be_initialized_from_data_or_not() -> None:
+    for param in names():
+        dqn = agent(param, data_dependent_init=param != "wn")
+        before = weights_of(dqn.q_network)
+        dqn.initialize(random_observations(16, 3))
+        after = weights_of(dqn.q_network)
+        assert (param == "wn") == all(torch.equal(before[key], after[key]) for key in before)
+        assert_same_weights(dqn.q_network, dqn.target_network)
