@@ -15,7 +15,7 @@ from agents.optimizers import make_optimizer
 from wn_rl.config import TrainConfig
 from wn_rl.errors import UsageError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
-from wn_rl.parameterizations import initialize_from_data, project
+from wn_rl.parameterizations import fold, initialize_from_data, project
 from wn_rl.parameterizations.api import treated_layers
 from wn_rl.replay import Minibatch
 from wn_rl.training import Statistics
@@ -94,6 +94,11 @@ class DQN:
             rmsprop_decay=config.rmsprop_decay,
         )
         self.generator = torch.Generator(device).manual_seed(config.seed)
+        # What the target network computes between two copies is fixed, so where it can it does without the
+        # parameterization: the same values but for rounding, at the price of a plain network.
+        statistics_fixed = self.parameterization.batch_independent or config.target_statistics == "running"
+        self._folds_target = self.parameterization.foldable and statistics_fixed
+        self._plain_target: QNetwork | None = None
         self.updates = 0
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._summed_updates = 0
@@ -159,11 +164,11 @@ class DQN:
         with self._autocast():
             if not joint:
                 with torch.no_grad():
-                    next_q_values = self.target_network(batch.next_observations)
+                    next_q_values = self._target(batch.next_observations)
                 return self.q_network(batch.observations), next_q_values
             both = torch.cat([batch.observations, batch.next_observations])
             with torch.no_grad():
-                next_q_values = self.target_network(both)[len(batch.observations) :]
+                next_q_values = self._target(both)[len(batch.observations) :]
             return self.q_network(both)[: len(batch.observations)], next_q_values
 
     def update(self, batch: Minibatch) -> None:
@@ -189,9 +194,21 @@ class DQN:
         with torch.no_grad():
             self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
 
+    def _target(self, observations: Tensor) -> Tensor:
+        """Return the target network's Q-values."""
+        q_values: Tensor
+        if not self._folds_target:
+            q_values = self.target_network(observations)
+            return q_values
+        if self._plain_target is None:
+            self._plain_target = fold(copy.deepcopy(self.target_network))
+        q_values = self._plain_target(observations)
+        return q_values
+
     def copy_target(self) -> None:
         """Copy the Q-network, buffers included, to the target network."""
         self.target_network.load_state_dict(self.q_network.state_dict())
+        self._plain_target = None
 
     def is_finite(self) -> bool:
         """Return whether every weight is a finite number; waits for the device."""
@@ -223,6 +240,7 @@ class DQN:
         """Restore the Q-network's weights and what :meth:`state_dict` returned."""
         self.q_network.load_state_dict(weights)
         self.target_network.load_state_dict(state["target_network"])
+        self._plain_target = None
         self.optimizer.load_state_dict(
             {
                 "state": {int(key): copy.deepcopy(value) for key, value in state.get("optimizer", {}).items()},

@@ -210,11 +210,12 @@ def test_the_layers_gradient_norms_make_up_the_networks(name: str) -> None:
 
 
 def test_the_effective_learning_rate_is_the_relative_change() -> None:
-    model = nn.Sequential(linear([[3.0, 4.0]]), linear([[1.0]]), linear([[0.0]]))
+    changed, kept, zero = linear([[3.0, 4.0]]), linear([[1.0]]), linear([[0.0]])
+    model = nn.Sequential(changed, kept, zero)
     before = weights(model)
     with torch.no_grad():
-        model[0].weight.add_(torch.tensor([[0.3, -0.4]]))
-        model[2].weight.add_(1.0)
+        changed.weight.add_(torch.tensor([[0.3, -0.4]]))
+        zero.weight.add_(1.0)
     rates = effective_learning_rates(before, model)
     assert rates["0"] == pytest.approx(0.1)
     assert rates["1"] == 0.0
@@ -487,7 +488,7 @@ def test_collecting_between_updates_changes_no_update() -> None:
             loss = network(observations(3, seed)).square().mean()
             if look:
                 collect(network, observations(4), [observations(4, 1)] * 2)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
         return network.state_dict()
 
@@ -497,12 +498,13 @@ def test_collecting_between_updates_changes_no_update() -> None:
 def test_what_is_not_known_is_nan() -> None:
     network = small_network()
     with torch.no_grad():
-        network.convolutions[0].weight[0, 0, 0, 0] = math.nan
+        next(network.convolutions[0].parameters())[0, 0, 0, 0] = math.nan
     values = collect(network, observations(2), [])
     unknown = {tag for tag, value in values.items() if math.isnan(value)}
     assert unknown == {
         *(layer_tag(layer, "gradient_norm") for layer in LAYERS),
         layer_tag("convolutions.0", "w_norm"),
+        DORMANT_FRACTION,
         SRANK,
         Q_NOISE,
     }

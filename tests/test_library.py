@@ -281,6 +281,17 @@ def test_folding_changes_no_output_and_leaves_no_trace(name: str) -> None:
     torch.testing.assert_close(other.eval()(tokens), model.eval()(tokens))
 
 
+@pytest.mark.parametrize("name", FOLDABLE)
+def test_a_frozen_model_folds_to_frozen_parameters(name: str) -> None:
+    model, tokens = branches()
+    reparameterize(model, name).eval().requires_grad_(False)
+    expected = model(tokens)
+    torch.testing.assert_close(fold(model)(tokens), expected, rtol=1e-12, atol=1e-12)
+    assert {key for key, _ in model.named_parameters()} == {key for key, _ in branches()[0].named_parameters()}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not list(model.buffers())
+
+
 @pytest.mark.parametrize("name", ["mean_only_bn", "bn"])
 def test_a_layer_without_bias_gains_one_when_a_mean_was_subtracted(name: str) -> None:
     torch.manual_seed(0)

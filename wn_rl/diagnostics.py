@@ -68,7 +68,7 @@ def meaning(tag: str) -> str:
     """Return what :data:`DIAGNOSTIC_TAGS` says about ``tag``, whichever layer it names.
 
     Raises:
-        KeyError: nothing.
+        KeyError: there is no such tag.
     """
     if tag in DIAGNOSTIC_TAGS and "LAYER" not in tag:
         return DIAGNOSTIC_TAGS[tag]
@@ -91,7 +91,7 @@ def collect(
     """Return all that can be said from a network and some observations, by the tags of :data:`DIAGNOSTIC_TAGS`.
 
     The caller adds effective learning rates and overestimation. What is not known is NaN: gradients before the first
-    update, the rank of features that are not finite, noise with less than two minibatches. A layer has no tag for a
+    update, what depends on features that are not finite, noise with less than two minibatches. A layer has no tag for a
     quantity that its parameterization does not have.
 
     Args:
@@ -106,8 +106,10 @@ def collect(
         values |= {layer_tag(layer, quantity): norm for quantity, norm in norms.items()}
     values |= {layer_tag(layer, "gradient_norm"): norm for layer, norm in gradient_norms(network).items()}
     features, activity = _hidden_pass(network, observations)
-    values[DORMANT_FRACTION] = _fraction(torch.cat([_dormant(units, DORMANT_THRESHOLD) for units in activity.values()]))
-    values[SRANK] = float(srank(features)) if bool(features.isfinite().all()) else math.nan
+    dormant = torch.cat([_dormant(units, DORMANT_THRESHOLD) for units in activity.values()])
+    finite = bool(features.isfinite().all())
+    values[DORMANT_FRACTION] = _fraction(dormant) if finite else math.nan
+    values[SRANK] = float(srank(features)) if finite else math.nan
     enough = len(minibatches) > 1
     values[Q_NOISE] = batch_noise(network, observations[:probe_states], minibatches) if enough else math.nan
     return values
@@ -339,7 +341,7 @@ def srank(features: Tensor, delta: float = 0.01) -> int:
     """
     if features.numel() == 0:
         return 0
-    # Rounding alone gives a matrix of low rank many small singular values; in double precision they do not add up.
+    # Half precision has no SVD; in double precision small values of delta mean what they say.
     sums = torch.linalg.svdvals(features.double()).cumsum(0)
     total = sums[-1]
     return int((sums < (1 - delta) * total).sum()) + 1 if total > 0 else 0

@@ -259,7 +259,10 @@ def test_the_target_network_gives_the_bootstrap_and_gets_no_gradient() -> None:
     batch = minibatch(terminals=torch.zeros(5, dtype=torch.bool))
     errors = dqn.td_loss(batch)[1]
     with torch.no_grad():
-        dqn.target_network.output.bias.add_(10.0)
+        dqn.q_network.output.bias.add_(10.0)
+    dqn.copy_target()
+    with torch.no_grad():
+        dqn.q_network.output.bias.sub_(10.0)
     torch.testing.assert_close(dqn.td_loss(batch)[1] - errors, torch.full((5,), 9.9, dtype=torch.float64))
     dqn.update(batch)
     assert all(p.grad is None and not p.requires_grad for p in dqn.target_network.parameters())

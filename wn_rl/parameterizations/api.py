@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from wn_rl.parameterizations.base import (
     weight_names,
 )
 
+Model = TypeVar("Model", bound=nn.Module)
 Choice = str | type[nn.Module] | nn.Module
 """Layers of a model: a name with ``*`` and ``?``, a type, or the layer itself."""
 
@@ -91,13 +92,13 @@ def _shown(name: str) -> str:
 
 
 def reparameterize(
-    model: nn.Module,
+    model: Model,
     parameterization: str | Parameterization,
     *,
     include: Iterable[Choice] | None = None,
     exclude: Iterable[Choice] = (),
     **options: Any,  # noqa: ANN401 - each entry has its own
-) -> nn.Module:
+) -> Model:
     """Reparameterize the Linear, convolution and recurrent layers of ``model`` in place.
 
     Args:
@@ -141,7 +142,7 @@ def _problem(entry: Parameterization, layer: nn.Module, *, shared: bool) -> str:
     return ""
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: Model) -> Model:
     """Write every parameterization of ``model`` into plain weights and biases, in place.
 
     The model's output in evaluation mode stays what it was; running statistics become part of weight and bias.

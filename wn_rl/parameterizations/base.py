@@ -282,9 +282,10 @@ class WeightParameterization(Parameterization):
     def fold(self, layer: nn.Module) -> None:
         """Leave the weights as they are now, as plain parameters."""
         for name in weight_names(layer):
-            trained = any(parameter.requires_grad for parameter in layer.parametrizations[name].parameters())  # type: ignore[index,union-attr]
             parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-            getattr(layer, name).requires_grad_(trained)
+            frozen = layer._buffers.pop(name, None)
+            if frozen is not None:  # torch makes a buffer of what is not trained
+                layer.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
         if isinstance(layer, nn.RNNBase):
             remove_hook(layer._forward_pre_hooks, _collect_flat_weights)
             remove_hook(layer._forward_hooks, _forget_flat_weights)

@@ -11,7 +11,10 @@ from torch.nn.utils import parametrize
 
 from wn_rl.parameterizations.base import Units, WeightParameterization, weight_names
 from wn_rl.parameterizations.registry import register
-from wn_rl.parameterizations.scaled_output import scaled_conv2d, scaled_linear
+from wn_rl.parameterizations.scaled_output import scaled_linear
+
+LARGE = 2**16
+"""Weights from which scaling a dense layer's outputs is quicker than computing w (measured on a CPU)."""
 
 Scale = Literal["direct", "exp"]
 
@@ -99,12 +102,10 @@ class WeightNormalization(WeightParameterization):
             g.mul_(factor)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return (g / ‖v‖) · (v·x) + b: the same output as ``layer(x)``, scaling the few outputs, not the weights."""
-        if self.g == "direct" and not (layer._forward_hooks or layer._forward_pre_hooks):
-            if isinstance(layer, nn.Linear):
-                v, g = direction_and_scale(layer)
+        """Return the output of ``layer(x)``; a dense layer's as (g / ‖v‖) · (v·x) + b, which scales the few outputs."""
+        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        if self.g == "direct" and isinstance(layer, nn.Linear) and not hooked:
+            v, g = direction_and_scale(layer)
+            if v.numel() >= LARGE:
                 return scaled_linear(x, v, g, layer.bias)
-            if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-                v, g = direction_and_scale(layer)
-                return scaled_conv2d(x, v, g, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
         return super().forward(layer, x)

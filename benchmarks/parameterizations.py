@@ -1,0 +1,160 @@
+"""What a parameterization costs: the time of one whole DQN update of each entry over that of ``standard``.
+
+``python benchmarks/parameterizations.py`` prints the table and writes it as CSV. All entries are timed in turn, round
+after round, on minibatches of real frames, so that a busy moment of the machine meets them alike; the ratio is taken
+within each round and its median is shown with the range of the middle half of the rounds.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agents.dqn import DQN
+from wn_rl import cli
+from wn_rl.atari.env import AtariVector, make_atari
+from wn_rl.config import load, resolve
+from wn_rl.errors import UsageError
+from wn_rl.evaluation import environment_options
+from wn_rl.machine import device_name, keep_freed_memory, resolve_device
+from wn_rl.parameterizations import names, register
+from wn_rl.parameterizations.base import Parameterization
+from wn_rl.parameterizations.weight_norm import WeightNormalization
+from wn_rl.replay import Replay
+
+
+@register("wn_plain")
+class PlainWeightNormalization(WeightNormalization):
+    """Weight normalization through torch's parametrize alone, as any model has it: w is computed, then used."""
+
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return ``layer(x)``."""
+        return Parameterization.forward(self, layer, x)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time one DQN update of each parameterization against that of standard."""
+
+    game: str = "Breakout"
+    """The game whose frames fill the minibatches."""
+    batch_sizes: tuple[int, ...] = (32, 64)
+    """Minibatch sizes."""
+    rounds: int = 40
+    """Rounds in which every entry is timed once."""
+    updates: int = 10
+    """Updates per entry and round."""
+    params: tuple[str, ...] = ()
+    """Entries beside standard; default: all, and wn_plain."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """As in train.py."""
+    num_threads: int = 0
+    """Threads of the arithmetic on a CPU; 0: torch's default."""
+    out: str = "docs/results/benchmarks/parameterizations.csv"
+    """The table; rows of another device in it are kept."""
+
+
+COLUMNS = ("hardware", "threads", "precision", "torch", "minibatch", "param", "ms", "ratio", "ratio_low", "ratio_high")
+
+
+def play(game: str, count: int, device: torch.device) -> Replay:
+    """Return a replay with ``count`` transitions of random play."""
+    config = resolve(replace(load("quick"), game=game, param="standard"))
+    env: AtariVector = make_atari(game, 8, num_threads=2, **environment_options(config))
+    replay = Replay(count, 8, device=device, seed=0)
+    observations, _ = env.reset(seed=np.arange(8, dtype=np.int32))
+    replay.start(observations[:, -1])
+    generator = np.random.default_rng(0)
+    for _ in range(count // 8):
+        actions = generator.integers(env.num_actions, size=8)
+        observations, rewards, terminated, _, info = env.step(actions)
+        replay.add(actions, rewards, terminated, observations[:, -1], info["is_reset"])
+    env.close()
+    return replay
+
+
+def measure(arguments: Arguments, batch_size: int, replay: Replay, device: torch.device) -> dict[str, list[float]]:
+    """Return seconds per update of each round, by entry."""
+    entries = ["standard", *(arguments.params or [name for name in names() if name != "standard"])]
+    agents = {}
+    for name in entries:
+        config = resolve(replace(load("paper"), game=arguments.game, param=name, batch_size=batch_size))
+        config = resolve_device(replace(config, device=arguments.device, precision=arguments.precision))
+        agents[name] = DQN(config, 4, device)
+        agents[name].initialize(replay.sample(256).observations)
+    batches = [replay.sample(batch_size) for _ in range(arguments.updates)]
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    for turn in range(arguments.rounds + 2):
+        for name in entries if turn % 2 else reversed(entries):
+            wait(device)
+            started = time.perf_counter()
+            for batch in batches:
+                agents[name].update(batch)
+            wait(device)
+            if turn >= 2:  # the first rounds warm up
+                seconds[name].append((time.perf_counter() - started) / len(batches))
+        if turn == 1 and any(not agent.is_finite() for agent in agents.values()):
+            raise UsageError("a weight is not finite: the times would be those of no real update")
+    return seconds
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = cli.parse(Arguments, words)
+    if arguments.num_threads:
+        torch.set_num_threads(arguments.num_threads)
+    keep_freed_memory()
+    config = resolve_device(
+        replace(load("paper"), device=arguments.device, precision=arguments.precision, game=arguments.game)
+    )
+    device = torch.device(config.device)
+    replay = play(arguments.game, 4000, device)
+    hardware = device_name(device)
+    rows = []
+    for batch_size in arguments.batch_sizes:
+        seconds = measure(arguments, batch_size, replay, device)
+        print(f"\nminibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads")
+        print(f"{'entry':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
+        for name, times in seconds.items():
+            ratios = [mine / plain for mine, plain in zip(times, seconds["standard"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            shown = f"{low:.3f} to {high:.3f}"
+            print(f"{name:18} {1e3 * statistics.median(times):7.2f} {middle:14.3f} {shown:>16}")
+            figures = [f"{value:.4g}" for value in (1e3 * statistics.median(times), middle, low, high)]
+            setting = (hardware, torch.get_num_threads(), config.precision, torch.__version__, batch_size)
+            rows.append((*setting, name, *figures))
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if out.exists():
+        with open(out, newline="", encoding="utf-8") as stream:
+            kept = [tuple(row[column] for column in COLUMNS) for row in csv.DictReader(stream)]
+    fresh = {tuple(map(str, row[:6])) for row in rows}
+    with open(out, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([COLUMNS, *(row for row in kept if tuple(row[:6]) not in fresh), *rows])
+    print(f"\nwritten to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
