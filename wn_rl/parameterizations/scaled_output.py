@@ -22,30 +22,26 @@ def _precision(x: Tensor) -> torch.dtype:
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, g: Tensor, b: Tensor | None) -> Any:  # noqa: ANN401
-        v = v.detach()
         norm = torch.linalg.vector_norm(v, dim=1)
+        scale = g.view(-1) / norm
         low = v.to(x.dtype)
-        scale = g.flatten() / norm
-        t = x @ low.T
-        ctx.save_for_backward(x, v, low, t, scale, norm)
-        ctx.g_shape = g.shape
+        t = torch.mm(x, low.t())
+        low_scale = scale.to(x.dtype)
+        ctx.save_for_backward(x, v, low, t, scale, norm, low_scale)
         ctx.has_bias = b is not None
-        y = t * scale.to(t.dtype)
-        return y if b is None else y.add_(b.to(t.dtype))
+        return t * low_scale if b is None else torch.addcmul(b.to(x.dtype), t, low_scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
-        x, v, low, t, scale, norm = ctx.saved_tensors
-        dy, x, t = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), t.reshape(-1, t.shape[-1])
-        dt = dy * scale.to(dy.dtype)
-        ds = (dy * t).sum(0, dtype=v.dtype)
-        dx = (dt @ low).reshape(ctx.saved_tensors[0].shape) if ctx.needs_input_grad[0] else None
-        # s = g / ‖v‖, so ∂s/∂v = −s · v / ‖v‖².
-        dv = (dt.T @ x).to(v.dtype).addcmul_(v, (ds * scale / norm.square()).neg_()[:, None])
-        dg = (ds / norm).view(ctx.g_shape)
+        x, v, low, t, scale, norm, low_scale = ctx.saved_tensors
+        dt = dy * low_scale
+        # s = g / ‖v‖, so ∂s/∂g = 1 / ‖v‖ and ∂s/∂v = −s · v / ‖v‖².
+        dg = (dy * t).sum(0, dtype=v.dtype).div_(norm)
+        dv = torch.mm(dt.t(), x).to(v.dtype).addcmul_(v, (dg * scale).div_(norm).neg_().unsqueeze(1))
+        dx = torch.mm(dt, low) if ctx.needs_input_grad[0] else None
         db = dy.sum(0, dtype=v.dtype) if ctx.has_bias else None
-        return dx, dv, dg, db
+        return dx, dv, dg.unsqueeze(1), db
 
 
 def scaled_linear(x: Tensor, v: Tensor, g: Tensor, b: Tensor | None) -> Tensor:
@@ -57,5 +53,9 @@ def scaled_linear(x: Tensor, v: Tensor, g: Tensor, b: Tensor | None) -> Tensor:
         g: shape (units, 1).
         b: shape (units,), or None.
     """
-    y: Tensor = _ScaledLinear.apply(x.to(_precision(x)), v, g, b)  # type: ignore[no-untyped-call]
-    return y
+    kind = x.device.type
+    leading = x.shape[:-1]
+    x = x.to(_precision(x)).reshape(-1, x.shape[-1])
+    with torch.autocast(kind, enabled=False):
+        y: Tensor = _ScaledLinear.apply(x, v, g, b)  # type: ignore[no-untyped-call]
+    return y if len(leading) == 1 else y.view(*leading, -1)
