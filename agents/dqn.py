@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agents.optimizers import make_optimizer
+from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
 from wn_rl.errors import UsageError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
@@ -99,6 +100,8 @@ class DQN:
         statistics_fixed = self.parameterization.batch_independent or config.target_statistics == "running"
         self._folds_target = self.parameterization.foldable and statistics_fixed
         self._plain_target: QNetwork | None = None
+        self._watching = False
+        self._watched: dict[str, float] = {}
         self.updates = 0
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._summed_updates = 0
@@ -183,9 +186,13 @@ class DQN:
         loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        before = diagnostics.weights(self.q_network) if self._watching else None
         self.optimizer.step()
         if self.parameterization.projects:
             project(self.q_network)
+        if before is not None:
+            self._watched = diagnostics.effective_learning_rate_tags(before, self.q_network)
+            self._watching = False
         if switch_mode:
             self.q_network.eval()
             self.target_network.eval()
@@ -218,6 +225,14 @@ class DQN:
         """Return the 2-norm of the last update's gradient, NaN before the first; waits for the device."""
         gradients = [parameter.grad for parameter in self.q_network.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else float("nan")
+
+    def watch_next_update(self) -> None:
+        """Measure the effective learning rate of the next update, which then waits for the device."""
+        self._watching = True
+
+    def watched_update(self) -> dict[str, float]:
+        """Return the effective learning rates of the watched update by tag; empty before it is made."""
+        return self._watched
 
     def read_statistics(self) -> Statistics:
         """Return the means since the last reading and start anew; waits for the device."""

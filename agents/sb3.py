@@ -122,7 +122,7 @@ class ReparameterizeThenOptimize:
         """Reparameterize the policy that is being built and return the optimizer of its new parameters.
 
         Args:
-            parameters: the ones before, which train nothing any more.
+            parameters: not used, since they may be the ones from before.
             settings: of the optimizer.
 
         Raises:
@@ -160,7 +160,7 @@ class ReparameterizeThenOptimize:
             owner = frame.f_locals.get("self")
             if policy is None:
                 policy = owner if isinstance(owner, BasePolicy) else None
-            elif isinstance(owner, BaseAlgorithm) and owner.policy_kwargs.get("optimizer_class") is self:
+            elif isinstance(owner, BaseAlgorithm) and self._is_in(owner):
                 algorithm = owner
                 if frame.f_code is A2C.__init__.__code__:
                     return policy, algorithm, dict(frame.f_locals)
@@ -168,6 +168,11 @@ class ReparameterizeThenOptimize:
         if policy is None:
             raise RuntimeError("no Stable-Baselines3 policy is being built: give policy_kwargs() to a model, e.g. DQN")
         return policy, algorithm, {}
+
+    def _is_in(self, algorithm: BaseAlgorithm) -> bool:
+        """Return whether the algorithm has this object: another one may be running that builds no policy."""
+        held: dict[str, Any] | None = getattr(algorithm, "policy_kwargs", None)
+        return held is not None and held.get("optimizer_class") is self
 
     def _treat(self, network: nn.Module) -> None:
         include: list[Any] | None = None if self.include is None else list(self.include)

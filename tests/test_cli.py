@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 TINY = (  # noqa: SIM905 - reads like a command line
     "--preset quick --frames 1200 --num-envs 2 --num-threads 1 --hidden-units 8 --batch-size 4 --learning-starts 60 "
     "--target-period 50 --replay-capacity 200 --init-samples 16 --evaluation-period 200 --evaluation-episodes 2 "
-    "--evaluation-envs 2 --max-frames-per-episode 200 --checkpoint-period 100 --log-period 50"
+    "--evaluation-envs 2 --max-frames-per-episode 200 --checkpoint-period 100 --log-period 10"
 ).split()
 
 
@@ -96,6 +97,7 @@ def test_train_watch_evaluate_resume(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from wn_rl.diagnostics import DIAGNOSTIC_TAGS, OVERESTIMATION
     from wn_rl.telemetry import FINAL_TAGS, HISTOGRAM_TAGS, LAYOUT, TAGS
 
     directory = tmp_path / "run"
@@ -106,11 +108,17 @@ def test_train_watch_evaluate_resume(
     assert "evaluation" in out
 
     events = EventAccumulator(str(directory)).Reload()
-    assert set(events.Tags()["scalars"]) == {*TAGS, *FINAL_TAGS}
+    layers = ["convolutions.0", "convolutions.1", "convolutions.2", "hidden", "output"]
+    expected = {tag.replace("LAYER", layer) for tag in DIAGNOSTIC_TAGS for layer in layers}
+    expected.remove(OVERESTIMATION)  # every game is cut at 200 frames here, so no return is known
+    assert set(events.Tags()["scalars"]) == {*TAGS, *FINAL_TAGS, *expected}
+    assert all(point.value == 0.0 for point in events.Scalars("diagnostics/q_noise_across_minibatches"))
     assert set(events.Tags()["histograms"]) == set(HISTOGRAM_TAGS)
     documented = (ROOT / "docs" / "monitoring.md").read_text()
-    assert all(f"`{tag}`" in documented for tag in (*TAGS, *FINAL_TAGS, *HISTOGRAM_TAGS))
-    assert all(tag in TAGS for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags)
+    assert all(f"`{tag}`" in documented for tag in (*TAGS, *FINAL_TAGS, *HISTOGRAM_TAGS, *DIAGNOSTIC_TAGS))
+    shown = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
+    written = [*events.Tags()["scalars"], OVERESTIMATION]
+    assert all(any(re.fullmatch(tag, name) for name in written) for tag in shown)
     assert "output_init_std: 0.1" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert [point.step for point in events.Scalars("evaluation/return_mean")][-1] == 1200
 

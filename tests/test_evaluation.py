@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wn_rl.atari.env import make_atari
+from wn_rl.config import load, resolve
 from wn_rl.errors import UsageError
-from wn_rl.evaluation import Episode, EpisodeLedger, EvaluationInterrupted, EvaluationProtocol, evaluate
+from wn_rl.evaluation import (
+    Episode,
+    EpisodeLedger,
+    EvaluationInterrupted,
+    EvaluationProtocol,
+    ValueRecorder,
+    environment_options,
+    evaluate,
+)
 
 
 def play(lengths: list[int], num_envs: int, *, steps: int = 0, episodes: int = 0) -> list[int]:
@@ -112,3 +125,57 @@ def test_an_evaluation_can_be_stopped_and_refuses_to_do_nothing() -> None:
     with pytest.raises(UsageError, match="nothing to evaluate"):
         evaluate(greedy_noop, env, EvaluationProtocol(episodes=0), seed=0)
     env.close()
+
+
+# --- what Q-values promised --------------------------------------------------------------------------------------
+
+
+def info(*, reset: tuple[bool, bool] = (False, False), life: tuple[bool, bool] = (False, False)) -> dict[str, Any]:
+    return {"is_reset": np.array(reset), "life_loss": np.array(life)}
+
+
+@pytest.mark.parametrize("life_loss_terminal", [True, False])
+def test_overestimation_counts_whole_episodes_with_clipped_rewards(life_loss_terminal: bool) -> None:
+    """Slot 0 ends after two steps; slot 1 loses a life at once, and its next episode is truncated."""
+    promised = iter([[2.0, 4.0], [3.0, 9.0], [7.0, 9.0]])
+    recorder = ValueRecorder(
+        lambda _: torch.tensor([[value, -1.0] for value in next(promised)]),
+        gamma=0.5,
+        reward_clip=1.0,
+        life_loss_terminal=life_loss_terminal,
+    )
+    no = np.array([False, False])
+    steps = [
+        (np.array([1.0, 50.0]), no, no, info(life=(False, True))),
+        (np.array([1.0, 0.0]), np.array([True, False]), np.array([False, True]), info()),
+        (np.array([0.0, 0.0]), no, no, info(reset=(True, True))),
+    ]
+    for step in steps:
+        assert recorder(torch.zeros(2)).tolist() == [0, 0]
+        recorder.after_step(*step)
+    # Slot 0: G = 1 + 0.5 · 1 = 1.5 against 2, then 1 against 3. Slot 1: 1 (clipped) against 4.
+    differences = [2 - 1.5, 3 - 1.0] + ([4 - 1.0] if life_loss_terminal else [])
+    assert recorder.overestimation() == pytest.approx(sum(differences) / len(differences))
+
+
+def test_nothing_played_to_an_end_has_no_overestimation() -> None:
+    recorder = ValueRecorder(lambda x: x, gamma=0.9, reward_clip=0.0, life_loss_terminal=True)
+    assert math.isnan(recorder.overestimation())
+
+
+def test_recording_values_changes_no_score() -> None:
+    config = resolve(replace(load("quick"), game="breakout", param="standard"))
+    weights = torch.randn(4 * 84 * 84, 4, generator=torch.Generator().manual_seed(0))
+
+    def q_values(observations: torch.Tensor) -> torch.Tensor:
+        return observations.flatten(1).float() @ weights
+
+    recorder = ValueRecorder(q_values, gamma=0.99, reward_clip=1.0, life_loss_terminal=True)
+    found = []
+    for policy, on_step in ((lambda x: q_values(x).argmax(1), None), (recorder, recorder.after_step)):
+        env = make_atari("Breakout", 2, num_threads=1, **environment_options(config))
+        protocol = EvaluationProtocol(0.05, 0, 2)
+        found.append(evaluate(policy, env, protocol, seed=1, on_step=on_step).episodes)
+        env.close()
+    assert found[0] == found[1]
+    assert math.isfinite(recorder.overestimation())

@@ -282,6 +282,30 @@ def test_folding_changes_no_output_and_leaves_no_trace(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FOLDABLE)
+def test_folding_a_copy_leaves_the_original_whole(name: str) -> None:
+    """deepcopy shares the class that parametrize made for the layer, and torch's own removal edits that class."""
+    model, tokens = branches()
+    reparameterize(model, name).eval()
+    expected = model(tokens)
+    folded = fold(copy.deepcopy(model))
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=0)
+    torch.testing.assert_close(folded(tokens), expected, rtol=1e-12, atol=1e-12)
+    train(model, tokens)
+    lstm = reparameterize(nn.LSTM(3, 4), "wn")
+    fold(copy.deepcopy(lstm))
+    lstm(torch.rand(2, 1, 3))
+
+
+def test_a_parametrization_that_the_user_added_survives_folding() -> None:
+    model = reparameterize(nn.Linear(3, 2), "wn")
+    torch.nn.utils.parametrize.register_parametrization(model, "bias", nn.Tanh())
+    x = torch.rand(4, 3)
+    expected = model(x)
+    torch.testing.assert_close(fold(model)(x), expected)
+    assert set(model.state_dict()) == {"weight", "parametrizations.bias.original"}
+
+
+@pytest.mark.parametrize("name", FOLDABLE)
 def test_a_frozen_model_folds_to_frozen_parameters(name: str) -> None:
     model, tokens = branches()
     reparameterize(model, name).eval().requires_grad_(False)

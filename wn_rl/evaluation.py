@@ -18,6 +18,7 @@ from wn_rl import checkpoint
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds, make_atari
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
+from wn_rl.diagnostics import overestimation
 from wn_rl.errors import CheckpointError, UsageError
 from wn_rl.machine import pick_device
 
@@ -139,6 +140,53 @@ class EpisodeLedger:
         return None
 
 
+class ValueRecorder:
+    """Plays greedily by Q-values and notes what they promised and what came of it, for the overestimation.
+
+    Pass the object as the policy of :func:`evaluate`, and its :meth:`after_step` as ``on_step``.
+    """
+
+    def __init__(
+        self, q_values: Callable[[Tensor], Tensor], *, gamma: float, reward_clip: float, life_loss_terminal: bool
+    ) -> None:
+        """Note values of ``q_values`` and rewards as learning sees them, with the configuration's three keys."""
+        self._q_values = q_values
+        self._gamma = gamma
+        self._clip = reward_clip if reward_clip > 0 else np.inf
+        self._life_loss_terminal = life_loss_terminal
+        self._max_q: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._open: list[list[tuple[float, float]]] = []
+        self._closed: list[list[tuple[float, float]]] = []
+
+    def __call__(self, observations: Tensor) -> Tensor:
+        """Return greedy actions, int64 (N,)."""
+        q_values = self._q_values(observations)
+        self._max_q = q_values.amax(1).float().cpu().numpy()
+        return q_values.argmax(1)
+
+    def after_step(
+        self, rewards: NDArray[Any], terminated: NDArray[Any], truncated: NDArray[Any], info: dict[str, NDArray[Any]]
+    ) -> None:
+        """Note what followed the last call's states."""
+        self._open = self._open or [[] for _ in rewards]
+        ended = terminated | info["life_loss"] if self._life_loss_terminal else terminated
+        clipped = np.clip(rewards, -self._clip, self._clip)
+        for slot in range(len(rewards)):
+            if info["is_reset"][slot]:
+                continue
+            self._open[slot].append((float(self._max_q[slot]), float(clipped[slot])))
+            if ended[slot]:
+                self._closed.append(self._open[slot])
+            if ended[slot] or truncated[slot]:  # what would have followed a truncation is not known
+                self._open[slot] = []
+
+    def overestimation(self) -> float:
+        """Return the mean of max-Q minus realized discounted return; NaN where nothing was played to an end."""
+        steps = [step for episode in self._closed for step in episode]
+        ends = [index == len(episode) - 1 for episode in self._closed for index in range(len(episode))]
+        return overestimation([q for q, _ in steps], [reward for _, reward in steps], ends, self._gamma)
+
+
 def evaluate(
     policy: Policy,
     env: AtariVector,
@@ -147,6 +195,7 @@ def evaluate(
     seed: int,
     device: torch.device | str = "cpu",
     on_episode: Callable[[Episode], None] | None = None,
+    on_step: Callable[[NDArray[Any], NDArray[Any], NDArray[Any], dict[str, NDArray[Any]]], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult:
     """Play ``policy`` ε-greedily and return the scores of whole games.
@@ -160,6 +209,7 @@ def evaluate(
         seed: of the emulators and of the random actions.
         device: of the policy.
         on_episode: called with each episode that ends, counted or not.
+        on_step: called with rewards, terminated, truncated and info of each vector step.
         should_stop: asked before every vector step.
 
     Raises:
@@ -179,7 +229,9 @@ def evaluate(
         greedy = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
         explore = rng.random(env.num_envs) < protocol.epsilon
         random = rng.integers(env.num_actions, size=env.num_envs)
-        observations, _, terminated, truncated, info = env.step(np.where(explore, random, greedy))
+        observations, rewards, terminated, truncated, info = env.step(np.where(explore, random, greedy))
+        if on_step is not None:
+            on_step(rewards, terminated, truncated, info)
         for slot in range(env.num_envs):
             if info["is_reset"][slot]:
                 index[slot] = ledger.start()

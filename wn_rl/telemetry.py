@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from torch import Tensor
 
+from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
 from wn_rl.evaluation import EvaluationResult
 
@@ -51,6 +52,10 @@ LAYOUT = {
     "Trouble": {
         "TD error and Q-value": ["Multiline", ["train/td_error", "train/q_value"]],
         "Gradient norm": ["Multiline", ["train/gradient_norm"]],
+        "Dormant units": ["Multiline", [diagnostics.DORMANT_FRACTION]],
+        "Noise of a state's Q-value across minibatches": ["Multiline", [diagnostics.Q_NOISE]],
+        "Overestimation": ["Multiline", [diagnostics.OVERESTIMATION]],
+        "Effective learning rate": ["Multiline", ["layers/.*/effective_learning_rate"]],
         "Speed": ["Multiline", ["speed/frames_per_second", "speed/updates_per_second"]],
     },
 }
@@ -93,11 +98,11 @@ class Dashboard:
         """Add one point at ``frames`` to each tag; NaN means "nothing to show" and is left out.
 
         Raises:
-            KeyError: a tag that :data:`TAGS` does not document.
+            KeyError: a tag that neither :data:`TAGS` nor ``diagnostics.DIAGNOSTIC_TAGS`` documents.
         """
         for tag, value in values.items():
             if tag not in TAGS:
-                raise KeyError(tag)
+                diagnostics.meaning(tag)
             if value == value:
                 self._writer.add_scalar(tag, value, frames)
 

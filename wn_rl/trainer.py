@@ -17,11 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wn_rl import checkpoint
+from wn_rl import checkpoint, diagnostics
 from wn_rl.atari.env import FRAME_SKIP, make_atari
 from wn_rl.config import TrainConfig, to_yaml
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
-from wn_rl.evaluation import EvaluationInterrupted, EvaluationProtocol, EvaluationResult, environment_options, evaluate
+from wn_rl.evaluation import (
+    EvaluationInterrupted,
+    EvaluationProtocol,
+    EvaluationResult,
+    ValueRecorder,
+    environment_options,
+    evaluate,
+)
 from wn_rl.machine import (
     LIBRARY_BYTES,
     MemoryPlan,
@@ -41,8 +48,10 @@ LONG_ON_A_CPU = 20_000_000
 """Emulator frames from which a run on a CPU takes the better part of a day or more."""
 MEASURED_SECONDS = 60.0
 """Wall time of steady training after which the run says how long it will take."""
-HISTOGRAM_POINTS = 10
-"""A histogram of Q-values at every so many points of the curves."""
+DIAGNOSTIC_POINTS = 10
+"""A histogram of Q-values and the diagnostics at every so many points of the curves."""
+NOISE_MINIBATCHES = 8
+"""Minibatches across which the noise of a state's Q-value is measured."""
 HELD_OUT_STATES = 512
 """States on which the mean max-Q is watched."""
 
@@ -90,6 +99,7 @@ class _Run:
         self.best: dict[str, float] | None = None
         self.final: dict[str, float] | None = None
         self.earlier_seconds = 0.0
+        self.overestimation = math.nan
 
     @property
     def finished(self) -> bool:
@@ -140,10 +150,24 @@ class _Run:
         env = make_atari(config.game, config.evaluation_envs, num_threads=config.emulator_threads, **options)
         protocol = EvaluationProtocol(config.evaluation_epsilon, config.evaluation_steps, config.evaluation_episodes)
         seed = int(np.random.SeedSequence([config.seed, self.loop.agent_steps]).generate_state(1)[0]) & 0x7FFFFFFF
+        recorder = ValueRecorder(
+            self.loop.agent.q_values,
+            gamma=config.gamma,
+            reward_clip=config.reward_clip,
+            life_loss_terminal=config.life_loss_terminal,
+        )
         try:
-            return evaluate(
-                self.loop.agent.greedy, env, protocol, seed=seed, device=self.device, should_stop=should_stop
+            result = evaluate(
+                recorder,
+                env,
+                protocol,
+                seed=seed,
+                device=self.device,
+                on_step=recorder.after_step,
+                should_stop=should_stop,
             )
+            self.overestimation = recorder.overestimation()
+            return result
         finally:
             env.close()
 
@@ -159,6 +183,14 @@ class _Run:
             generator = torch.Generator(self.device).manual_seed(self.config.seed)
             self.held_out = replay.sample(HELD_OUT_STATES, generator).observations.clone()
         return agent.q_values(self.held_out)
+
+    def diagnose(self) -> dict[str, float]:
+        """Return the diagnostics of the network on the held-out states, by tag; after :meth:`q_values_held_out`."""
+        assert self.held_out is not None
+        generator = torch.Generator(self.device).manual_seed(self.loop.agent_steps)
+        replay, size = self.loop.replay, self.config.batch_size
+        minibatches = [replay.sample(size, generator).observations for _ in range(NOISE_MINIBATCHES)]
+        return diagnostics.collect(self.loop.agent.q_network, self.held_out, minibatches)
 
 
 @dataclass
@@ -281,8 +313,10 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
         frame_rate, update_rate = point.rates()
         q_values = run.q_values_held_out()
         if q_values is not None:
-            if points % HISTOGRAM_POINTS == 0:
+            if points % DIAGNOSTIC_POINTS == 0:
                 dashboard.histogram(loop.frames, "q_values/held_out", q_values)
+                dashboard.scalars(loop.frames, run.diagnose() | loop.agent.watched_update())
+                loop.agent.watch_next_update()
             points += 1
         dashboard.scalars(
             loop.frames,
@@ -393,6 +427,7 @@ def _record_evaluation(run: _Run, dashboard: Dashboard, progress: Progress, resu
         run.best = run.final
     files.append(files.evaluations, [tuple(run.final.values())])
     dashboard.evaluation(frames, result)
+    dashboard.scalars(frames, {diagnostics.OVERESTIMATION: run.overestimation})
     progress.evaluation(frames, result)
 
 

@@ -63,6 +63,12 @@ class Agent(Protocol):
     def gradient_norm(self) -> float:
         """Return the norm of the last gradient."""
 
+    def watch_next_update(self) -> None:
+        """Measure how far the next update moves each layer's weight."""
+
+    def watched_update(self) -> dict[str, float]:
+        """Return what the watched update did, by tag."""
+
     def read_statistics(self) -> Statistics:
         """Return the means since the last reading."""
 

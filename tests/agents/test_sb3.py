@@ -22,9 +22,11 @@ from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy
 
+import agents.sb3
 from agents.sb3 import ReparameterizeThenOptimize, initialize_from_env, policy_kwargs
 from wn_rl.parameterizations import Parameterization, names
 from wn_rl.parameterizations.api import treated_layers
@@ -186,9 +188,8 @@ def test_qrdqn_learns_copies_saves_and_loads(param: str, tmp_path: Path) -> None
 # --- standard is what Stable-Baselines3 does anyway -------------------------------------------------------------------
 
 
-def kinds() -> list[Any]:
-    contrib = pytest.importorskip("sb3_contrib") if importlib.util.find_spec("sb3_contrib") else None
-    return [DQN, PPO, A2C, *([contrib.QRDQN] if contrib else [])]
+def algorithm(name: str) -> Any:
+    return pytest.importorskip("sb3_contrib").QRDQN if name == "QRDQN" else {"DQN": DQN, "PPO": PPO, "A2C": A2C}[name]
 
 
 def assert_same_training(kind: Any, plain: dict[str, Any], ours: dict[str, Any], **changes: Any) -> None:
@@ -204,9 +205,9 @@ def assert_same_training(kind: Any, plain: dict[str, Any], ours: dict[str, Any],
     assert not differing(*after)
 
 
-@pytest.mark.parametrize("kind", kinds())
-def test_standard_changes_nothing(kind: Any) -> None:
-    assert_same_training(kind, {"net_arch": [8]}, small("standard"))
+@pytest.mark.parametrize("name", ["DQN", "PPO", "A2C", "QRDQN"])
+def test_standard_changes_nothing(name: str) -> None:
+    assert_same_training(algorithm(name), {"net_arch": [8]}, small("standard"))
 
 
 @pytest.mark.parametrize(
@@ -275,6 +276,19 @@ def test_the_same_policy_kwargs_serve_several_models() -> None:
     assert build(DQN, kwargs).policy.optimizer.defaults["eps"] == 1e-8
     assert kwargs == before
     assert kwargs["optimizer_class"] is before["optimizer_class"]
+
+
+def test_a_policy_built_beside_a_running_algorithm_is_not_taken_for_its_own() -> None:
+    model, kwargs, found = build(A2C, {"net_arch": [8]}), small("wn"), []
+    before = dict(model.policy_kwargs)
+
+    def look(_: dict[str, Any], __: dict[str, Any]) -> bool:
+        found.append(ActorCriticPolicy(model.observation_space, model.action_space, lambda _: 1e-3, **kwargs))
+        return False
+
+    model.learn(8, callback=look)
+    assert type(found[0].optimizer) is torch.optim.Adam
+    assert model.policy_kwargs == before
 
 
 @ALGORITHMS
@@ -516,7 +530,8 @@ def test_image_q_network_learns_after_initialization() -> None:
 
 def test_dict_observations() -> None:
     kwargs = policy_kwargs("wn", net_arch=[8], features_extractor_kwargs={"cnn_output_dim": 8})
-    model = build(DQN, kwargs, SimpleMultiObsEnv(random_start=False), policy="MultiInputPolicy", buffer_size=50)
+    envs = DummyVecEnv([lambda: SimpleMultiObsEnv(random_start=False)] * 4)
+    model = build(DQN, kwargs, envs, policy="MultiInputPolicy", buffer_size=50)
     with inputs(model.q_net) as seen:
         initialize_from_env(model, 30)
     assert {len(part) for part in seen[0].values()} == {30}
@@ -534,10 +549,9 @@ def test_several_environments_with_normalized_observations() -> None:
     assert len(seen[0]) == 50
     assert envs.training
     assert_initialized(model, seen[0], {"action_net": 0.01, "value_net": 0.1})
-    # All are normalized by one set of statistics, which stands: the first reset, near 0, says which.
-    assert np.abs(seen[0][:3].numpy() - envs.normalize_obs(np.zeros((3, 4)))).max() < 1.0
-    raw = envs.unnormalize_obs(seen[0].numpy())
-    assert np.abs(raw[:3]).max() <= 0.05 + 1e-5  # CartPole starts within ±0.05
+    # One set of statistics normalizes all of them, that of as many steps before, and it stands.
+    assert 50 < envs.obs_rms.count < 55
+    assert np.abs(envs.unnormalize_obs(seen[0][:3].numpy())).max() <= 0.05 + 1e-5  # CartPole starts within ±0.05
     model.learn(96)
 
 
@@ -564,14 +578,60 @@ def test_learning_starts_as_it_does_without(kind: Any) -> None:
     assert np.array_equal(*first)
 
 
-def test_the_seed_decides_what_is_seen() -> None:
-    def weights(seed: int | None) -> dict[str, Tensor]:
-        model = build(DQN, small("wn"))
-        initialize_from_env(model, 30, seed=seed)
-        return state(model.q_net)
+class Recorded(gym.Wrapper):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        super().__init__(gym.make("CartPole-v1"))
+        self.actions: list[int] = []
+        self.seeds: list[int | None] = []
 
-    assert not differing(weights(3), weights(3))
-    assert differing(weights(3), weights(4))
+    def step(self, action: Any) -> Any:
+        self.actions.append(int(action))
+        return super().step(action)
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.seeds.append(kwargs.get("seed"))
+        return super().reset(**kwargs)
+
+
+def test_the_seed_decides_what_is_seen() -> None:
+    def played(seed: int | None, model_seed: int | None = 1) -> tuple[list[int], int | None]:
+        env = Recorded()
+        initialize_from_env(build(DQN, small("wn"), env, seed=model_seed), 30, seed=seed)
+        assert len(env.actions) == 29
+        return env.actions, env.seeds[0]
+
+    assert played(3) == played(3)
+    assert played(3)[1] == 3
+    assert played(None)[1] == 1
+    actions = [played(3)[0], played(4)[0], played(None)[0], played(None, model_seed=2)[0]]
+    assert len(set(map(tuple, actions))) == 4
+    assert played(None) == played(None)
+
+
+def test_initialization_after_learning_resets_the_environment() -> None:
+    env = Recorded()
+    model = build(DQN, small("wn"), env).learn(30)
+    initialize_from_env(model, 30)
+    assert model._last_obs is None
+    resets = len(env.seeds)
+    model.learn(1, reset_num_timesteps=False)
+    assert len(env.seeds) == resets + 1
+    assert env.seeds[-1] == 1
+
+
+class WithDropout(FlattenExtractor):
+    def __init__(self, observation_space: gym.Space[Any]) -> None:
+        super().__init__(observation_space)
+        self.flatten = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))  # type: ignore[assignment]
+
+
+@ALGORITHMS
+def test_dropout_rests_meanwhile(kind: Any) -> None:
+    model = build(kind, small("wn", features_extractor_class=WithDropout))
+    assert model.policy.training
+    with inputs(online(model)) as seen:
+        initialize_from_env(model, 50)
+    assert_initialized(model, seen[0], {"q_net.2": 0.1, "action_net": 0.01, "value_net": 0.1})
 
 
 def test_random_numbers_of_torch_and_the_action_space_are_left_alone() -> None:
@@ -652,6 +712,7 @@ def test_an_environment_that_shows_one_observation_only_is_refused() -> None:
 
 
 def test_without_stable_baselines_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "sb3", agents.sb3)  # to be put back
     monkeypatch.delitem(sys.modules, "agents.sb3")
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     with pytest.raises(ImportError) as caught:
@@ -661,6 +722,7 @@ def test_without_stable_baselines_one_line_says_what_to_install(monkeypatch: pyt
 
 
 def test_sb3_contrib_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "sb3", agents.sb3)  # to be put back
     monkeypatch.delitem(sys.modules, "agents.sb3")
     monkeypatch.setitem(sys.modules, "sb3_contrib", None)
     assert importlib.import_module("agents.sb3").policy_kwargs("wn")

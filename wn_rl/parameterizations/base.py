@@ -282,14 +282,33 @@ class WeightParameterization(Parameterization):
     def fold(self, layer: nn.Module) -> None:
         """Leave the weights as they are now, as plain parameters."""
         for name in weight_names(layer):
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-            frozen = layer._buffers.pop(name, None)
-            if frozen is not None:  # torch makes a buffer of what is not trained
-                layer.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
+            _make_plain(layer, name)
         if isinstance(layer, nn.RNNBase):
             remove_hook(layer._forward_pre_hooks, _collect_flat_weights)
             remove_hook(layer._forward_hooks, _forget_flat_weights)
             layer._init_flat_weights()
+
+
+def _make_plain(layer: nn.Module, name: str) -> None:
+    """Replace a parametrized weight by a parameter with its present value.
+
+    ``parametrize.remove_parametrizations`` deletes the weight's property from the layer's class, which ``deepcopy``
+    shares between copies, so folding a copy would break the original.
+    """
+    with torch.no_grad():
+        weight = getattr(layer, name).detach().clone()
+    parametrizations = layer.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    trained = any(parameter.requires_grad for parameter in parametrizations[name].parameters())
+    del parametrizations[name]
+    shared = type(layer)
+    if len(parametrizations) == 0:
+        del layer.parametrizations
+        layer.__class__ = shared.__bases__[0]
+    else:
+        kept = {key: value for key, value in vars(shared).items() if key not in (name, "__dict__", "__weakref__")}
+        layer.__class__ = type(shared.__name__, shared.__bases__, kept)
+    layer.register_parameter(name, nn.Parameter(weight, requires_grad=trained))
 
 
 def _collect_flat_weights(layer: nn.RNNBase, _inputs: object) -> None:
