@@ -135,6 +135,19 @@ def edited(path: Path, **changes: object) -> Path:
     return copy
 
 
+def test_a_checkpoint_of_the_first_format_is_read_as_what_it_was(tmp_path: Path) -> None:
+    """Before parameterizations had options and a choice of layers."""
+    write(tmp_path / "c")
+    added = ("param_options", "param_layers", "target_statistics", "joint_batches", "output_init")
+    old = dict.fromkeys(["network__options", "network__layers", *(f"config__{key}" for key in added)])
+    first = checkpoint.load(edited(tmp_path / "c", format=1, **old))
+    now = checkpoint.load(tmp_path / "c")
+    assert first.spec.options == {}
+    assert first.config.target_statistics == "running"
+    x = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    assert torch.equal(first.q_network()(x), now.q_network()(x))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -142,7 +155,16 @@ def edited(path: Path, **changes: object) -> Path:
         ({"network": None}, "network"),
         ({"network__hidden_units": 10**9}, "65536"),
         ({"network__hidden_units": 9}, "do not fit"),
-        ({"network__parameterization": "nonsense"}, "not registered"),
+        (
+            {"network__parameterization": "nonsense"},
+            "not registered: if it is your own, add --param YOUR_MODULE:ITS_CLASS",
+        ),
+        ({"network__parameterization": "os:system"}, "not imported from a file: add --param os:system"),
+        ({"network__options": {"g": "nonsense"}}, "g is one of direct, exp"),
+        ({"network__options": {"shell": "true"}}, "no option 'shell'"),
+        ({"network__options": [1]}, "options are not a mapping"),
+        ({"network__layers": ["nothing"]}, "no layer matches 'nothing'"),
+        ({"network__layers": 5}, "not a list of texts"),
         ({"network__convolutions": [[32, 800, 4]]}, "do not fit"),
         ({"config__gamma": "much"}, "gamma"),
         ({"config__gamma": None}, "gamma"),

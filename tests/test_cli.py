@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import train
 from wn_rl import cli, machine, parameterizations, trainer
 from wn_rl.atari.games import game_names
 from wn_rl.config import TrainConfig
+from wn_rl.parameterizations import registry
 
 ROOT = Path(__file__).parents[1]
 TINY = (  # noqa: SIM905 - reads like a command line
@@ -272,6 +274,117 @@ def test_what_does_not_fit_into_memory_is_refused_by_name(
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert f"lower {flag} (about " in err
     assert not (tmp_path / "run").exists()
+
+
+OWN = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from wn_rl import WeightParameterization, register
+
+print("imported", end="")
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, u):
+        return self.factor * u
+
+    def right_inverse(self, w):
+        return w / self.factor
+
+
+@register("scaled")
+@dataclass(frozen=True)
+class ScaledWeights(WeightParameterization):
+    factor: float = 2.0
+
+    def computes(self, units, weight):
+        return Scaled(self.factor)
+
+
+class Unregistered(WeightParameterization):
+    pass
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A user's file in the directory where they are; forgotten again afterwards."""
+    (tmp_path / "my_entries.py").write_text(OWN)
+    (tmp_path / "broken_entries.py").write_text("raise RuntimeError('on purpose')")
+    monkeypatch.chdir(tmp_path)
+    before, path = dict(registry._REGISTRY), list(sys.path)
+    yield "my_entries:ScaledWeights"
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(before)
+    sys.path[:] = path
+    for name in ("my_entries", "broken_entries"):
+        sys.modules.pop(name, None)
+
+
+def forget() -> None:
+    """Be a new process, which has not imported the user's module."""
+    registry._REGISTRY.pop("scaled")
+    sys.modules.pop("my_entries")
+
+
+def test_a_users_own_class_is_imported_from_the_command_line_and_never_from_a_file(
+    own_module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--game", "Pong", *TINY, "--frames", "600", "--quiet"]
+    own = ["--param", own_module, "--param-options", "factor=4", "--param-layers", "hidden"]
+    code, out, err = run(train, [*arguments, *own], capsys, monkeypatch)
+    assert (code, out, err) == (0, "imported", "")
+    (directory,) = tmp_path.glob("runs/Pong-ScaledWeights-quick-*")
+    assert "factor: 4.0" in (directory / "config.yaml").read_text()
+
+    commands = {
+        "resume": (train, ["--resume", str(directory), "--frames", "800", "--quiet"]),
+        "config": (train, ["--config", str(directory / "config.yaml"), "--quiet"]),
+        "evaluate": (evaluate, [str(directory), "--episodes", "1", "--max-frames-per-episode", "100"]),
+    }
+    for script, words in commands.values():
+        forget()
+        code, out, err = run(script, words, capsys, monkeypatch)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert f"--param {own_module}" in err
+        code, out, err = run(script, [*words, "--param", own_module], capsys, monkeypatch)
+        assert (code, err) == (0, "")
+        assert out.startswith("imported")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("--param my_entries:Nothing", 2, "'my_entries' has no parameterization called 'Nothing'"),
+        ("--param my_entries:Unregistered", 2, "is not registered: decorate the class"),
+        ("--param my_entries:nn", 2, "has no parameterization called 'nn'"),
+        ("--param nowhere:Nothing", 2, "cannot import 'nowhere': ModuleNotFoundError"),
+        ("--param broken_entries:Nothing", 2, "RuntimeError: on purpose"),
+        ("--param :x", 2, "cannot import ''"),
+        ("--param wn --param-options g", 2, "'g' is not NAME=VALUE"),
+        ("--param wn --param-options g=log", 2, "g is one of direct, exp, not 'log'"),
+        ("--param wn --param-options eps=1", 2, "'wn' has no option 'eps'"),
+        ("--param wn --param-layers hiden", 2, "no layer matches 'hiden'. Did you mean 'hidden'"),
+        ("--param wn --param-layers", 2, "param_layers names no layer"),
+        ("--config other.yaml", 1, "not imported from a file: add --param my_entries:ScaledWeights"),
+        ("--config unknown.yaml", 1, "'scald' is not registered"),
+    ],
+)
+@pytest.mark.usefixtures("own_module")
+def test_wrong_words_about_parameterizations_are_one_line(
+    words: str, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("other.yaml").write_text("param: my_entries:ScaledWeights\n")
+    Path("unknown.yaml").write_text("param: scald\n")
+    found, out, err = run(train, ["--game", "Pong", *words.split()], capsys, monkeypatch)
+    assert (found, out.removeprefix("imported"), err.count("\n")) == (code, "", 1)
+    assert message in err
+    assert not Path("runs").exists()
 
 
 def test_help_is_there_at_once() -> None:

@@ -28,6 +28,17 @@ from wn_rl.errors import CheckpointError, UsageError, one_line
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 
 FORMAT = 2
+_SINCE_FORMAT_2 = {
+    "network": {"options": {}, "layers": None},
+    "config": {
+        "param_options": {},
+        "param_layers": None,
+        "target_statistics": "running",
+        "joint_batches": False,
+        "output_init": "scaled",
+    },
+}
+"""What a checkpoint of format 1 does not say, and what it then was."""
 _JSON, _MODEL, _TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 _MAX_BYTES = {_JSON: 2**24, _MODEL: 2**32, _TRAINING: 2**34}
 
@@ -194,8 +205,13 @@ def load(path: Path, *, with_training: bool = True) -> Checkpoint:
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path / _JSON} is damaged: it is not JSON") from None
     try:
-        if description["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {description['format']!r}; this version reads format {FORMAT}")
+        if description["format"] == 1:
+            for part, values in _SINCE_FORMAT_2.items():
+                description[part] = values | description[part]
+        elif description["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {description['format']!r}; this version reads formats 1 and {FORMAT}"
+            )
         spec = QNetworkSpec.from_json(description["network"])
         config = from_mapping(description["config"])
         agent_steps = description["agent_steps"]
