@@ -1,0 +1,45 @@
+"""The examples of the documentation run as they stand, and its tables name what there is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from wn_rl.parameterizations import get, names, registry
+from wn_rl.parameterizations.base import make
+
+DOCS = Path(__file__).parents[1] / "docs"
+PARAMETERIZATIONS = (DOCS / "parameterizations.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", PARAMETERIZATIONS, flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def clean_registry() -> Iterator[None]:
+    before = dict(registry._REGISTRY)
+    yield
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(before)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["torch", "sb3", "own"])
+def test_the_examples_run(example: str) -> None:
+    exec(compile(example, "docs/parameterizations.md", "exec"), {"__name__": "example"})
+
+
+def test_every_entry_and_every_option_has_a_line() -> None:
+    rows = [line for line in PARAMETERIZATIONS.splitlines() if line.startswith("|")]
+    for name in names():
+        assert sum(line.startswith(f"| `{name}` |") for line in rows) >= 2, name
+        entry = get(name)
+        treated = {"all": "all", "hidden": "all but the output", "penultimate": "the one before the output"}[
+            entry.treats
+        ]
+        (claims,) = (line.split("|") for line in rows if line.startswith(f"| `{name}` |") and line.count("|") == 7)
+        assert claims[4].strip() == ("no" if entry.batch_independent else "yes"), name
+        assert claims[5].strip() == treated, name
+        assert claims[6].strip().startswith("yes" if entry.foldable else "no"), name
+        for option in make(entry, {}).options():
+            assert f"| `{option}` |" in PARAMETERIZATIONS, f"{name}.{option}"
