@@ -18,6 +18,7 @@ from wn_rl.errors import UsageError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold, initialize_from_data, project
 from wn_rl.parameterizations.api import treated_layers
+from wn_rl.parameterizations.weight_norm import defer
 from wn_rl.replay import Minibatch
 from wn_rl.training import Statistics
 
@@ -85,6 +86,7 @@ class DQN:
         self.q_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target_network.requires_grad_(False)
+        compiled = config.compile == "on"
         self.optimizer = make_optimizer(
             config.optimizer,
             self.q_network.parameters(),
@@ -93,6 +95,8 @@ class DQN:
             beta1=config.adam_beta1,
             beta2=config.adam_beta2,
             rmsprop_decay=config.rmsprop_decay,
+            compiled=compiled,
+            deferred=defer(self.q_network) if compiled else (),
         )
         self.generator = torch.Generator(device).manual_seed(config.seed)
         # What the target network computes between two copies is fixed, so where it can it does without the

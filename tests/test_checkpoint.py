@@ -138,7 +138,7 @@ def edited(path: Path, **changes: object) -> Path:
 def test_a_checkpoint_of_the_first_format_is_read_as_what_it_was(tmp_path: Path) -> None:
     """Before parameterizations had options and a choice of layers."""
     write(tmp_path / "c")
-    added = ("param_options", "param_layers", "target_statistics", "joint_batches", "output_init")
+    added = ("param_options", "param_layers", "target_statistics", "joint_batches", "output_init", "compile")
     old = dict.fromkeys(["network__options", "network__layers", *(f"config__{key}" for key in added)])
     first = checkpoint.load(edited(tmp_path / "c", format=1, **old))
     now = checkpoint.load(tmp_path / "c")

@@ -36,6 +36,7 @@ _SINCE_FORMAT_2 = {
         "target_statistics": "running",
         "joint_batches": False,
         "output_init": "scaled",
+        "compile": "off",
     },
 }
 """What a checkpoint of format 1 does not say, and what it then was."""

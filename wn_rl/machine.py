@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ import torch
 
 from wn_rl.config import TrainConfig
 from wn_rl.errors import UsageError, WnRlError
+from wn_rl.networks import QNetworkSpec
 
 LIBRARY_BYTES = 800_000_000
 """Host memory of a run before its own data: Python, torch, ale-py (a run of `quick` was seen to take 1.1 GB)."""
@@ -25,6 +27,8 @@ TRANSITION_BYTES = 700_000
 gradients (measured: 490 kB in float32, without the gathering)."""
 INIT_SAMPLE_BYTES = 400_000
 """Memory of one observation in the data-dependent initialization (measured: 275 kB, without the gathering)."""
+WORTH_COMPILING = 500_000
+"""Parameters from which a compiled optimizer step pays for its compilation."""
 COPIES_OF_WEIGHTS = 8
 """Network, target, gradient, two of the optimizer, and what is being saved."""
 
@@ -126,17 +130,26 @@ def pick_device(wanted: str) -> Literal["cpu", "cuda"]:
 
 
 def resolve_device(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with ``device`` and ``precision`` decided by this machine.
+    """Return the configuration with ``device``, ``precision`` and ``compile`` decided by this machine.
 
     Raises:
-        UsageError: a GPU was asked for and there is none.
+        UsageError: a GPU or a compiled step was asked for and cannot be had here.
     """
     device = pick_device(config.device)
     precision = config.precision
     if precision == "auto":
         fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
         precision = "bfloat16" if fast else "float32"
-    return replace(config, device=device, precision=precision)
+    return replace(config, device=device, precision=precision, compile=_resolve_compile(config, device))
+
+
+def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:
+    can = device == "cpu" and config.optimizer == "adamax"
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+    if config.compile == "on" and not (can and compiler):
+        raise UsageError("--compile on: it needs a CPU, --optimizer adamax and a C++ compiler; use --compile auto")
+    large = QNetworkSpec(1, hidden_units=config.hidden_units).count_parameters() >= WORTH_COMPILING
+    return "on" if config.compile == "on" or (config.compile == "auto" and can and compiler and large) else "off"
 
 
 def keep_freed_memory() -> bool:

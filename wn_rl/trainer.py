@@ -472,6 +472,7 @@ RESUMABLE = frozenset(
         "frames",
         "device",
         "precision",
+        "compile",
         "num_threads",
         "emulator_threads",
         "evaluation_period",

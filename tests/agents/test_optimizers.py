@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from agents.optimizers import OptimizerName, RMSpropMnih, make_optimizer
+from agents.dqn import DQN
+from agents.optimizers import CompiledAdamax, OptimizerName, RMSpropMnih, make_optimizer
+from wn_rl import parameterizations
+from wn_rl.config import load, resolve
+from wn_rl.parameterizations import reparameterize, weight_norm
+from wn_rl.parameterizations.weight_norm import defer
+from wn_rl.replay import Minibatch
 
 START = [1.0, -2.0, 0.5]
 GRADIENTS = [[3.0, -0.5, 0.0], [-1.0, -4.0, 0.25]]
@@ -137,3 +147,111 @@ def test_rmsprop_survives_a_variance_that_rounds_below_zero(gradient: float) -> 
         parameter.grad = torch.full((1,), gradient)
         optimizer.step()
     assert bool(parameter.isfinite().all())
+
+
+# --- the compiled Adamax -----------------------------------------------------------------------------------------
+
+
+def two_layers(param: str) -> nn.Module:
+    torch.manual_seed(0)
+    return reparameterize(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), param)
+
+
+def forward_all(model: nn.Module, x: Tensor) -> Tensor:
+    return parameterizations.forward(model[2], model[1](parameterizations.forward(model[0], x)))
+
+
+def as_written(function: Any, **_: object) -> Any:
+    """Stand in for ``torch.compile``: the same function, not compiled."""
+    return function
+
+
+@pytest.mark.parametrize("param", ["standard", "wn", "bn"])
+def test_the_one_pass_equals_torchs_adamax_and_leaves_whole_gradients(
+    param: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_norm, "LARGE", 0)
+    monkeypatch.setattr(torch, "compile", as_written)
+    ours, torchs = two_layers(param), two_layers(param)
+    deferred = defer(ours)
+    assert len(deferred) == (2 if param == "wn" else 0)
+    optimizers = (
+        CompiledAdamax(ours.parameters(), 0.01, (0.5, 0.999), 1e-8, deferred),
+        torch.optim.Adamax(torchs.parameters(), lr=0.01, betas=(0.5, 0.999), eps=1e-8),
+    )
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        x = torch.randn(7, 6, dtype=torch.float64, generator=generator)
+        for model, optimizer in zip((ours, torchs), optimizers, strict=True):
+            optimizer.zero_grad()
+            forward_all(model, x).square().sum().backward()
+            optimizer.step()
+        for (name, mine), theirs in zip(ours.named_parameters(), torchs.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10, msg=name)
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-8, atol=1e-9, msg=name)
+        for entry in deferred:
+            known = entry.known_norm()
+            assert known is not None
+            torch.testing.assert_close(known, entry.v.norm(dim=1), rtol=1e-12, atol=0)
+
+    # Both read each other's state and go on alike.
+    first, second = copy.deepcopy(optimizers[0].state_dict()), copy.deepcopy(optimizers[1].state_dict())
+    optimizers[0].load_state_dict(second)
+    optimizers[1].load_state_dict(first)
+    for model, optimizer in zip((ours, torchs), optimizers, strict=True):
+        optimizer.zero_grad()
+        forward_all(model, x).square().sum().backward()
+        optimizer.step()
+    for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_a_norm_is_forgotten_when_somebody_else_changes_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_norm, "LARGE", 0)
+    model = two_layers("wn")
+    plain, x = copy.deepcopy(model), torch.randn(4, 6, dtype=torch.float64)
+    (entry, _) = defer(model)
+    assert entry.known_norm() is not None
+    with torch.no_grad():
+        entry.v.mul_(3.0)
+    assert entry.known_norm() is None
+    torch.testing.assert_close(forward_all(model, x), plain(x), rtol=1e-12, atol=1e-12)
+    model.load_state_dict(two_layers("wn").state_dict())
+    assert entry.known_norm() is None
+
+
+def test_a_copy_finishes_its_gradients_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_norm, "LARGE", 0)
+    model, x = two_layers("wn"), torch.randn(4, 6, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    defer(model)
+    copied = copy.deepcopy(model)
+    for network in (model, copied, plain):
+        forward_all(network, x).square().sum().backward()
+    for (name, mine), theirs in zip(copied.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    assert not torch.allclose(
+        model[0].parametrizations.weight.original1.grad, plain[0].parametrizations.weight.original1.grad
+    )
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_code_gives_the_same_updates_of_a_whole_agent() -> None:
+    """In float32 on the full network, whose large layer takes the deferred path; compiling takes some 20 s."""
+    x = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = Minibatch(x[:4], torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 0, -1, 0]), x[4:], torch.zeros(4).bool())
+    agents = []
+    for choice in ("on", "off"):
+        config = resolve(replace(load("paper"), game="breakout", param="wn", compile=choice))
+        agent = DQN(replace(config, device="cpu", precision="float32"), 4, torch.device("cpu"))
+        agent.initialize(x)
+        for _ in range(5):
+            agent.update(batch)
+        agents.append(agent)
+    assert isinstance(agents[0].optimizer, CompiledAdamax)
+    for (name, mine), theirs in zip(
+        agents[0].q_network.named_parameters(), agents[1].q_network.parameters(), strict=True
+    ):
+        off = float((mine - theirs).norm() / theirs.norm())
+        assert off < 2e-5, name
+    assert agents[0].gradient_norm() == pytest.approx(agents[1].gradient_norm(), rel=1e-3)

@@ -21,14 +21,24 @@ def _precision(x: Tensor) -> torch.dtype:
 
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, g: Tensor, b: Tensor | None) -> Any:  # noqa: ANN401
-        norm = torch.linalg.vector_norm(v, dim=1)
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        v: Tensor,
+        g: Tensor,
+        b: Tensor | None,
+        norm: Tensor | None,
+        complete: bool,
+    ) -> Any:  # noqa: ANN401
+        if norm is None:
+            norm = torch.linalg.vector_norm(v, dim=1)
         scale = g.view(-1) / norm
         low = v.to(x.dtype)
         t = torch.mm(x, low.t())
         low_scale = scale.to(x.dtype)
         ctx.save_for_backward(x, v, low, t, scale, norm, low_scale)
         ctx.has_bias = b is not None
+        ctx.complete = complete
         return t * low_scale if b is None else torch.addcmul(b.to(x.dtype), t, low_scale)
 
     @staticmethod
@@ -38,13 +48,42 @@ class _ScaledLinear(torch.autograd.Function):
         dt = dy * low_scale
         # s = g / ‖v‖, so ∂s/∂g = 1 / ‖v‖ and ∂s/∂v = −s · v / ‖v‖².
         dg = (dy * t).sum(0, dtype=v.dtype).div_(norm)
-        dv = torch.mm(dt.t(), x).to(v.dtype).addcmul_(v, (dg * scale).div_(norm).neg_().unsqueeze(1))
+        dv = torch.mm(dt.t(), x).to(v.dtype)
+        if ctx.complete:
+            dv.addcmul_(v, (dg * scale).div_(norm).neg_().unsqueeze(1))
         dx = torch.mm(dt, low) if ctx.needs_input_grad[0] else None
         db = dy.sum(0, dtype=v.dtype) if ctx.has_bias else None
-        return dx, dv, dg.unsqueeze(1), db
+        return dx, dv, dg.unsqueeze(1), db, None, None
 
 
-def scaled_linear(x: Tensor, v: Tensor, g: Tensor, b: Tensor | None) -> Tensor:
+class Deferred:
+    """What an optimizer that finishes the gradient of v itself shares with the layer that v belongs to.
+
+    The second term of ∇v = (g/‖v‖) ∇w − (g ∇g/‖v‖²) v and the norm of the next v each cost a pass over all weights. An
+    optimizer that passes over them anyway does both on the way, so the layer leaves the term out and takes the norm.
+
+    Attributes:
+        v: the trained direction, shape (units, inputs).
+        g: its scale, shape (units, 1).
+        norm: ‖v‖, shape (units,), as long as v has the ``version`` that it was taken of.
+    """
+
+    def __init__(self, v: torch.nn.Parameter, g: torch.nn.Parameter) -> None:
+        """Start with the norm of v as it is."""
+        self.v = v
+        self.g = g
+        self.norm = torch.linalg.vector_norm(v.detach(), dim=1)
+        self.version = v._version
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Return None: the copy of a layer has no such optimizer and finishes its gradients itself."""
+
+    def known_norm(self) -> Tensor | None:
+        """Return ‖v‖, or None where v was changed since."""
+        return self.norm if self.v._version == self.version and self.v.dtype == self.norm.dtype else None
+
+
+def scaled_linear(x: Tensor, v: Tensor, g: Tensor, b: Tensor | None, deferred: Deferred | None = None) -> Tensor:
     """Return (g / ‖v‖) · (v·x) + b.
 
     Args:
@@ -52,10 +91,12 @@ def scaled_linear(x: Tensor, v: Tensor, g: Tensor, b: Tensor | None) -> Tensor:
         v: shape (units, inputs).
         g: shape (units, 1).
         b: shape (units,), or None.
+        deferred: where an optimizer finishes the gradient of v: its first term alone is computed.
     """
+    norm = None if deferred is None else deferred.known_norm()
     kind = x.device.type
     leading = x.shape[:-1]
     x = x.to(_precision(x)).reshape(-1, x.shape[-1])
     with torch.autocast(kind, enabled=False):
-        y: Tensor = _ScaledLinear.apply(x, v, g, b)  # type: ignore[no-untyped-call]
+        y: Tensor = _ScaledLinear.apply(x, v, g, b, norm, deferred is None)  # type: ignore[no-untyped-call]
     return y if len(leading) == 1 else y.view(*leading, -1)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, weight_names
+from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, weight_names
 from wn_rl.parameterizations.registry import register
-from wn_rl.parameterizations.scaled_output import scaled_linear
+from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear
 
+_DEFERRED = "_wn_rl_deferred"
 LARGE = 2**16
 """Weights from which scaling a dense layer's outputs is quicker than computing w (measured on a CPU)."""
 
@@ -63,6 +64,28 @@ def direction_and_scale(layer: nn.Module, name: str = "weight") -> tuple[Tensor,
     raise TypeError(f"{type(layer).__name__} is not weight-normalized")
 
 
+def defer(model: nn.Module) -> list[Deferred]:
+    """Let an optimizer finish the gradients of the large dense layers that ``wn`` treats in ``model``.
+
+    From then on ``v.grad`` lacks its second term after a backward pass through ``parameterizations.forward``; the
+    optimizer that gets the result must add it. A deep copy of the model finishes its gradients itself again.
+    """
+    deferred = []
+    for layer in model.modules():
+        entry = entry_of(layer)
+        if not isinstance(entry, WeightNormalization):
+            continue
+        scales_outputs = type(entry).forward is WeightNormalization.forward and entry.g == "direct"
+        if scales_outputs and isinstance(layer, nn.Linear):
+            v, g = direction_and_scale(layer)
+            if v.numel() >= LARGE:
+                assert isinstance(v, nn.Parameter)
+                assert isinstance(g, nn.Parameter)
+                layer.__dict__[_DEFERRED] = Deferred(v, g)
+                deferred.append(layer.__dict__[_DEFERRED])
+    return deferred
+
+
 @register("wn")
 @dataclass(frozen=True)
 class WeightNormalization(WeightParameterization):
@@ -91,6 +114,11 @@ class WeightNormalization(WeightParameterization):
         """Return w = g · v / ‖v‖."""
         return WeightNormalized(units, exponential=self.g == "exp")
 
+    def fold(self, layer: nn.Module) -> None:
+        """Leave w as a plain parameter."""
+        layer.__dict__.pop(_DEFERRED, None)
+        super().fold(layer)
+
     @torch.no_grad()
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
         """Multiply g by ``factor``; v keeps its length, which sets how fast its direction turns."""
@@ -116,7 +144,10 @@ class WeightNormalization(WeightParameterization):
         assert v is not None
         if isinstance(layer, nn.Linear):
             if v.numel() >= LARGE:
-                return scaled_linear(x, v, g, bias)
+                deferred = layer.__dict__.get(_DEFERRED)
+                if deferred is not None and deferred.v is not v:  # torch.func swaps parameters
+                    deferred = None
+                return scaled_linear(x, v, g, bias, deferred)
             return nn.functional.linear(x, torch._weight_norm(v, g, 0), bias)
         if isinstance(layer, nn.Conv2d):
             output: Tensor = layer._conv_forward(x, torch._weight_norm(v, g, 0), bias)
