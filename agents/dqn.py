@@ -87,6 +87,7 @@ class DQN:
         self.target_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target_network.requires_grad_(False)
         compiled = config.compile == "on"
+        self._deferred = defer(self.q_network) if compiled else []
         self.optimizer = make_optimizer(
             config.optimizer,
             self.q_network.parameters(),
@@ -96,7 +97,7 @@ class DQN:
             beta2=config.adam_beta2,
             rmsprop_decay=config.rmsprop_decay,
             compiled=compiled,
-            deferred=defer(self.q_network) if compiled else (),
+            deferred=self._deferred,
         )
         self.generator = torch.Generator(device).manual_seed(config.seed)
         # What the target network computes between two copies is fixed, so where it can it does without the
@@ -251,6 +252,8 @@ class DQN:
         return {
             "target_network": self.target_network.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
+            # Known to the last bit, or a resumed run would differ from one that was never stopped.
+            "norms": {str(index): entry.norm for index, entry in enumerate(self._deferred)},
             "generator": self.generator.get_state(),
             "updates": self.updates,
         }
@@ -266,6 +269,9 @@ class DQN:
                 "param_groups": self.optimizer.state_dict()["param_groups"],
             }
         )
+        for key, norm in state.get("norms", {}).items():
+            if int(key) < len(self._deferred):
+                self._deferred[int(key)].restore(norm)
         self.generator.set_state(state["generator"].cpu())
         self.updates = int(state["updates"])
         self.read_statistics()

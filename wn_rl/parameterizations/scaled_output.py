@@ -75,6 +75,11 @@ class Deferred:
         self.norm = torch.linalg.vector_norm(v.detach(), dim=1)
         self.version = v._version
 
+    def restore(self, norm: Tensor) -> None:
+        """Take over ‖v‖ of the v that was just loaded."""
+        self.norm.copy_(norm)
+        self.version = self.v._version
+
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return None: the copy of a layer has no such optimizer and finishes its gradients itself."""
 
