@@ -479,6 +479,19 @@ def test_a_unit_that_is_constant_but_for_rounding_is_only_centred(name: str, dty
         torch.testing.assert_close(layer.weight.detach(), weight_before)
 
 
+@pytest.mark.parametrize("name", ["standard", "wn"])
+def test_one_state_over_and_over_scales_no_dense_layer(name: str) -> None:
+    """A convolution's statistics run over positions too, so it has something to go by; a dense layer has not."""
+    network = build_q_network(QNetworkSpec(3, name, hidden_units=12), seed=0)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    x = random_observations(1).expand(32, -1, -1, -1)
+    initialize_from_data(network, x)
+    for key, value in network.state_dict().items():
+        if key.startswith(("hidden", "output")) and "bias" not in key:
+            torch.testing.assert_close(value, before[key], rtol=1e-6, atol=0, msg=key)
+    assert float(network(x).detach().abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("name", [name for name in names() if get(name).batch_independent])
 def test_the_q_values_of_a_state_do_not_depend_on_the_rest_of_the_batch(name: str) -> None:
     network = build_q_network(QNetworkSpec(4, name, hidden_units=12), seed=0).double().train()

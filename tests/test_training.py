@@ -156,7 +156,9 @@ def test_same_seed_gives_same_weights_whatever_is_logged_evaluated_or_saved_when
 def test_a_run_directory_holds_what_it_promises(tmp_path: Path) -> None:
     config = tiny()
     run(tmp_path, config)
-    assert from_mapping(yaml.safe_load((tmp_path / "config.yaml").read_text())) == replace(config, device="cpu", compile="off")
+    assert from_mapping(yaml.safe_load((tmp_path / "config.yaml").read_text())) == replace(
+        config, device="cpu", compile="off"
+    )
     with open(tmp_path / "evaluations.csv") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["frames", "episodes", "mean", "std", "min", "max", "mean_length", "seconds"]

@@ -285,7 +285,8 @@ def initialize_from_data(
             bias.copy_(-mean * factor)
             found[name] = LayerInit(mean, deviation)
             shape = [-1 if axis == units else 1 for axis in range(t.dim())]
-            return (t - mean.view(shape)) * factor.view(shape)
+            # A constant unit is exactly 0 now; its rounding must not look like a signal to the layers behind.
+            return torch.where(constant.view(shape), 0.0, (t - mean.view(shape)) * factor.view(shape))
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(after, with_kwargs=True))
