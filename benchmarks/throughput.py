@@ -2,8 +2,8 @@
 
 ``python benchmarks/throughput.py`` alternates segments of ours and of SB3 (at its best over torch threads and numbers
 of environments), then times the emulators alone, the learner alone and the parts of a vector step. Both sides train the
-network of Mnih et al. on the same game with one update per four agent steps, the same minibatch and replay size; warm-up
-is left out. Prints a table and writes JSON.
+network of Mnih et al. on the same game with one update per four agent steps, the same minibatch and replay size; the
+warm-up is left out. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
