@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, load
-from wn_rl.errors import UsageError, WnRlError, one_line
+from wn_rl.errors import UsageError, WnRlError, closest, one_line
 from wn_rl.runs import RunDirectory, read_rows
 
 COLOURS = {"standard": "#D55E00", "wn": "#0072B2"}
@@ -61,13 +61,20 @@ def read_curve(directory: Path) -> Curve:
     )
 
 
-def draw(curves: Sequence[Curve], out: Path) -> None:
+def draw(curves: Sequence[Curve], out: Path, by: str = "param") -> None:
     """Draw one panel per game, one line per run, into a PNG, SVG or PDF file.
 
+    Args:
+        curves: of the runs.
+        out: the file.
+        by: the configuration key that the colours stand for.
+
     Raises:
-        UsageError: the file's ending is not one of these.
+        UsageError: the file's ending is not one of these, or there is no such key.
         WnRlError: matplotlib is missing, or the file cannot be written.
     """
+    if by not in {entry.name for entry in fields(TrainConfig)}:
+        raise UsageError(f"--by {by}: no such configuration key.{closest(by, [e.name for e in fields(TrainConfig)])}")
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{out}: name a .png, .svg or .pdf file")
     try:
@@ -78,19 +85,19 @@ def draw(curves: Sequence[Curve], out: Path) -> None:
     except ImportError:
         raise WnRlError("drawing needs matplotlib: pip install matplotlib") from None
     games = sorted({curve.config.game for curve in curves})
-    params = sorted({curve.config.param for curve in curves})
+    values = sorted({str(getattr(curve.config, by)) for curve in curves})
     others = iter(OTHER_COLOURS)
-    colours = {param: COLOURS.get(param) or next(others, "#777777") for param in params}
+    colours = {value: COLOURS.get(value) or next(others, "#777777") for value in values}
     figure, axes = plt.subplots(
         1, len(games), figsize=(1.0 + 4.6 * len(games), 3.8), squeeze=False, layout="constrained"
     )
     for panel, game in zip(axes[0], games, strict=True):
-        for param in params:
-            of_param = [c for c in curves if (c.config.game, c.config.param) == (game, param)]
-            for index, curve in enumerate(of_param):
-                label = f"{param} (n = {len(of_param)})" if index == 0 else None
-                panel.plot(curve.frames / 1e6, curve.means, ".", color=colours[param], alpha=0.35, markersize=4)
-                panel.plot(curve.frames / 1e6, curve.smoothed(), color=colours[param], linewidth=1.8, label=label)
+        for value in values:
+            alike = [c for c in curves if (c.config.game, str(getattr(c.config, by))) == (game, value)]
+            for index, curve in enumerate(alike):
+                label = f"{value} (n = {len(alike)})" if index == 0 else None
+                panel.plot(curve.frames / 1e6, curve.means, ".", color=colours[value], alpha=0.35, markersize=4)
+                panel.plot(curve.frames / 1e6, curve.smoothed(), color=colours[value], linewidth=1.8, label=label)
         if (random_score := find_game(game).random_score) is not None:
             panel.axhline(random_score, color="#999999", linewidth=0.8, linestyle=":", label="random play")
         panel.set_title(game)
@@ -118,9 +125,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m wn_rl.report.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf file")
+    parser.add_argument("--by", default="param", metavar="KEY", help="configuration key for the colours (param)")
     wanted = parser.parse_args(arguments)
     try:
-        draw([read_curve(directory) for directory in wanted.runs], wanted.out)
+        draw([read_curve(directory) for directory in wanted.runs], wanted.out, wanted.by)
     except WnRlError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return error.exit_code
