@@ -26,9 +26,6 @@ def test_the_figure_of_the_documentation_is_drawn_by_one_command(ending: str, tm
     out = tmp_path / f"quick.{ending}"
     assert curves.main([*map(str, QUICK), "--out", str(out), "--by", "seed"]) == 0
     assert out.stat().st_size > 10_000
-    if ending == "svg":
-        text = out.read_text()
-        assert all(game in text for game in {run.name.split("-")[0] for run in QUICK}) or "<path" in text
 
 
 @pytest.mark.parametrize(
