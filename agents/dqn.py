@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from agents.optimizers import make_optimizer
 from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
-from wn_rl.errors import UsageError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold, initialize_from_data, project
 from wn_rl.parameterizations.api import treated_layers
@@ -138,17 +137,11 @@ class DQN:
 
         Salimans & Kingma 2016, section 3, in full precision; the output layer's Q-values get the standard deviation
         ``output_init_std`` instead of 1 (see docs/algorithm.md for why) unless ``output_init`` is ``literal``.
-
-        Raises:
-            UsageError: the parameterization has no scale to initialize.
         """
         if self.config.data_dependent_init:
             std = 1.0 if self.config.output_init == "literal" else self.config.output_init_std
             treats_output = "output" in treated_layers(self.q_network)
-            try:
-                initialize_from_data(self.q_network, observations, std_of={"output": std} if treats_output else None)
-            except TypeError as error:
-                raise UsageError(f"--data-dependent-init: {error}") from None
+            initialize_from_data(self.q_network, observations, std_of={"output": std} if treats_output else None)
         self.copy_target()
 
     def td_loss(self, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from wn_rl.parameterizations import Parameterization, initialize_from_data, project, reparameterize, resolve
-from wn_rl.parameterizations.api import LayerInit, treated_layers
+from wn_rl.parameterizations.api import LayerInit, as_choices, treated_layers
 from wn_rl.parameterizations.base import LAYERS
 
 try:
@@ -77,8 +77,8 @@ def policy_kwargs(
     """
     build = ReparameterizeThenOptimize(
         resolve(param, options),
-        None if include is None else tuple(include),
-        tuple(exclude),
+        None if include is None else cast(tuple[LayerChoice, ...], tuple(as_choices(include))),
+        cast(tuple[LayerChoice, ...], tuple(as_choices(exclude))),
         optimizer_class,
     )
     if optimizer_kwargs is not None:

@@ -72,11 +72,13 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Data:
-    """The fixed set: observations uint8 (T, 4, 84, 84), actions int64 (T,), targets y float32 (T,)."""
+    """The fixed set: observations uint8 (T, 4, 84, 84), actions int64 (T,), targets y float32 (T,), of a game."""
 
     observations: Tensor
     actions: Tensor
     targets: Tensor
+    game: str
+    num_actions: int
 
 
 DATA: list[Data] = []
@@ -102,8 +104,9 @@ def play(arguments: Arguments) -> Data:
         env.close()
         batch: Minibatch = replay.sample(arguments.transitions, generator)
         next_q_values = torch.cat([network(part) for part in batch.next_observations.split(256)])
-    targets = td_targets(batch.rewards.clamp(-1, 1), batch.terminals, next_q_values, config.gamma)
-    return Data(batch.observations.clone(), batch.actions, targets)
+    clip = config.reward_clip or float("inf")
+    targets = td_targets(batch.rewards.clamp(-clip, clip), batch.terminals, next_q_values, config.gamma)
+    return Data(batch.observations.clone(), batch.actions, targets, config.game, network.spec.num_actions)
 
 
 def fit(arm: str, rate: float, seed: int, arguments: Arguments) -> list[tuple[str, float, int, int, float]]:
@@ -111,10 +114,10 @@ def fit(arm: str, rate: float, seed: int, arguments: Arguments) -> list[tuple[st
     torch.set_num_threads(1)
     keep_freed_memory()
     (data,) = DATA
-    config = replace(load("paper"), game="Breakout", param=arm.split()[0], seed=seed, learning_rate=rate, device="cpu")
+    config = replace(load("paper"), game=data.game, param=arm.split()[0], seed=seed, learning_rate=rate, device="cpu")
     if arm.endswith("from data"):
         config = replace(config, data_dependent_init=True)
-    agent = DQN(resolve(replace(config, precision="float32")), 4, torch.device("cpu"))
+    agent = DQN(resolve(replace(config, precision="float32")), data.num_actions, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     agent.initialize(data.observations[torch.randperm(len(data.targets), generator=generator)[:512]])
     network, optimizer = agent.q_network.train(), agent.optimizer
@@ -174,8 +177,9 @@ def draw(source: Path, picture: Path) -> None:
         rates = sorted(rate for name, rate in curves if name == arm)
         finals = {rate: final(curves[arm, rate]) for rate in rates}
         best = min(rates, key=lambda rate: float(np.mean(finals[rate])))
-        losses = np.array([[loss for _, loss in curve] for curve in curves[arm, best].values()])
-        updates = [update for update, _ in next(iter(curves[arm, best].values()))]
+        shortest = min(len(curve) for curve in curves[arm, best].values())  # one that diverged ended early
+        losses = np.array([[loss for _, loss in curve[:shortest]] for curve in curves[arm, best].values()])
+        updates = [update for update, _ in next(iter(curves[arm, best].values()))[:shortest]]
         style = "--" if arm.endswith("from data") else "-"
         left.plot(updates, losses.mean(0), style, color=colour, label=f"{arm} ({best:g})")
         left.fill_between(updates, losses.min(0), losses.max(0), color=colour, alpha=0.15, lw=0)
@@ -200,6 +204,8 @@ def main(words: Sequence[str]) -> int:
     if not arguments.plot_only:
         if not arguments.checkpoint:
             raise UsageError("--checkpoint RUN names the agent that plays and whose network gives the targets")
+        if not 1 <= arguments.point <= arguments.updates:
+            raise UsageError("--point must be from 1 to the number of --updates")
         if unknown := set(arguments.arms) - set(ARMS):
             raise UsageError(f"no arm '{unknown.pop()}'; there are: {', '.join(ARMS)}")
         started = time.perf_counter()

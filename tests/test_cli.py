@@ -308,6 +308,11 @@ class ScaledWeights(WeightParameterization):
 
 class Unregistered(WeightParameterization):
     pass
+
+
+@register("empty")
+class Empty(WeightParameterization):
+    pass
 """
 
 
@@ -316,13 +321,14 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     """A user's file in the directory where they are; forgotten again afterwards."""
     (tmp_path / "my_entries.py").write_text(OWN)
     (tmp_path / "broken_entries.py").write_text("raise RuntimeError('on purpose')")
+    (tmp_path / "exit_entries.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
     before, path = dict(registry._REGISTRY), list(sys.path)
     yield "my_entries:ScaledWeights"
     registry._REGISTRY.clear()
     registry._REGISTRY.update(before)
     sys.path[:] = path
-    for name in ("my_entries", "broken_entries"):
+    for name in ("my_entries", "broken_entries", "exit_entries"):
         sys.modules.pop(name, None)
 
 
@@ -366,6 +372,10 @@ def test_a_users_own_class_is_imported_from_the_command_line_and_never_from_a_fi
         ("--param nowhere:Nothing", 2, "cannot import 'nowhere': ModuleNotFoundError"),
         ("--param broken_entries:Nothing", 2, "RuntimeError: on purpose"),
         ("--param :x", 2, "cannot import ''"),
+        ("--param exit_entries:x", 2, "cannot import 'exit_entries': SystemExit"),
+        ("--param my_entries:Empty --data-dependent-init True", 2, "data_dependent_init: Empty does not say how"),
+        ("--param my_entries:Empty", 1, "parameterization 'my_entries:Empty': Empty does not say how it computes"),
+        ("--param wn_projected --param-options g=none --data-dependent-init True", 2, "'wn_projected' has no scale"),
         ("--param wn --param-options g", 2, "'g' is not NAME=VALUE"),
         ("--param wn --param-options g=log", 2, "g is one of direct, exp, not 'log'"),
         ("--param wn --param-options eps=1", 2, "'wn' has no option 'eps'"),

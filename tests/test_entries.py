@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import get, names, project, register, reparameterize, resolve
-from wn_rl.parameterizations.base import Units, bias_of, make
+from wn_rl.parameterizations.base import Parameterization, Units, bias_of, make
 
 F64 = torch.float64
 
@@ -375,6 +377,7 @@ def test_options_are_read_from_texts_and_checked() -> None:
         ("bn", {"rate": None}, "rate is not None"),
         ("sn", {"iterations": "1.5"}, "iterations is of type int"),
         ("sn", {"iterations": 0}, "iterations must be from 1"),
+        ("sn", {"iterations": 1.9}, "iterations is of type int, not 1.9"),
         ("ln", {"over": "batch"}, "over is one of example, units"),
     ],
 )
@@ -382,6 +385,18 @@ def test_a_wrong_option_is_one_line(name: str, options: dict[str, object], messa
     with pytest.raises(ValueError, match=message) as error:
         reparameterize(nn.Linear(2, 2), name, **options)
     assert "\n" not in str(error.value)
+
+
+def test_options_of_ones_own_may_be_choices_of_numbers_and_may_be_needed() -> None:
+    @dataclass(frozen=True)
+    class Own(Parameterization):
+        name = "own"
+        power: int
+        kind: Literal[1, 2] = 1
+
+    assert make(Own, {"power": "3", "kind": "2"}) == Own(3, 2)
+    with pytest.raises(ValueError, match="'own' needs the option 'power'"):
+        make(Own, {})
 
 
 def test_every_option_says_what_its_source_did() -> None:

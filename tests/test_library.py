@@ -14,8 +14,10 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import prune
 
 import wn_rl
+from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import (
     OutputNormalization,
     fold,
@@ -92,6 +94,14 @@ def test_layers_are_chosen_by_name_pattern_and_type(
     assert list(treated_layers(model)) == treated
 
 
+def test_a_single_choice_needs_no_list() -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(12)])
+    assert list(treated_layers(reparameterize(model, "wn", include="10"))) == ["10"]
+    assert list(treated_layers(reparameterize(model, "sn", include=model[3]))) == ["3", "10"]
+    with pytest.raises(ValueError, match="parametrized already"):
+        reparameterize(model, "wn", include=nn.Linear)
+
+
 def test_a_layer_itself_may_be_chosen_and_two_entries_live_in_one_model() -> None:
     model, tokens = branches()
     reparameterize(model, "wn", include=[model.right])
@@ -127,6 +137,15 @@ def tied() -> nn.Module:
         (lambda: nn.MultiheadAttention(4, 2), "ln", {}, "layer 'out_proj'.*attention that never calls it"),
         (lambda: reparameterize(nn.Linear(2, 2), "bn"), "wn", {}, "parametrized already; fold"),
         (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "sn", {}, "parametrized already"),
+        (lambda: torch.nn.utils.weight_norm(nn.Linear(2, 2)), "wn", {}, "no parameter of its own: a hook"),
+        (lambda: torch.nn.utils.spectral_norm(nn.Linear(2, 2)), "bn", {}, "no parameter of its own: a hook"),
+        (
+            lambda: torch.nn.utils.weight_norm(nn.LSTM(2, 2), "weight_hh_l0"),
+            "wn",
+            {},
+            "no parameter of its own: a hook",
+        ),
+        (lambda: prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5), "standard", {}, "no parameter of its own"),
     ],
 )
 def test_what_cannot_be_treated_is_one_line_and_changes_nothing(
@@ -202,6 +221,56 @@ def test_recurrent_layers_and_models_without_parameterization_are_refused() -> N
         initialize_from_data(reparameterize(nn.Linear(2, 2), "wn_projected", g="none"), torch.rand(3, 2))
 
 
+@pytest.mark.parametrize("half", ["a model in bfloat16", "autocast"])
+@pytest.mark.parametrize("name", ["standard", "wn"])
+def test_half_precision_does_not_take_ordinary_units_for_constant_ones(name: str, half: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    reparameterize(model, name)
+    x = torch.rand(500, 784)
+    if half == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            report = initialize_from_data(model, x)
+    else:
+        report = initialize_from_data(model.bfloat16(), x.bfloat16())
+    assert set(report) == {"0", "2", "4"}
+    seen = x
+    for layer in model.float():
+        seen = layer(seen)
+        if isinstance(layer, nn.Linear):
+            std = seen.std(0, correction=0)
+            torch.testing.assert_close(std, torch.ones_like(std), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_initialization_of_spectral_normalization_does_not_depend_on_the_mode(training: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = reparameterize(nn.Linear(64, 64, dtype=F64), "sn").train(training), torch.randn(200, 64, dtype=F64)
+    initialize_from_data(layer, x)
+    std = layer.eval()(x).std(0, correction=0)
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "error", "message"),
+    [
+        (torch.randn(9, 7), {}, RuntimeError, "shape"),
+        (torch.full((9, 3), torch.nan), {}, ValueError, "layer '0' gives values that are not finite"),
+        (torch.randn(3), {}, ValueError, "layer '0' sees a single example"),
+        (torch.randn(9, 3), {"std": -1.0}, ValueError, "must be a number above 0"),
+        (torch.randn(9, 3), {"std_of": {"1": 0.0}}, ValueError, "must be a number above 0"),
+    ],
+)
+def test_an_initialization_that_fails_changes_nothing(
+    batch: Tensor, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    model = reparameterize(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "wn")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        initialize_from_data(model, batch, **options)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 # --- recurrent layers --------------------------------------------------------------------------------------------
 
 RECURRENT: dict[str, Callable[[], nn.Module]] = {
@@ -236,6 +305,13 @@ def test_recurrent_layers_train_copy_and_fold(kind: str, name: str) -> None:
     plain.load_state_dict(folded.state_dict())
     torch.testing.assert_close(plain(x)[0], expected, rtol=1e-12, atol=1e-12)
     train(folded, x)
+
+
+def test_a_recurrent_layer_that_failed_can_still_be_copied() -> None:
+    model = reparameterize(nn.LSTM(4, 8), "wn")
+    with pytest.raises(RuntimeError):
+        model(torch.randn(5, 2, 7))
+    copy.deepcopy(model)(torch.randn(5, 2, 4))
 
 
 def test_torchs_own_parametrized_lstm_cannot_be_copied_after_a_forward_pass() -> None:
@@ -387,6 +463,50 @@ def test_autocast_runs_forward_and_backward(name: str) -> None:
     output.square().sum().backward()
     torch.testing.assert_close(output.float(), exact, rtol=0.2, atol=0.2)
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "sn"])
+def test_models_in_half_precision_train_and_stay_in_it(name: str) -> None:
+    torch.manual_seed(0)
+    model = reparameterize(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)), name)
+    exact, x = copy.deepcopy(model), torch.randn(8, 2, 4, 4)
+    model.bfloat16()
+    for training in (True, False):
+        output = model.train(training)(x.bfloat16())
+        assert output.dtype == torch.bfloat16
+        torch.testing.assert_close(output.float(), exact.train(training)(x), rtol=0.2, atol=0.2)
+    train(model.train(), x.bfloat16())
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", names())
+def test_grouped_transposed_convolutions_take_another_memory_format(name: str) -> None:
+    torch.manual_seed(0)
+    model = reparameterize(nn.ConvTranspose2d(8, 4, 3, groups=2), name).eval()
+    x = torch.randn(2, 8, 5, 5)
+    expected = model(x)
+    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x), expected)
+    if get(name).foldable:
+        torch.testing.assert_close(fold(model)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_example_has_no_batch_statistics() -> None:
+    model = reparameterize(nn.Linear(3, 2), "mean_only_bn")
+    with pytest.raises(ValueError, match="a single example has no batch statistics"):
+        model(torch.randn(3))
+    assert model.eval()(torch.randn(3)).shape == (2,)
+
+
+def test_gradients_of_the_whole_q_network_as_a_function() -> None:
+    """Its large layer takes a way of its own, which knows no transforms; there the plain one is taken."""
+    network = build_q_network(QNetworkSpec(4, "wn"), seed=0)
+    x = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    parameters = {key: value.detach() for key, value in network.named_parameters()}
+    found = grad(lambda state: functional_call(network, state, (x,)).sum())(parameters)
+    network(x).sum().backward()
+    for key, parameter in network.named_parameters():
+        torch.testing.assert_close(found[key], parameter.grad, rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("name", names())

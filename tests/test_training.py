@@ -153,6 +153,38 @@ def test_same_seed_gives_same_weights_whatever_is_logged_evaluated_or_saved_when
     assert not equal(first, run(tmp_path / "d", tiny(param=param, seed=2)))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"evaluation_steps": -1},
+        {"num_threads": 5000},
+        {"evaluation_period": 0},
+        {"log_period": 0},
+        {"checkpoint_period": -3},
+        {"evaluation_envs": 0},
+        {"frames": -5},
+    ],
+)
+def test_a_resume_with_a_value_out_of_range_is_refused_and_touches_nothing(
+    changes: dict[str, int], tmp_path: Path
+) -> None:
+    run(tmp_path, tiny())
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(UsageError, match=next(iter(changes))):
+        open_for_resume(tmp_path, changes)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_resume_understands_another_way_of_writing_the_same(tmp_path: Path) -> None:
+    run(tmp_path, tiny(param="bn"))
+    config, _ = open_for_resume(tmp_path, {"game": "BREAKOUT", "param_options": {"rate": "1e-1", "eps": "0.000001"}})
+    assert (config.game, config.param_options) == ("Breakout", {"eps": 1e-6, "rate": 0.1})
+    with pytest.raises(UsageError, match="param_options is"):
+        open_for_resume(tmp_path, {"param_options": {"rate": "0.5"}})
+    with pytest.raises(UsageError, match=r"param_options: .* no option 'speed'"):
+        open_for_resume(tmp_path, {"param_options": {"speed": "1"}})
+
+
 def test_a_run_directory_holds_what_it_promises(tmp_path: Path) -> None:
     config = tiny()
     run(tmp_path, config)

@@ -490,6 +490,8 @@ def resolve(config: TrainConfig, *, param_in_file: bool = False) -> TrainConfig:
     from_data = config.data_dependent_init
     if from_data is None:
         from_data = entry.data_dependent_init
+    if from_data and (problem := parameterizations.cannot_rescale(entry)):
+        raise UsageError(f"data_dependent_init: {problem}")
     rate = config.learning_rate
     if rate is None:
         rate = config.learning_rates.get(param, config.learning_rates.get("standard"))

@@ -260,6 +260,6 @@ def build_q_network(spec: QNetworkSpec, *, seed: int) -> QNetwork:
             entry = spec.entry()
             treated = treated_names(entry, len(spec.convolutions)) if spec.layers is None else spec.layers
             reparameterize(network, entry, include=treated)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"parameterization '{spec.parameterization}': {error}") from None
     return network

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from wn_rl import checkpoint, diagnostics
 from wn_rl.atari.env import FRAME_SKIP, make_atari
-from wn_rl.config import TrainConfig, to_yaml
+from wn_rl.atari.games import find_game
+from wn_rl.config import TrainConfig, to_yaml, validate
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.evaluation import (
     EvaluationInterrupted,
@@ -39,6 +40,7 @@ from wn_rl.machine import (
     resolve_device,
 )
 from wn_rl.networks import MAX_ACTIONS, QNetworkSpec
+from wn_rl.parameterizations import resolve
 from wn_rl.replay import Replay
 from wn_rl.runs import RunDirectory, read_rows, versions
 from wn_rl.telemetry import Dashboard, Progress
@@ -457,6 +459,8 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
     """
     saved = checkpoint.load(RunDirectory(directory).path)
     read_rows(RunDirectory(directory).evaluations)
+    # A name may be written in several ways, and an option as a text.
+    changes = {key: _canonical(saved.config, key, value) for key, value in changes.items()}
     for key, value in changes.items():
         if key not in RESUMABLE and value != getattr(saved.config, key):
             raise UsageError(
@@ -464,7 +468,19 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
                 f"only these can: {', '.join(sorted(RESUMABLE))}"
             )
     config = replace(saved.config, **{key: value for key, value in changes.items() if key in RESUMABLE})
+    validate(config)
     return config, saved
+
+
+def _canonical(config: TrainConfig, key: str, value: Any) -> Any:  # noqa: ANN401 - the type is that of the key
+    if key == "game":
+        return find_game(value).name
+    if key == "param_options":
+        try:
+            return resolve(config.param, value).options()
+        except ValueError as error:
+            raise UsageError(f"param_options: {error}") from None
+    return value
 
 
 RESUMABLE = frozenset(

@@ -542,9 +542,8 @@ def test_the_literal_initialization_gives_q_values_a_standard_deviation_of_one()
 
 
 def test_a_parameterization_without_a_scale_cannot_be_initialized_from_data() -> None:
-    dqn = agent("wn_projected", param_options={"g": "none"}, data_dependent_init=True)
-    with pytest.raises(UsageError, match="--data-dependent-init: 'wn_projected' has no scale"):
-        dqn.initialize(random_observations(8, 1))
+    with pytest.raises(UsageError, match="data_dependent_init: 'wn_projected' has no scale"):
+        agent("wn_projected", param_options={"g": "none"}, data_dependent_init=True)
 
 
 def test_any_entry_may_be_initialized_from_data_or_not() -> None:

@@ -7,7 +7,15 @@ from wn_rl.parameterizations import batch_norm
 from wn_rl.parameterizations import layer_norm
 from wn_rl.parameterizations import spectral_norm
 from wn_rl.parameterizations import projected
-from wn_rl.parameterizations.api import fold, forward, initialize_from_data, project, reparameterize, resolve
+from wn_rl.parameterizations.api import (
+    cannot_rescale,
+    fold,
+    forward,
+    initialize_from_data,
+    project,
+    reparameterize,
+    resolve,
+)
 from wn_rl.parameterizations.base import OutputNormalization, Parameterization, WeightParameterization
 from wn_rl.parameterizations.registry import get, load, names, register
 
@@ -16,6 +24,7 @@ __all__ = [
     "Parameterization",
     "WeightParameterization",
     "batch_norm",
+    "cannot_rescale",
     "fold",
     "forward",
     "get",

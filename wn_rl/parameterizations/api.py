@@ -71,10 +71,17 @@ def _matches(choice: Choice, name: str, module: nn.Module) -> bool:
     return isinstance(module, choice) if isinstance(choice, type) else module is choice
 
 
-def _chosen(model: nn.Module, include: Iterable[Choice] | None, exclude: Iterable[Choice]) -> dict[str, nn.Module]:
+def as_choices(choices: Choice | Iterable[Choice]) -> list[Choice]:
+    """Return choices as a list; one alone may stand for itself."""
+    return [choices] if isinstance(choices, str | type | nn.Module) else list(choices)
+
+
+def _chosen(
+    model: nn.Module, include: Choice | Iterable[Choice] | None, exclude: Choice | Iterable[Choice]
+) -> dict[str, nn.Module]:
     candidates = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    include = None if include is None else list(include)
-    exclude = list(exclude)
+    include = None if include is None else as_choices(include)
+    exclude = as_choices(exclude)
     for choice in [*(include or []), *exclude]:
         if not any(_matches(choice, name, module) for name, module in candidates.items()):
             shown = choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
@@ -95,8 +102,8 @@ def reparameterize(
     model: Model,
     parameterization: str | Parameterization,
     *,
-    include: Iterable[Choice] | None = None,
-    exclude: Iterable[Choice] = (),
+    include: Choice | Iterable[Choice] | None = None,
+    exclude: Choice | Iterable[Choice] = (),
     **options: Any,  # noqa: ANN401 - each entry has its own
 ) -> Model:
     """Reparameterize the Linear, convolution and recurrent layers of ``model`` in place.
@@ -104,7 +111,7 @@ def reparameterize(
     Args:
         model: any module; embeddings and other layer types are left alone.
         parameterization: a registered name, or a :class:`Parameterization`.
-        include: only these layers: names with ``*`` and ``?``, types, or layers; default: all.
+        include: only these layers: names with ``*`` and ``?``, types, or layers, one or several; default: all.
         exclude: not these.
         options: of the parameterization, e.g. ``g="exp"``; see its docstring.
 
@@ -185,6 +192,18 @@ def forward(layer: nn.Module, x: Tensor) -> Tensor:
     return entry.forward(layer, x) if entry is not None else layer(x)
 
 
+def cannot_rescale(entry: Parameterization) -> str:
+    """Return why ``entry`` cannot be initialized from data, an empty text if it can; tried on a small layer."""
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Linear(2, 2)
+        try:
+            entry.apply(layer)
+            entry.rescale(layer, torch.ones(2))
+        except (TypeError, ValueError) as error:
+            return str(error)
+    return ""
+
+
 @dataclass(frozen=True)
 class LayerInit:
     """What data-dependent initialization saw at one layer: mean and standard deviation of t, per output unit."""
@@ -193,11 +212,20 @@ class LayerInit:
     std: Tensor
 
 
-def _rounding(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return, per output unit, what rounding alone can make of the deviation of a constant pre-activation."""
+def _rounding(layer: nn.Module, x: Tensor, largest: Tensor, stored: torch.dtype) -> Tensor:
+    """Return, per output unit, what rounding alone can make of the deviation of a constant pre-activation.
+
+    Products of half precision are summed in float32; only the result, up to ``largest`` per unit, is rounded to what
+    is ``stored``.
+    """
+    training = layer.training
+    layer.eval()  # reading a weight in training mode may change it: spectral normalization
     weight = layer.weight
+    layer.train(training)
     assert isinstance(weight, Tensor)
-    return torch.finfo(x.dtype).eps * Units.of(layer).rows(weight).abs().sum(1) * x.abs().max()
+    dtype = torch.promote_types(stored, torch.float32)
+    summed = Units.of(layer).rows(weight).to(dtype).abs().sum(1) * x.to(dtype).abs().max()
+    return torch.finfo(dtype).eps * summed + torch.finfo(stored).eps * largest
 
 
 @contextlib.contextmanager
@@ -242,9 +270,11 @@ def initialize_from_data(
         By layer name, the statistics of t that were found. Layers that the forward pass does not reach are left out.
 
     Raises:
-        ValueError: a model without parameterization, a layer without bias, a recurrent layer, or an unknown name in
-            ``std_of`` (nothing was changed); a layer used twice in the forward pass (those before it are initialized),
-            or one of ``std_of`` that it does not reach.
+        ValueError: a model without parameterization, a layer without bias, a recurrent layer, an unknown name in
+            ``std_of`` or a standard deviation that is not above 0 (nothing was changed); a layer used twice in the
+            forward pass, values that are not finite, a single example (the layers before are initialized then), or a
+            layer of ``std_of`` that the pass does not reach.
+        TypeError: a parameterization has no scale to initialize.
     """
     treated = treated_layers(model)
     layers = {name: layer for name, (layer, _) in treated.items()}
@@ -253,6 +283,8 @@ def initialize_from_data(
         raise ValueError("the model carries no parameterization: reparameterize() it first ('standard' will do)")
     if unknown := set(targets) - set(layers):
         raise ValueError(f"no treated layer is named {', '.join(sorted(unknown))}; there are: {', '.join(layers)}")
+    if not all(0.0 < target < float("inf") for target in targets.values()):
+        raise ValueError("a standard deviation must be a number above 0")
     for name, layer in layers.items():
         if isinstance(layer, RECURRENT):
             raise ValueError(
@@ -261,6 +293,7 @@ def initialize_from_data(
         if bias_of(layer) is None:
             raise ValueError(f"layer '{name}' has no bias, so its pre-activations cannot be centred")
     found: dict[str, LayerInit] = {}
+    biases: dict[str, Tensor] = {}
     handles: list[RemovableHandle] = []
 
     def initialize(name: str, layer: nn.Module, entry: Parameterization) -> None:
@@ -269,15 +302,22 @@ def initialize_from_data(
                 raise ValueError(f"layer '{name}' is used twice in the forward pass")
             bias = bias_of(module)
             assert bias is not None
+            biases[name] = bias.clone()
             bias.zero_()
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t: Tensor) -> Tensor:
             (x, *_) = (*args, *kwargs.values())
+            stored = t.dtype
+            t = t.to(torch.promote_types(stored, torch.float32))
             units = t.dim() - 1 - spatial_axes(module)
             axes = [axis for axis in range(t.dim()) if axis != units]
+            if not axes:
+                raise ValueError(f"layer '{name}' sees a single example: initialization needs a batch")
             mean = t.mean(axes)
             deviation = t.std(axes, correction=0)
-            constant = deviation <= _rounding(module, x)
+            if not bool((mean.isfinite() & deviation.isfinite()).all()):
+                raise ValueError(f"layer '{name}' gives values that are not finite")
+            constant = deviation <= _rounding(module, x, t.abs().amax(axes), stored)
             factor = torch.where(constant, torch.ones_like(deviation), targets[name] / deviation)
             entry.rescale(module, factor)
             bias = bias_of(module)
@@ -286,7 +326,8 @@ def initialize_from_data(
             found[name] = LayerInit(mean, deviation)
             shape = [-1 if axis == units else 1 for axis in range(t.dim())]
             # A constant unit is exactly 0 now; its rounding must not look like a signal to the layers behind.
-            return torch.where(constant.view(shape), 0.0, (t - mean.view(shape)) * factor.view(shape))
+            centred = torch.where(constant.view(shape), 0.0, (t - mean.view(shape)) * factor.view(shape))
+            return centred.to(stored)
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(after, with_kwargs=True))
@@ -299,6 +340,11 @@ def initialize_from_data(
     finally:
         for handle in handles:
             handle.remove()
+        for name in biases.keys() - found.keys():  # the layer at which the pass ended
+            bias = bias_of(layers[name])
+            assert bias is not None
+            with torch.no_grad():
+                bias.copy_(biases[name])
     if missed := set(std_of or {}) - set(found):
         raise ValueError(f"the forward pass does not reach layer {', '.join(sorted(missed))}")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -79,9 +79,8 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     """Return the names of a layer's weight tensors: ``weight``, or each of a recurrent layer's."""
     if not isinstance(layer, RECURRENT):
         return ("weight",)
-    stored = dict(layer.named_parameters(recurse=False)).keys()
-    parametrized = layer.parametrizations.keys() if parametrize.is_parametrized(layer) else ()  # type: ignore[operator,union-attr]
-    return tuple(sorted(name for name in (*stored, *parametrized) if name.startswith("weight")))
+    names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else ["weight_ih", "weight_hh"]
+    return tuple(name for name in names if name.startswith("weight"))
 
 
 def spatial_axes(layer: nn.Module) -> int:
@@ -154,7 +153,14 @@ class Parameterization:
             raise ValueError("it has no weights yet (a lazy layer): run the model once before")
         before = entry_of(layer)
         if (before is not None and not before.leaves_plain) or parametrize.is_parametrized(layer):
-            raise ValueError("it is parametrized already; fold() takes a parameterization off")
+            raise ValueError(
+                "it is parametrized already; fold() takes a parameterization of this library off, "
+                "torch.nn.utils.parametrize.remove_parametrizations() one of torch's own"
+            )
+        if any(layer._parameters.get(name) is None for name in weight_names(layer)):
+            raise ValueError(
+                "its weight is no parameter of its own: a hook such as torch.nn.utils.weight_norm's makes it"
+            )
 
     def apply(self, layer: nn.Module) -> None:
         """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
@@ -209,14 +215,18 @@ def make(entry: type[Parameterization], options: dict[str, Any]) -> Parameteriza
         if name not in known:
             there = f"there are: {', '.join(sorted(known))}" if known else "it has none"
             raise ValueError(f"the parameterization '{entry.name}' has no option '{name}'; {there}")
+    for field in option_fields(entry):
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in options:
+            raise ValueError(f"the parameterization '{entry.name}' needs the option '{field.name}'")
     return entry(**{name: _as(hints[name], name, value) for name, value in options.items()})
 
 
 def _as(hint: Any, name: str, value: object) -> Any:  # noqa: ANN401 - the type is that of the option
     if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ValueError(f"the option {name} is one of {', '.join(map(str, get_args(hint)))}, not {value!r}")
-        return value
+        for choice in get_args(hint):
+            if str(choice) == str(value):
+                return choice
+        raise ValueError(f"the option {name} is one of {', '.join(map(str, get_args(hint)))}, not {value!r}")
     if hint is bool:
         truth = {"true": True, "false": False}.get(str(value).lower())
         if truth is None:
@@ -225,6 +235,8 @@ def _as(hint: Any, name: str, value: object) -> Any:  # noqa: ANN401 - the type 
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"the option {name} is not {value!r}")
     try:
+        if hint is int and isinstance(value, float) and value != int(value):
+            raise ValueError
         return hint(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"the option {name} is of type {hint.__name__}, not {value!r}") from None
@@ -277,7 +289,7 @@ class WeightParameterization(Parameterization):
             setattr(type(layer), "_init_flat_weights", _forget_flat_weights)  # noqa: B010 - mypy knows the method
             _forget_flat_weights(layer)
             layer.register_forward_pre_hook(_collect_flat_weights)
-            layer.register_forward_hook(_forget_flat_weights)
+            layer.register_forward_hook(_forget_flat_weights, always_call=True)
 
     def fold(self, layer: nn.Module) -> None:
         """Leave the weights as they are now, as plain parameters."""

@@ -24,6 +24,11 @@ def _full_precision(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
+def _as_stored(t: Tensor, parameter: Tensor) -> Tensor:
+    """Return ``t`` in half precision where the model is: under autocast parameters are float32, and so is ``t``."""
+    return t.to(parameter.dtype) if parameter.dtype in (torch.bfloat16, torch.float16) else t
+
+
 class MeanOnly(Normalization):
     """t̃ = t − μ[t] + b with μ over the minibatch (and positions); in evaluation mode a running mean of μ."""
 
@@ -37,13 +42,16 @@ class MeanOnly(Normalization):
     def forward(self, t: Tensor) -> Tensor:
         """Return t̃, the shape of ``t``."""
         t = _full_precision(t)
-        mean = self.running_mean
+        mean = self.running_mean.to(t.dtype)
         if self.training:
-            mean = t.mean(self.other_axes(t))
+            axes = self.other_axes(t)
+            if not axes:
+                raise ValueError("a single example has no batch statistics: give it a batch axis, or use eval()")
+            mean = t.mean(axes)
             with torch.no_grad():
-                self.running_mean.lerp_(mean.detach(), self.rate)
+                self.running_mean.copy_(torch.lerp(self.running_mean.to(t.dtype), mean.detach(), self.rate))
         shift = -mean if self.bias is None else self.bias - mean
-        return t + self.along_units(shift, t)
+        return _as_stored(t + self.along_units(shift, t), self.running_mean)
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Return scale 1 and shift b − running mean."""
@@ -80,10 +88,14 @@ class Full(Normalization):
             t = t.reshape(-1, shape[-1])
         elif axis == 0:
             t = t.unsqueeze(0)
-        normalized = nn.functional.batch_norm(
-            t, self.running_mean, self.running_var, self.gain, self.bias, self.training, self.rate, self.eps
-        )
-        return normalized.view(shape)
+        mean, variance = (statistic.to(t.dtype) for statistic in (self.running_mean, self.running_var))
+        gain, bias = self.gain.to(t.dtype), None if self.bias is None else self.bias.to(t.dtype)
+        normalized = nn.functional.batch_norm(t, mean, variance, gain, bias, self.training, self.rate, self.eps)
+        if self.training and mean is not self.running_mean:  # copies in full precision took the new statistics
+            with torch.no_grad():
+                self.running_mean.copy_(mean)
+                self.running_var.copy_(variance)
+        return _as_stored(normalized.view(shape), self.running_mean)
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Return γ / √(σ² + ε) and b − μ · γ / √(σ² + ε), with running statistics."""

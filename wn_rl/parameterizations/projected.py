@@ -30,6 +30,8 @@ class Projected(nn.Module):
         """Return (‖w‖, w / ‖w‖), or the second alone."""
         norm = self.units.norm(w)
         v = self.units.scale(w, 1 / norm)
+        if self.units.groups > 1:  # no more axes than the weight has, or .to(memory_format=...) would refuse
+            norm = norm.flatten()
         return (norm, v) if self.has_scale else v
 
 
@@ -39,10 +41,10 @@ class ProjectedWeights(WeightParameterization):
     """Keep each unit's weight vector v at length 1 by projecting it back after every optimizer step; w = g · v.
 
     Not the mechanism of ``wn``. There v is free and the division by ‖v‖ is part of the function: its gradient has no
-    component along v, ‖v‖ can only grow, and the effective learning rate 1/‖v‖² falls as it does. Here the function is
-    linear in v, the gradient may point along v, and the projection takes that part back after the step; ‖v‖ and with
-    it the effective learning rate stay constant. In both sources a normalization layer follows, which carries the
-    scale; without one the scale needs a g. The output layer is left plain, as in Palenicek et al.
+    component along v, so under plain gradient descent ‖v‖ can only grow, and the effective learning rate 1/‖v‖² falls.
+    Here the function is linear in v, the gradient may point along v, and the projection takes that part back after the
+    step; ‖v‖ and with it the effective learning rate stay constant. In both sources a normalization layer follows,
+    which carries the scale; without one the scale needs a g. The output layer is left plain, as in Palenicek et al.
 
     Call :func:`wn_rl.project` after each optimizer step, or once
     ``optimizer.register_step_post_hook(lambda *_: project(model))``.
@@ -94,4 +96,4 @@ class ProjectedWeights(WeightParameterization):
             super().rescale(layer, factor)
         g = layer.parametrizations["weight"].original0  # type: ignore[index,union-attr]
         assert isinstance(g, Tensor)
-        g.mul_(Units.of(layer).shaped(factor, self._direction(layer, "weight")))
+        g.mul_(factor.reshape(g.shape))

@@ -72,7 +72,7 @@ def load(reference: str) -> type[Parameterization]:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # noqa: BLE001 - somebody else's code may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code may raise anything
         raise ValueError(f"cannot import '{module_name}': {type(error).__name__}: {error}") from None
     entry = getattr(module, class_name, None)
     if not (isinstance(entry, type) and issubclass(entry, Parameterization)):

@@ -40,11 +40,13 @@ class WeightNormalized(nn.Module):
             g = g.exp()
         if not self.units.transposed:
             return torch._weight_norm(v, g, 0)
-        return self.units.scale(v, g / self.units.norm(v))
+        return self.units.scale(v, self.units.shaped(g, v) / self.units.norm(v))
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (g, v) = (‖w‖, w), so that the layer's output does not change."""
         g = self.units.norm(w)
+        if self.units.groups > 1:  # no more axes than the weight has, or .to(memory_format=...) would refuse
+            g = g.flatten()
         return g.log() if self.exponential else g, w.clone(memory_format=torch.preserve_format)
 
 
@@ -122,8 +124,8 @@ class WeightNormalization(WeightParameterization):
     @torch.no_grad()
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
         """Multiply g by ``factor``; v keeps its length, which sets how fast its direction turns."""
-        v, g = direction_and_scale(layer)
-        factor = Units.of(layer).shaped(factor, v)
+        _, g = direction_and_scale(layer)
+        factor = factor.reshape(g.shape)
         if self.g == "exp":
             g.add_(factor.log())
         else:
@@ -134,7 +136,8 @@ class WeightNormalization(WeightParameterization):
 
         A large dense layer's is (g / ‖v‖) · (v·x) + b, which scales the few outputs; of others w is computed.
         """
-        if self.g != "direct" or layer._forward_hooks or layer._forward_pre_hooks:
+        plain = torch._C._are_functorch_transforms_active()  # for which the cheap way has no rules
+        if plain or self.g != "direct" or layer._forward_hooks or layer._forward_pre_hooks:
             return super().forward(layer, x)
         # Attribute look-ups of modules take a tenth of a small layer's time, dictionaries none.
         trained = layer._modules["parametrizations"]._modules["weight"]._parameters  # type: ignore[union-attr]
