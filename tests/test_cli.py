@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 TINY = (  # noqa: SIM905 - reads like a command line
     "--preset quick --frames 1200 --num-envs 2 --num-threads 1 --hidden-units 8 --batch-size 4 --learning-starts 60 "
     "--target-period 50 --replay-capacity 200 --init-samples 16 --evaluation-period 200 --evaluation-episodes 2 "
-    "--evaluation-envs 2 --max-frames-per-episode 200 --checkpoint-period 100 --log-period 10"
+    "--evaluation-envs 2 --max-frames-per-episode 200 --checkpoint-period 100 --log-period 20"
 ).split()
 
 
