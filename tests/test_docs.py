@@ -26,7 +26,9 @@ def clean_registry() -> Iterator[None]:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=["torch", "sb3", "own"])
 def test_the_examples_run(example: str) -> None:
-    exec(compile(example, "docs/parameterizations.md", "exec"), {"__name__": "example"})
+    names_after: dict[str, object] = {"__name__": "example"}
+    exec(compile(example, "docs/parameterizations.md", "exec"), names_after)
+    assert {"model", "CentredWeights"} & names_after.keys()
 
 
 def test_every_entry_and_every_option_has_a_line() -> None:

@@ -69,8 +69,8 @@ def test_finite_differences_agree() -> None:
     layer = reparameterize(nn.Linear(3, 2).double(), "wn")
     v, g = layer.parametrizations.weight.original1, layer.parametrizations.weight.original0
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(scaled_linear, (x, v, g, layer.bias))
-    torch.autograd.gradcheck(lambda *tensors: scaled_linear(*tensors, None), (x, v, g))
+    assert torch.autograd.gradcheck(scaled_linear, (x, v, g, layer.bias))
+    assert torch.autograd.gradcheck(lambda *tensors: scaled_linear(*tensors, None), (x, v, g))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
