@@ -101,6 +101,12 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
+def _term(entry: Deferred) -> Tensor:
+    """Return ∇g for the term that is missing in ∇v, zeros where none is."""
+    gradient = _gradient(entry.g)
+    return gradient if entry.left_out else torch.zeros_like(gradient)
+
+
 class CompiledAdamax(torch.optim.Adamax):
     """torch's Adamax as one compiled pass over each tensor, on a CPU with a C++ compiler.
 
@@ -155,7 +161,7 @@ class CompiledAdamax(torch.optim.Adamax):
         ordered = [*(entry.v for entry in self._deferred), *self._plain]
         moments = [self._moments(parameter) for parameter in ordered]
         gradients = [_gradient(parameter) for parameter in ordered]
-        scales = [(entry.g.detach(), _gradient(entry.g), entry.norm) for entry in self._deferred]
+        scales = [(entry.g.detach(), _term(entry), entry.norm) for entry in self._deferred]
         for entry in self._deferred:
             if entry.known_norm() is None:
                 torch.linalg.vector_norm(entry.v, dim=1, out=entry.norm)
@@ -177,6 +183,7 @@ class CompiledAdamax(torch.optim.Adamax):
             self._compiled(*arguments)
         for entry in self._deferred:
             entry.version = entry.v._version
+            entry.left_out = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict."""

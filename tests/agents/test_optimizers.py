@@ -206,6 +206,27 @@ def test_the_one_pass_equals_torchs_adamax_and_leaves_whole_gradients(
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
 
+def test_a_pass_that_hooks_lead_through_the_layers_themselves_is_not_finished_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weight_norm, "LARGE", 0)
+    monkeypatch.setattr(torch, "compile", as_written)
+    model, x = two_layers("wn"), torch.randn(4, 6, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    optimizer = CompiledAdamax(model.parameters(), 0.01, (0.5, 0.999), 1e-8, defer(model))
+    for hooked in (True, False, True):
+        handle = model[0].register_forward_hook(lambda *_: None) if hooked else None
+        for network in (model, plain):
+            network.zero_grad()
+            forward_all(network, x).square().sum().backward()
+        optimizer.step()
+        for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-10, msg=name)
+        plain.load_state_dict(model.state_dict())
+        if handle is not None:
+            handle.remove()
+
+
 def test_a_norm_is_forgotten_when_somebody_else_changes_v(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_norm, "LARGE", 0)
     model = two_layers("wn")

@@ -66,6 +66,7 @@ class Deferred:
         v: the trained direction, shape (units, inputs).
         g: its scale, shape (units, 1).
         norm: ‖v‖, shape (units,), as long as v has the ``version`` that it was taken of.
+        left_out: whether the term is missing: a pass through the layer's own forward, say for a hook, computes it.
     """
 
     def __init__(self, v: torch.nn.Parameter, g: torch.nn.Parameter) -> None:
@@ -74,6 +75,7 @@ class Deferred:
         self.g = g
         self.norm = torch.linalg.vector_norm(v.detach(), dim=1)
         self.version = v._version
+        self.left_out = False
 
     def restore(self, norm: Tensor) -> None:
         """Take over ‖v‖ of the v that was just loaded."""
@@ -99,6 +101,8 @@ def scaled_linear(x: Tensor, v: Tensor, g: Tensor, b: Tensor | None, deferred: D
         deferred: where an optimizer finishes the gradient of v: its first term alone is computed.
     """
     norm = None if deferred is None else deferred.known_norm()
+    if deferred is not None and torch.is_grad_enabled():
+        deferred.left_out = True
     kind = x.device.type
     leading = x.shape[:-1]
     x = x.to(_precision(x)).reshape(-1, x.shape[-1])
