@@ -27,7 +27,9 @@ from wn_rl.config import TrainConfig, from_mapping
 from wn_rl.errors import CheckpointError, UsageError, one_line
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 
-FORMAT = 2
+FORMAT = 3
+_SINCE_FORMAT_3 = {"config": {"checkpoint_seconds": 600.0, "journal": "whole", "reseed_period": 100_000}}
+"""What a checkpoint of format 2 does not say; it can be evaluated, not resumed, and these matter in training only."""
 _SINCE_FORMAT_2 = {
     "network": {"options": {}, "layers": None},
     "config": {
@@ -55,6 +57,8 @@ class Checkpoint:
         agent_steps: at which it was saved.
         training: state of agent, replay and loop, or empty where only the weights were read.
         path: where it was read from.
+        versions: of this project and of the packages with which it was written.
+        notice: what a user should be told about it, where there is something.
     """
 
     config: TrainConfig
@@ -63,6 +67,8 @@ class Checkpoint:
     agent_steps: int
     training: dict[str, Any]
     path: Path
+    versions: dict[str, str]
+    notice: str | None = None
 
     def q_network(self, device: torch.device | str = "cpu") -> QNetwork:
         """Build the Q-network with its weights, in evaluation mode.
@@ -122,7 +128,7 @@ def save(
     """Write a checkpoint to the directory ``path``, replacing the one there only when the new one is whole.
 
     The files go to a directory beside it, are synced, and are renamed into place; a reader finds the old or the new
-    checkpoint, at worst under the name ``path.previous``.
+    checkpoint, at worst under the name ``path.previous``, where the old one stays.
 
     Raises:
         CheckpointError: it could not be written; what was there before still is.
@@ -158,7 +164,6 @@ def save(
             os.rename(path, previous)
         os.rename(temporary, path)
         _sync(path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not path.exists() and previous.exists():
@@ -173,6 +178,25 @@ def _sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def settle(latest: Path, found: Path) -> None:
+    """Make the checkpoint ``found`` that a run goes on from its latest, and put a damaged one aside.
+
+    Raises:
+        CheckpointError: a file cannot be renamed.
+    """
+    if found == latest:
+        return
+    damaged = latest.with_name(f"{latest.name}.damaged")
+    try:
+        if latest.exists():
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.rename(latest, damaged)
+        os.rename(found, latest)
+        _sync(latest.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot rename {found}: {error.strerror or error}") from None
 
 
 def find(path: Path) -> Path:
@@ -206,13 +230,13 @@ def load(path: Path, *, with_training: bool = True) -> Checkpoint:
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path / _JSON} is damaged: it is not JSON") from None
     try:
-        if description["format"] == 1:
-            for part, values in _SINCE_FORMAT_2.items():
-                description[part] = values | description[part]
-        elif description["format"] != FORMAT:
+        if description["format"] not in (1, 2, FORMAT):
             raise CheckpointError(
-                f"{path} has format {description['format']!r}; this version reads formats 1 and {FORMAT}"
+                f"{path} has format {description['format']!r}; this version of wn_rl reads formats 1 to {FORMAT}"
             )
+        for later, unsaid in ((2, _SINCE_FORMAT_2), (3, _SINCE_FORMAT_3)):
+            for part, values in unsaid.items() if description["format"] < later else ():
+                description[part] = values | description[part]
         spec = QNetworkSpec.from_json(description["network"])
         config = from_mapping(description["config"])
         agent_steps = description["agent_steps"]
@@ -228,7 +252,8 @@ def load(path: Path, *, with_training: bool = True) -> Checkpoint:
     training: dict[str, Any] = {}
     if with_training:
         training = unflatten(values | _tensors(path, _TRAINING, digests[_TRAINING]))
-    return Checkpoint(config, spec, weights, agent_steps, training, path)
+    written_with = {str(package): str(version) for package, version in dict(description["versions"]).items()}
+    return Checkpoint(config, spec, weights, agent_steps, training, path, written_with)
 
 
 def _read(directory: Path, name: str) -> bytes:

@@ -216,8 +216,16 @@ class TrainConfig:
     """Probability of a random action in evaluations."""
     evaluation_envs: Count = 16
     """Emulators per evaluation."""
-    checkpoint_period: Count = 50_000
-    """Agent steps between checkpoints; there is one at every evaluation as well."""
+    checkpoint_seconds: float = 600.0
+    """Seconds between checkpoints; there is one at every evaluation as well."""
+    checkpoint_period: Count = 0
+    """Agent steps between checkpoints, besides those by time; 0: none."""
+    journal: Literal["whole", "replay"] = "whole"
+    """What is kept of what was played: everything (some 0.8 MB per million agent steps), so that every training episode
+    can be seen again, or what a resumed run needs to fill its replay."""
+    reseed_period: Count = 100_000
+    """Agent steps after which an emulator with sticky actions is seeded anew, at its next episode's start: a resumed
+    run plays so many again before what its replay holds."""
     log_period: Count = 10_000
     """Agent steps between points of the TensorBoard curves."""
 
@@ -251,7 +259,8 @@ _COUNT_RANGES: dict[str, tuple[int, int]] = {
     "evaluation_steps": (0, 10**12),
     "evaluation_episodes": (1, 10**6),
     "evaluation_envs": (1, 4096),
-    "checkpoint_period": (1, 10**12),
+    "checkpoint_period": (0, 10**12),
+    "reseed_period": (1, 10**12),
     "log_period": (1, 10**12),
 }
 _FLOAT_RANGES: dict[str, tuple[float, float]] = {
@@ -266,6 +275,7 @@ _FLOAT_RANGES: dict[str, tuple[float, float]] = {
     "epsilon_start": (0.0, 1.0),
     "epsilon_end": (0.0, 1.0),
     "output_init_std": (1e-6, 1e6),
+    "checkpoint_seconds": (0.0, 1e9),
     "evaluation_epsilon": (0.0, 1.0),
 }
 

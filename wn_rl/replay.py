@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +97,7 @@ class Replay:
         self._first_of_row = np.zeros(self._ring, np.int64)
         self._stored = 0
         self._newest_age = np.zeros(num_envs, np.uint8)
+        self._row_sums = np.zeros(self._ring, np.uint32)
 
     def __len__(self) -> int:
         """The number of transitions that can be drawn."""
@@ -127,6 +130,40 @@ class Replay:
         """
         self._observe(frames, np.ones(self.num_envs, bool))
 
+    @property
+    def rows_kept(self) -> int:
+        """Vector steps whose frames the ring holds."""
+        return self._ring
+
+    def start_at(self, row: int, stored: int, ages: Array, frames: Array) -> None:
+        """Begin an empty replay in the middle of a run, to be filled anew by :meth:`add`.
+
+        Args:
+            row: number of the vector step whose frames come first, from 0.
+            stored: transitions that were stored before it.
+            ages: of each emulator, how many frames its episode had before this one, shape (N,).
+            frames: as in :meth:`start`.
+        """
+        self._newest = row - 1
+        self._stored = stored
+        ages = np.asarray(ages)
+        self._newest_age = np.clip(ages - 1, 0, self.stack_size - 1).astype(np.uint8)
+        self._observe(frames, ages == 0)
+
+    def checksum(self) -> str:
+        """Return the SHA-256 of what the ring holds and of where it stands in the run.
+
+        It is made of the checksums of the rows (CRC-32), which are taken as they are stored: nothing is read back.
+        """
+        oldest = max(self._newest - self._ring + 1, 0)
+        places = np.arange(oldest, self._newest + 1) % self._ring
+        numbers = np.array([self._newest, self._stored, self._rows], "<i8")
+        rows = (self._row_sums[places].astype("<u4"), self._first_of_row[places].astype("<i8"))
+        digest = hashlib.sha256(numbers.tobytes())
+        for part in rows:
+            digest.update(part.tobytes())
+        return digest.hexdigest()
+
     def add(self, actions: Array, rewards: Array, terminals: Array, next_frames: Array, is_reset: Array) -> None:
         """Store what followed the newest row, and the frames that came of it.
 
@@ -140,9 +177,13 @@ class Replay:
         """
         place = self._newest % self._ring
         row = slice(place * self.num_envs, (place + 1) * self.num_envs)
-        self._actions[row] = torch.as_tensor(np.asarray(actions, np.uint8), device=self.device)
-        self._rewards[row] = torch.as_tensor(np.asarray(rewards, np.float32), device=self.device)
-        self._terminals[row] = torch.as_tensor(np.asarray(terminals, bool), device=self.device)
+        actions, rewards = np.asarray(actions, np.uint8), np.asarray(rewards, np.float32)
+        terminals = np.asarray(terminals, bool)
+        for part in (actions, rewards, terminals):
+            self._row_sums[place] = zlib.crc32(np.ascontiguousarray(part).data, int(self._row_sums[place]))
+        self._actions[row] = torch.as_tensor(actions, device=self.device)
+        self._rewards[row] = torch.as_tensor(rewards, device=self.device)
+        self._terminals[row] = torch.as_tensor(terminals, device=self.device)
         (slots,) = np.nonzero(~np.asarray(is_reset, bool))
         numbers = (self._stored + np.arange(len(slots))) % len(self._entry_of)
         self._entry_of[torch.as_tensor(numbers, device=self.device)] = torch.as_tensor(
@@ -157,7 +198,9 @@ class Replay:
         row = slice(place * self.num_envs, (place + 1) * self.num_envs)
         self._first_of_row[place] = self._stored
         self._newest_age = np.where(is_reset, 0, np.minimum(self._newest_age + 1, self.stack_size - 1)).astype(np.uint8)
-        self._frames[row] = torch.as_tensor(np.ascontiguousarray(frames), device=self.device)
+        frames = np.ascontiguousarray(frames)
+        self._row_sums[place] = zlib.crc32(self._newest_age.data, zlib.crc32(frames.data))
+        self._frames[row] = torch.as_tensor(frames, device=self.device)
         self._age[row] = torch.as_tensor(self._newest_age, device=self.device)
 
     def observations(self) -> Tensor:
@@ -202,9 +245,22 @@ class Replay:
         return self._frames.index_select(0, places.flatten()).view(*places.shape, *self._frames.shape[1:])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the generator; frames are not part of a checkpoint."""
-        return {"generator": self.generator.get_state()}
+        """Return the state of the generator and :meth:`checksum`: the frames are made anew from the journal."""
+        return {"generator": self.generator.get_state(), "checksum": self.checksum()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.generator.set_state(state["generator"])
+    def load_state_dict(self, state: dict[str, Any], *, same_device: bool = True) -> None:
+        """Restore the generator and check that the content is that of the checkpoint.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            same_device: False where the generator belongs to another kind of device and cannot go on.
+
+        Raises:
+            ValueError: the content is another.
+        """
+        if state["checksum"] != self.checksum():
+            raise ValueError("the replay that was made anew differs from the one of the run")
+        if same_device:
+            self.generator.set_state(state["generator"])
+        else:
+            self.generator.manual_seed(self.generator.initial_seed() + self._stored)

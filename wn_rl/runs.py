@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def default_directory(game: str, param: str, preset: str, seed: int) -> Path:
 class RunDirectory:
     """The files of one run.
 
-    ``config.yaml``, TensorBoard events, ``evaluations.csv``, ``episodes.csv``, ``checkpoints/latest``,
+    ``config.yaml``, ``journal.bin``, TensorBoard events, ``evaluations.csv``, ``episodes.csv``, ``checkpoints/latest``,
     ``checkpoints/best`` and ``summary.json``. Every axis is emulator frames.
     """
 
@@ -46,6 +48,7 @@ class RunDirectory:
         self.evaluations = path / "evaluations.csv"
         self.episodes = path / "episodes.csv"
         self.summary = path / "summary.json"
+        self.journal = path / "journal.bin"
         self.latest = path / "checkpoints" / "latest"
         self.best = path / "checkpoints" / "best"
 
@@ -68,18 +71,48 @@ class RunDirectory:
         except OSError as error:
             raise WnRlError(f"cannot write to {self.path}: {error.strerror}") from None
 
-    def cut(self, frames: int) -> None:
-        """Drop the rows of both CSV files that lie after ``frames``, for a run that goes on from there.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this directory.
 
         Raises:
-            WnRlError: a file is missing or damaged.
+            WnRlError: one does already.
         """
-        for file, columns in ((self.evaluations, EVALUATION_COLUMNS), (self.episodes, EPISODE_COLUMNS)):
-            kept = [[row[column] for column in columns] for row in read_rows(file) if float(row["frames"]) <= frames]
-            write_atomically(file, _csv_lines([columns, *kept]))
+        try:
+            file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below, which unlocks
+        except OSError as error:
+            raise WnRlError(f"cannot write to {self.path}: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                process = file.read(20).strip() or "?"
+                raise WnRlError(
+                    f"process {process} is training in {self.path}: wait for it or stop it, or name another --run-dir"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
 
-    def append(self, file: Path, rows: Iterable[Sequence[object]]) -> None:
-        """Append rows to a CSV file of this run.
+    def cut(self, *, episodes: int, evaluations: int) -> None:
+        """Drop the rows of both CSV files that lie after these frames, for a run that goes on from there.
+
+        Raises:
+            WnRlError: a file is missing or damaged, or cannot be written.
+        """
+        for file, columns, frames in (
+            (self.evaluations, EVALUATION_COLUMNS, evaluations),
+            (self.episodes, EPISODE_COLUMNS, episodes),
+        ):
+            kept = [[row[column] for column in columns] for row in read_rows(file) if float(row["frames"]) <= frames]
+            write_file(file, _csv_lines([columns, *kept]))
+
+    def append(self, file: Path, rows: Iterable[Sequence[object]], *, sync: bool = False) -> None:
+        """Append rows to a CSV file of this run, and wait for the disk where ``sync`` says so.
 
         Raises:
             WnRlError: it cannot be written.
@@ -87,6 +120,9 @@ class RunDirectory:
         try:
             with open(file, "a", encoding="utf-8") as stream:
                 stream.write(_csv_lines(rows))
+                stream.flush()
+                if sync:
+                    os.fsync(stream.fileno())
         except OSError as error:
             raise WnRlError(f"cannot write to {file}: {error.strerror}") from None
 

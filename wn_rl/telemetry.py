@@ -230,6 +230,22 @@ class Progress:
         left = (self._total - frames) / max(rate, 1e-9) / 60
         self.say(f"frames {frames:,} of {self._total:,}, {left:.0f} min left, {', '.join(parts)}")
 
+    def rebuilding(self, done: int, total: int) -> None:
+        """Show how far the filling of a resumed run's replay is: vector steps done, of how many."""
+        if self._quiet:
+            return
+        now = time.monotonic()
+        share = done / max(total, 1)
+        if self._bar is not None and self._task is not None:
+            if now - self._last_line >= 0.2 or done == total:
+                self._last_line = now
+                self._bar.update(self._task, total=total, completed=done, description="playing the journal again")
+            if done == total:
+                self._bar.reset(self._task, total=self._total, completed=self._start_frames, description="")
+        elif now - self._last_line >= self.LINE_SECONDS / 6:
+            self._last_line = now
+            self.say(f"playing the journal again, to fill the replay: {100 * share:.0f}%")
+
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
         if self._quiet:

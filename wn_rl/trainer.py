@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from wn_rl import checkpoint, diagnostics
-from wn_rl.atari.env import FRAME_SKIP, make_atari
+from wn_rl.atari.env import FRAME_SIDE, FRAME_SKIP, STACK_SIZE, make_atari
 from wn_rl.atari.games import find_game
+from wn_rl.atari.journal import Journal, Mark
 from wn_rl.config import TrainConfig, to_yaml, validate
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.evaluation import (
@@ -95,9 +97,14 @@ class _Run:
         )
         agent = make_agent(config, self.env.num_actions, self.device)
         replay = Replay(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
-        self.loop = TrainingLoop(config, self.env, agent, replay)
+        reseed_period = config.reseed_period if config.sticky_actions > 0 else 0
+        self.journal = Journal(directory.journal, config.num_envs, reseed_period)
+        self.loop = TrainingLoop(config, self.env, agent, replay, self.journal)
         self.held_out: Tensor | None = None
         self.evaluated_at = 0
+        self.logged_at = 0
+        self.points = 0
+        self.unlogged: list[FinishedEpisode] = []
         self.best: dict[str, float] | None = None
         self.final: dict[str, float] | None = None
         self.earlier_seconds = 0.0
@@ -110,7 +117,10 @@ class _Run:
     def save(self, path: Path) -> None:
         agent = self.loop.agent
         if not agent.is_finite():
-            raise NonFiniteLossError(f"a weight is not finite at frame {self.loop.frames:,}; nothing was saved over")
+            raise NonFiniteLossError(
+                f"a weight is not finite at frame {self.loop.frames:,}; the last good checkpoint is kept. A smaller "
+                "--learning-rate is the usual remedy."
+            )
         checkpoint.save(
             path,
             config=asdict(self.config),
@@ -123,27 +133,57 @@ class _Run:
                 "loop": self.loop.state_dict(),
                 "run": {
                     "evaluated_at": self.evaluated_at,
+                    "logged_at": self.logged_at,
+                    "points": self.points,
+                    "unlogged": [[episode.frames, episode.episode_return, episode.length] for episode in self.unlogged],
                     "best": self.best or {},
                     "final": self.final or {},
                     "seconds": self.earlier_seconds,
+                    "held_out": _packed(self.held_out),
                 },
             },
             versions=versions(),
         )
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
+    def trim_journal(self) -> None:
+        """Forget what no resumed run needs, where the configuration says so; after a checkpoint."""
+        if self.config.journal == "replay":
+            self.journal.trim(self.loop.first_row_kept)
+
+    def restore(self, saved: checkpoint.Checkpoint, on_progress: Callable[[int, int], None]) -> None:
+        """Bring everything to where it was at the checkpoint; nothing on the disk changes.
+
+        Raises:
+            CheckpointError: the checkpoint, the journal and the emulators do not fit together.
+        """
         try:
-            self.loop.agent.load_state_dict(saved.weights, saved.training["agent"])
-            self.loop.replay.load_state_dict(saved.training["replay"])
-            self.loop.load_state_dict(saved.training["loop"])
-            run = saved.training["run"]
+            agent, device = saved.training["agent"], self.device.type
+            if saved.config.device != device:
+                # The random numbers of another kind of device cannot go on; new ones must not repeat the first.
+                agent = agent | {"generator": torch.Generator(device).manual_seed(self._new_seed()).get_state()}
+            self.loop.agent.load_state_dict(saved.weights, agent)
+            loop, run = saved.training["loop"], saved.training["run"]
+            if loop["agent_steps"] != saved.agent_steps:
+                raise ValueError("two counters of agent steps differ")
+            history = self.journal.open(Mark(int(loop["rows"]), str(loop["journal"])))
+            self.loop.rebuild(history, on_progress)
+            if self.loop.agent_steps != saved.agent_steps:
+                raise ValueError(f"the journal holds {self.loop.agent_steps:,} agent steps, not {saved.agent_steps:,}")
+            self.loop.replay.load_state_dict(saved.training["replay"], same_device=saved.config.device == device)
             self.evaluated_at = int(run["evaluated_at"])
+            self.logged_at, self.points = int(run["logged_at"]), int(run["points"])
+            self.unlogged = [FinishedEpisode(int(f), float(r), int(n)) for f, r, n in run["unlogged"]]
             self.earlier_seconds = float(run["seconds"])
             self.best, self.final = run.get("best"), run.get("final")
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            self.held_out = _unpacked(run["held_out"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, zlib.error) as error:
             raise CheckpointError(
                 f"{saved.path} does not fit this run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             ) from None
+
+    def _new_seed(self) -> int:
+        seeds = np.random.SeedSequence([self.config.seed, self.loop.agent_steps, 1]).generate_state(1)
+        return int(seeds[0])
 
     def evaluate(self, should_stop: Callable[[], bool]) -> EvaluationResult:
         """Evaluate on emulators and generators of their own: the cadence changes no weight."""
@@ -176,10 +216,10 @@ class _Run:
     def q_values_held_out(self) -> Tensor | None:
         """Return Q-values, (states, actions), of states that random play reached, the same ones for the whole run.
 
-        None before the first update. After a resume the states are drawn anew.
+        None before the first update.
         """
         replay, agent = self.loop.replay, self.loop.agent
-        if agent.updates == 0 or self.loop.agent_steps < self.loop.first_owing_step:
+        if agent.updates == 0:
             return None
         if self.held_out is None:
             generator = torch.Generator(self.device).manual_seed(self.config.seed)
@@ -243,32 +283,76 @@ def train(
     )
     check_memory(config, memory, torch.device(config.device))
     files = RunDirectory(directory)
-    run = _Run(config, make_agent, files)
-    loop = run.loop
     if resume is None:
         files.create(to_yaml(config))
-    else:
-        run.restore(resume)
-        if run.finished:
-            raise UsageError(f"{directory} is finished at frame {loop.frames:,}: raise --frames to go on")
-        files.cut(loop.frames)
-        files.write_config(to_yaml(config))
-    dashboard = Dashboard(directory, resume_frames=loop.frames if resume else None)
-    dashboard.describe(to_yaml(config))
-    progress = Progress(config.frames, loop.frames, quiet=quiet)
+    with files.locked():
+        return _train_locked(config, make_agent, files, memory, resume, quiet=quiet)
+
+
+def _train_locked(
+    config: TrainConfig,
+    make_agent: MakeAgent,
+    files: RunDirectory,
+    memory: MemoryPlan,
+    resume: checkpoint.Checkpoint | None,
+    *,
+    quiet: bool,
+) -> int:
+    run = _Run(config, make_agent, files)
+    loop = run.loop
+    progress = Progress(config.frames, resume.agent_steps * FRAME_SKIP if resume else 0, quiet=quiet)
+    dashboard: Dashboard | None = None
     try:
         with _Signals() as signals:
             _describe(run, memory, progress)
-            loop.start()
+            if resume is None:
+                run.journal.create()
+                loop.start()
+            else:
+                try:
+                    _rebuild(run, resume, progress, signals)
+                except _StoppedError:
+                    progress.say(f"stopped before it went on; nothing changed in {files.path}")
+                    return 128 + (signals.received or 0)
+                if run.finished:
+                    raise UsageError(f"{files.path} is finished at frame {loop.frames:,}: raise --frames to go on")
+                files.cut(episodes=loop.frames, evaluations=run.evaluated_at * FRAME_SKIP)
+                run.journal.cut()
+                checkpoint.settle(files.latest, resume.path)
+                files.write_config(to_yaml(config))
+            dashboard = Dashboard(files.path, resume_frames=loop.frames if resume else None)
+            dashboard.describe(to_yaml(config))
             _train(run, dashboard, progress, signals)
             if signals.received is None:
                 return 0
-            progress.say(f"stopped at frame {loop.frames:,}; go on with: python train.py --resume {directory}")
+            progress.say(f"stopped at frame {loop.frames:,}; go on with: python train.py --resume {files.path}")
             return 128 + signals.received
     finally:
         progress.close()
-        dashboard.close()
+        if dashboard is not None:
+            dashboard.close()
         run.env.close()
+
+
+class _StoppedError(Exception):
+    """A signal came while the replay was being filled."""
+
+
+def _rebuild(run: _Run, saved: checkpoint.Checkpoint, progress: Progress, signals: _Signals) -> None:
+    if saved.notice is not None:
+        progress.say(saved.notice)
+    started = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        if signals.received is not None:
+            raise _StoppedError
+        progress.rebuilding(done, total)
+
+    run.restore(saved, on_progress)
+    progress.say(
+        f"played {len(run.loop.replay):,} transitions again in {duration(time.monotonic() - started)}; going on from "
+        f"frame {run.loop.frames:,}"
+    )
 
 
 def _describe(run: _Run, memory: MemoryPlan, progress: Progress) -> None:
@@ -298,14 +382,14 @@ def _describe(run: _Run, memory: MemoryPlan, progress: Progress) -> None:
 def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signals) -> None:
     config, loop, files = run.config, run.loop, run.directory
     started = time.monotonic() - run.earlier_seconds
-    saved_at = logged_at = loop.agent_steps
+    saved_at, saved_time = loop.agent_steps, time.monotonic()
     steady, point = _Clock(), _Clock()
-    points = 0
+    first_update = loop.agent.updates + 1
     told_duration = False
-    episodes: list[FinishedEpisode] = []
+    unwritten: list[FinishedEpisode] = []
 
     def log() -> None:
-        nonlocal point, points, episodes
+        nonlocal point
         statistics = loop.agent.read_statistics()
         if statistics.updates and not math.isfinite(statistics.loss):
             raise NonFiniteLossError(
@@ -315,16 +399,16 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
         frame_rate, update_rate = point.rates()
         q_values = run.q_values_held_out()
         if q_values is not None:
-            if points % DIAGNOSTIC_POINTS == 0:
+            if run.points % DIAGNOSTIC_POINTS == 0:
                 dashboard.histogram(loop.frames, "q_values/held_out", q_values)
                 dashboard.scalars(loop.frames, run.diagnose() | loop.agent.watched_update())
                 loop.agent.watch_next_update()
-            points += 1
+            run.points += 1
         dashboard.scalars(
             loop.frames,
             {
-                "train/episode_return": _mean([episode.episode_return for episode in episodes]),
-                "train/episode_length": _mean([episode.length for episode in episodes]),
+                "train/episode_return": _mean([episode.episode_return for episode in run.unlogged]),
+                "train/episode_length": _mean([episode.length for episode in run.unlogged]),
                 "train/loss": statistics.loss,
                 "train/td_error": statistics.td_error,
                 "train/q_value": statistics.q_value,
@@ -337,13 +421,20 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
                 "speed/updates_per_second": math.nan if update_rate is None else update_rate,
             },
         )
-        files.append(files.episodes, [(e.frames, e.episode_return, e.length) for e in episodes])
-        episodes, point = [], _Clock()
+        run.unlogged, point = [], _Clock()
+        run.logged_at = loop.agent_steps
 
-    def save(path: Path) -> None:
-        log()
+    def save(*paths: Path) -> None:
+        nonlocal saved_at, saved_time
+        # A checkpoint must never know more than the files that a resumed run cuts to it.
+        files.append(files.episodes, [(e.frames, e.episode_return, e.length) for e in unwritten], sync=True)
+        unwritten.clear()
         run.earlier_seconds = time.monotonic() - started
-        run.save(path)
+        for path in paths:
+            run.save(path)
+        run.trim_journal()
+        dashboard.flush()
+        saved_at, saved_time = loop.agent_steps, time.monotonic()
 
     while True:
         done = loop.frames >= config.frames
@@ -355,17 +446,20 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
                 continue
             run.evaluated_at = loop.agent_steps
             _record_evaluation(run, dashboard, progress, result)
-            save(files.latest)
-            saved_at = logged_at = loop.agent_steps
-            if run.best is not None and run.best["frames"] == loop.frames:
-                run.save(files.best)
+            if done:
+                log()
+            # The best one first: a run that goes on from an older checkpoint makes it again.
+            best = run.best is not None and run.best["frames"] == loop.frames
+            save(*([files.best] if best else []), files.latest)
         if done or signals.received is not None:
             break
         agent_steps, updates = loop.agent_steps, loop.agent.updates
-        warm = updates > 0 and agent_steps > loop.first_owing_step
+        warm = updates >= first_update
         stepped = time.perf_counter()
-        episodes += (ended := loop.vector_step())
+        ended = loop.vector_step()
         stepped = time.perf_counter() - stepped
+        unwritten += ended
+        run.unlogged += ended
         for clock in (steady, point) if warm else (point,):
             clock.seconds += stepped
             clock.frames += (loop.agent_steps - agent_steps) * FRAME_SKIP
@@ -378,13 +472,14 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
             rate = steady.frames / steady.seconds
             left = (config.frames - loop.frames) / rate
             progress.say(f"measured {rate:,.0f} frames/s: {duration(left)} for the rest, evaluations not counted")
-        if loop.agent_steps // config.checkpoint_period > saved_at // config.checkpoint_period:
-            save(files.latest)
-            saved_at = logged_at = loop.agent_steps
-        if loop.agent_steps // config.log_period > logged_at // config.log_period:
+        if loop.agent_steps // config.log_period > run.logged_at // config.log_period:
             log()
-            logged_at = loop.agent_steps
-    if saved_at != loop.agent_steps:
+        by_steps = config.checkpoint_period > 0 and (
+            loop.agent_steps // config.checkpoint_period > saved_at // config.checkpoint_period
+        )
+        if by_steps or time.monotonic() - saved_time >= config.checkpoint_seconds:
+            save(files.latest)
+    if saved_at != loop.agent_steps or unwritten:
         save(files.latest)
     if run.final is not None and run.best is not None:
         dashboard.hparams(loop.frames, config, final=run.final["mean"], best=run.best["mean"])
@@ -442,6 +537,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
+def _packed(frames: Tensor | None) -> Tensor:
+    """Return observations compressed, uint8; empty for None."""
+    data = b"" if frames is None else zlib.compress(frames.cpu().contiguous().numpy().tobytes(), 1)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, device: torch.device) -> Tensor | None:
+    if len(packed) == 0:
+        return None
+    size = HELD_OUT_STATES * STACK_SIZE * FRAME_SIDE**2
+    data = zlib.decompressobj().decompress(packed.numpy().tobytes(), size)
+    frames = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return frames.view(HELD_OUT_STATES, STACK_SIZE, FRAME_SIDE, FRAME_SIDE).to(device)
+
+
 def _mean(values: list[float] | list[int]) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -458,6 +568,7 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
         CheckpointError: the checkpoint is missing or damaged.
     """
     saved = checkpoint.load(RunDirectory(directory).path)
+    _check_resumable(saved)
     read_rows(RunDirectory(directory).evaluations)
     # A name may be written in several ways, and an option as a text.
     changes = {key: _canonical(saved.config, key, value) for key, value in changes.items()}
@@ -470,6 +581,19 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
     config = replace(saved.config, **{key: value for key, value in changes.items() if key in RESUMABLE})
     validate(config)
     return config, saved
+
+
+def _check_resumable(saved: checkpoint.Checkpoint) -> None:
+    if "rows" not in saved.training.get("loop", {}):
+        raise CheckpointError(
+            f"{saved.path} was written by an earlier version, which kept no journal: it can be evaluated, not resumed"
+        )
+    then, now = saved.versions.get("ale-py"), versions()["ale-py"]
+    if then != now:
+        raise CheckpointError(
+            f"{saved.path} was made with ale-py {then}, here is {now}, whose games may differ: "
+            f"pip install ale-py=={then} to go on"
+        )
 
 
 def _canonical(config: TrainConfig, key: str, value: Any) -> Any:  # noqa: ANN401 - the type is that of the key
@@ -495,7 +619,9 @@ RESUMABLE = frozenset(
         "evaluation_steps",
         "evaluation_episodes",
         "evaluation_envs",
+        "checkpoint_seconds",
         "checkpoint_period",
+        "journal",
         "log_period",
     }
 )

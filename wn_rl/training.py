@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds
+from wn_rl.atari.journal import AUTO_RESET, RESEEDED, History, Journal
+from wn_rl.atari.rebuild import PlayedAgain, play_again
 from wn_rl.config import TrainConfig
 from wn_rl.networks import QNetwork
 from wn_rl.replay import Minibatch, Replay
@@ -126,15 +128,19 @@ class TrainingLoop:
     stay outside and draw nothing from these generators.
     """
 
-    def __init__(self, config: TrainConfig, env: AtariVector, agent: Agent, replay: Replay) -> None:
-        """Join the parts; :meth:`start` begins."""
+    def __init__(
+        self, config: TrainConfig, env: AtariVector, agent: Agent, replay: Replay, journal: Journal | None = None
+    ) -> None:
+        """Join the parts; :meth:`start` or :meth:`rebuild` begins. Without a journal a run cannot be resumed."""
         self.config = config
         self.env = env
         self.agent = agent
         self.replay = replay
+        self.journal = journal
         self.agent_steps = 0
-        self.first_owing_step = 0
+        self.rows = 0
         self._ended = np.zeros(env.num_envs, bool)
+        self._seed_labels = np.zeros(env.num_envs, np.int64)
 
     @property
     def frames(self) -> int:
@@ -146,25 +152,60 @@ class TrainingLoop:
         """ε of the next agent step."""
         return float(epsilon_at(self.config, np.array([self.agent_steps + 1]))[0])
 
+    @property
+    def first_row_kept(self) -> int:
+        """Number of the oldest vector step whose frames the replay holds."""
+        return max(self.rows - self.replay.rows_kept + 1, 0)
+
     def start(self) -> None:
-        """Reset the emulators; after a resume at ``agent_steps`` > 0 with seeds of their own."""
-        stream = (TRAINING_STREAM,) if self.agent_steps == 0 else (TRAINING_STREAM, self.agent_steps)
-        observations, _ = self.env.reset(seed=emulator_seeds(self.config.seed, self.env.num_envs, *stream))
+        """Reset the emulators for a new run."""
+        observations, _ = self.env.reset(seed=self._seeds(0))
         self.replay.start(observations[:, -1])
-        self._ended[:] = False
-        if self.agent_steps > 0:
-            # Frames are not part of a checkpoint: let the replay fill as it did before the first update.
-            refill = min(self.config.learning_starts, self.config.replay_capacity - self.env.num_envs)
-            self.first_owing_step = self.agent_steps + max(refill, self.env.num_envs + 1)
+
+    def rebuild(self, history: History, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Bring emulators, replay and counters to where they were at the end of ``history``, by playing it again.
+
+        Args:
+            history: what was played.
+            on_progress: called with (vector steps played, of how many); may raise to stop.
+
+        Raises:
+            CheckpointError: the emulators do not do what they did in the run.
+        """
+        self.rows = history.end_row
+        first_row = self.first_row_kept
+        before = history.state(first_row)
+        for played in play_again(
+            self.env,
+            history,
+            first_row,
+            self._seeds,
+            sticky=self.config.sticky_actions > 0,
+            on_progress=on_progress,
+        ):
+            if isinstance(played, PlayedAgain):
+                terminals = self._terminals(played.terminated, played.info)
+                self.replay.add(played.actions, played.rewards, terminals, played.frames, played.info["is_reset"])
+                self._ended = played.terminated | played.truncated
+            else:
+                self.replay.start_at(first_row, before.steps, first_row - before.started, played)
+        now = history.state(history.end_row)
+        self.agent_steps = now.steps
+        self._seed_labels = now.seed_label.copy()
 
     def vector_step(self) -> list[FinishedEpisode]:
         """Step every emulator once, make the updates owed, and return the episodes that ended."""
         plays = ~self._ended  # the others are reset by this step
         numbers = self.agent_steps + np.cumsum(plays)
         actions = self.agent.act(self.replay.observations(), epsilon_at(self.config, numbers)).cpu().numpy()
+        actions = np.where(plays, actions, 0)
         self.env.send(actions)
+        reseeded = self._due_for_a_seed()
+        if self.journal is not None:
+            played = np.where(plays, actions, np.where(reseeded, RESEEDED, AUTO_RESET))
+            self.journal.append(played.astype(np.uint8))
         first, last = self.agent_steps + 1, int(numbers[-1])
-        for _, event in owed(self.config, max(first, self.first_owing_step), last):
+        for _, event in owed(self.config, first, last):
             if event is Event.UPDATE:
                 self.agent.update(self.replay.sample(self.config.batch_size))
             elif event is Event.TARGET_COPY:
@@ -172,8 +213,13 @@ class TrainingLoop:
             else:
                 self.agent.initialize(self.replay.sample(self.config.init_samples).observations)
         observations, rewards, terminated, truncated, info = self.env.recv()
-        terminals = terminated | info["life_loss"] if self.config.life_loss_terminal else terminated
-        self.replay.add(actions, rewards, terminals, observations[:, -1], info["is_reset"])
+        frames = observations[:, -1]
+        if reseeded.any():
+            self._seed_labels[reseeded] = label = self.agent_steps // self.config.reseed_period
+            renewed = self.env.restart(reseeded, self._seeds(label)[reseeded])[:, -1]
+            frames = np.where(reseeded[:, None, None], renewed, frames)
+        self.replay.add(actions, rewards, self._terminals(terminated, info), frames, info["is_reset"])
+        self.rows += 1
         self.agent_steps = last
         self._ended = terminated | truncated
         return [
@@ -185,10 +231,25 @@ class TrainingLoop:
             for slot in np.flatnonzero(self._ended)
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counters."""
-        return {"agent_steps": self.agent_steps}
+    def _seeds(self, label: int) -> NDArray[np.int32]:
+        """Return the emulators' seeds of the seeding ``label``; 0 is that of the start."""
+        return emulator_seeds(self.config.seed, self.env.num_envs, TRAINING_STREAM, label)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the counters."""
-        self.agent_steps = int(state["agent_steps"])
+    def _due_for_a_seed(self) -> NDArray[np.bool_]:
+        """Return which emulators this step seeds anew: with sticky actions, a period after their last seeding.
+
+        Otherwise all that was ever played would have to be played again to get the emulators to where they are.
+        """
+        if self.config.sticky_actions == 0:
+            return np.zeros_like(self._ended)
+        return self._ended & (self.agent_steps // self.config.reseed_period > self._seed_labels)
+
+    def _terminals(self, terminated: NDArray[np.bool_], info: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+        return terminated | info["life_loss"] if self.config.life_loss_terminal else terminated
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters and, with a journal, the place in it; the journal is then on the disk."""
+        if self.journal is None:
+            return {"agent_steps": self.agent_steps}
+        mark = self.journal.mark()
+        return {"agent_steps": self.agent_steps, "rows": mark.rows, "journal": mark.digest}

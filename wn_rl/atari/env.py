@@ -17,6 +17,8 @@ FRAME_SKIP = 4
 """Emulator frames per agent step."""
 STACK_SIZE = 4
 """Frames per observation."""
+FRAME_SIDE = 84
+"""Pixels on each side of a frame."""
 NO_CAP = 2**31 - 1
 """What ale-py takes for "no frame cap": its own 0 and −1 would end every episode at once."""
 
@@ -130,6 +132,27 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, np.int64)
         return observations, self._info(np.zeros(self.num_envs, bool), np.ones(self.num_envs, bool))
+
+    def restart(self, chosen: NDArray[np.bool_], seeds: NDArray[np.integer[Any]] | None = None) -> Observations:
+        """Start a new episode in some emulators and leave the others as they are; never between send and recv.
+
+        Args:
+            chosen: bool, shape (N,).
+            seeds: one for each chosen emulator, which loads its game anew (some 90 ms); None lets its random numbers
+                go on (some 5 ms), as an auto-reset does.
+
+        Returns:
+            Observations of all, shape (N, 4, 84, 84); those of the chosen are new.
+        """
+        observations, info = self._emulators.reset(
+            seed=None if seeds is None else np.asarray(seeds, np.int32), options={"reset_mask": chosen}
+        )
+        self._lives = np.where(chosen, info["lives"], self._lives)
+        self._ended = self._ended & ~chosen
+        self._returns = np.where(chosen, 0.0, self._returns)
+        self._lengths = np.where(chosen, 0, self._lengths)
+        result: Observations = observations
+        return result
 
     def send(self, actions: NDArray[np.integer[Any]]) -> None:
         """Start the step with ``actions``, shape (N,), on the emulators' threads; :meth:`recv` ends it.
