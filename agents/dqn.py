@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from agents.optimizers import make_optimizer
 from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
+from wn_rl.errors import NonFiniteLossError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold, initialize_from_data, project
 from wn_rl.parameterizations.api import treated_layers
@@ -109,6 +111,7 @@ class DQN:
         self.updates = 0
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._summed_updates = 0
+        self._offending = torch.full((config.batch_size,), -1, dtype=torch.int64, device=device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
@@ -182,6 +185,7 @@ class DQN:
             self.target_network.train(batch_statistics)
         losses, td_error, q_value = self.td_loss(batch)
         loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
+        self._check(loss, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         before = diagnostics.weights(self.q_network) if self._watching else None
@@ -198,6 +202,25 @@ class DQN:
         self._summed_updates += 1
         with torch.no_grad():
             self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
+
+    def _check(self, loss: Tensor, batch: Minibatch) -> None:
+        """Note the first minibatch whose loss is not finite; on a CPU stop before it spoils the weights.
+
+        On a GPU nothing may be read back here; :meth:`read_statistics` tells of it.
+        """
+        if batch.numbers is None:
+            return
+        if self.device.type == "cpu":
+            if not math.isfinite(float(loss)):
+                self._offending.copy_(batch.numbers)
+                raise NonFiniteLossError(f"the loss of update {self.updates + 1:,} is {float(loss)}")
+            return
+        known = loss.isfinite() | (self._offending[0] >= 0)
+        self._offending.copy_(torch.where(known, self._offending, batch.numbers))
+
+    def offending_transitions(self) -> Tensor | None:
+        """Return the numbers in replay of the first minibatch whose loss was not finite, int64 (B,); None: none."""
+        return None if int(self._offending[0]) < 0 else self._offending
 
     def _target(self, observations: Tensor) -> Tensor:
         """Return the target network's Q-values."""
@@ -249,6 +272,8 @@ class DQN:
             "norms": {str(index): entry.norm for index, entry in enumerate(self._deferred)},
             "generator": self.generator.get_state(),
             "updates": self.updates,
+            "sums": self._sums.clone(),
+            "summed_updates": self._summed_updates,
         }
 
     def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -267,4 +292,5 @@ class DQN:
                 self._deferred[int(key)].restore(norm)
         self.generator.set_state(state["generator"].cpu())
         self.updates = int(state["updates"])
-        self.read_statistics()
+        self._sums.copy_(state["sums"])
+        self._summed_updates = int(state["summed_updates"])

@@ -172,6 +172,18 @@ def save(
         raise CheckpointError(f"cannot write the checkpoint {path}: {error.strerror or error}") from None
 
 
+def save_evidence(path: Path, tensors: Mapping[str, Tensor], statistics: Mapping[str, Any]) -> None:
+    """Write tensors and JSON values to the directory ``path``, for a person to look at.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.mkdir(exist_ok=True)
+    data = save_safetensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    (path / "minibatch.safetensors").write_bytes(data)
+    (path / "statistics.json").write_text(json.dumps(statistics, indent=1) + "\n", encoding="utf-8")
+
+
 def _sync(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -27,6 +27,7 @@ class Minibatch:
         rewards: float32, shape (B,), raw points.
         next_observations: like ``observations``.
         terminals: bool, shape (B,): no bootstrap from ``next_observations``.
+        numbers: int64, shape (B,): which transitions of the replay these are; None where they are not from one.
     """
 
     observations: Tensor
@@ -34,6 +35,7 @@ class Minibatch:
     rewards: Tensor
     next_observations: Tensor
     terminals: Tensor
+    numbers: Tensor | None = None
 
 
 class Replay:
@@ -235,6 +237,7 @@ class Replay:
             rewards=self._rewards[entries],
             next_observations=frames[:, 1:],
             terminals=self._terminals[entries],
+            numbers=numbers,
         )
 
     def _stacks(self, entries: Tensor, offsets: Tensor, needed_age: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class RunDirectory:
         self.episodes = path / "episodes.csv"
         self.summary = path / "summary.json"
         self.journal = path / "journal.bin"
+        self.nonfinite = path / "nonfinite"
         self.latest = path / "checkpoints" / "latest"
         self.best = path / "checkpoints" / "best"
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
+from wn_rl.errors import WnRlError
 from wn_rl.evaluation import EvaluationResult
 
 if TYPE_CHECKING:
@@ -92,7 +96,20 @@ class Dashboard:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if resume_frames is None else resume_frames + 1
-        self._writer = SummaryWriter(directory, purge_step=purge)
+        self._directory = directory
+        self._silence_the_writers_thread()
+        with self._writing():
+            self._writer = SummaryWriter(directory, purge_step=purge)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the event file's own thread met into one line."""
+        try:
+            yield
+        except OSError as error:
+            raise WnRlError(
+                f"cannot write TensorBoard's events to {self._directory}: {error.strerror or error}"
+            ) from None
 
     def scalars(self, frames: int, values: dict[str, float]) -> None:
         """Add one point at ``frames`` to each tag; NaN means "nothing to show" and is left out.
@@ -104,12 +121,27 @@ class Dashboard:
             if tag not in TAGS:
                 diagnostics.meaning(tag)
             if value == value:
-                self._writer.add_scalar(tag, value, frames)
+                with self._writing():
+                    self._writer.add_scalar(tag, value, frames)
+
+    @staticmethod
+    def _silence_the_writers_thread() -> None:
+        """Print no traceback of TensorBoard's thread: its error comes up again in the next call."""
+        shown = threading.excepthook
+
+        def hook(arguments: threading.ExceptHookArgs) -> None:
+            if not (
+                isinstance(arguments.exc_value, OSError) and type(arguments.thread).__module__.startswith("tensorb")
+            ):
+                shown(arguments)
+
+        threading.excepthook = hook
 
     def describe(self, config_yaml: str) -> None:
         """Show the resolved configuration as text, and the layout of the custom scalars."""
-        self._writer.add_text("config", "```yaml\n" + config_yaml + "```", 0)
-        self._writer.add_custom_scalars(LAYOUT)
+        with self._writing():
+            self._writer.add_text("config", "```yaml\n" + config_yaml + "```", 0)
+            self._writer.add_custom_scalars(LAYOUT)
 
     def histogram(self, frames: int, tag: str, values: Tensor) -> None:
         """Add a histogram at ``frames``.
@@ -119,21 +151,24 @@ class Dashboard:
         """
         if tag not in HISTOGRAM_TAGS:
             raise KeyError(tag)
-        self._writer.add_histogram(tag, values, frames)
+        with self._writing():
+            self._writer.add_histogram(tag, values, frames)
 
     def hparams(self, frames: int, config: TrainConfig, *, final: float, best: float) -> None:
         """Enter the run in the HPARAMS tab with its final and best score."""
         from torch.utils.tensorboard.summary import hparams
 
         scores = dict(zip(FINAL_TAGS, (final, best), strict=True))
-        for tag, score in scores.items():
-            self._writer.add_scalar(tag, score, frames)
+        with self._writing():
+            for tag, score in scores.items():
+                self._writer.add_scalar(tag, score, frames)
         # SummaryWriter.add_hparams would make a directory of its own, which shows up as a second run.
         chosen = {key: getattr(config, key) for key in HPARAMS}
         file_writer = self._writer.file_writer
         assert file_writer is not None
-        for summary in hparams(chosen, scores):
-            file_writer.add_summary(summary)
+        with self._writing():
+            for summary in hparams(chosen, scores):
+                file_writer.add_summary(summary)
 
     def evaluation(self, frames: int, result: EvaluationResult) -> None:
         """Add an evaluation's points at ``frames``."""
@@ -149,11 +184,13 @@ class Dashboard:
 
     def flush(self) -> None:
         """Hand everything to the file system."""
-        self._writer.flush()
+        with self._writing():
+            self._writer.flush()
 
     def close(self) -> None:
-        """Close the event file."""
-        self._writer.close()
+        """Close the event file; what cannot be written any more is lost, and :meth:`flush` has told so."""
+        with suppress(OSError):
+            self._writer.close()
 
 
 class Progress:

@@ -117,10 +117,7 @@ class _Run:
     def save(self, path: Path) -> None:
         agent = self.loop.agent
         if not agent.is_finite():
-            raise NonFiniteLossError(
-                f"a weight is not finite at frame {self.loop.frames:,}; the last good checkpoint is kept. A smaller "
-                "--learning-rate is the usual remedy."
-            )
+            raise NonFiniteLossError("a weight is not finite")
         checkpoint.save(
             path,
             config=asdict(self.config),
@@ -144,6 +141,37 @@ class _Run:
             },
             versions=versions(),
         )
+
+    def save_evidence(self) -> Path | None:
+        """Write what the update saw whose loss was not finite; None where it is not known or cannot be written."""
+        agent, replay, path = self.loop.agent, self.loop.replay, self.directory.nonfinite
+        numbers = agent.offending_transitions()
+        low, high = replay.drawable
+        if numbers is None or not bool(((numbers >= low) & (numbers < high)).all()):
+            return None
+        batch = replay.transitions(numbers)
+        tensors = {
+            "numbers": numbers,
+            "observations": batch.observations,
+            "actions": batch.actions,
+            "rewards": batch.rewards,
+            "next_observations": batch.next_observations,
+            "terminals": batch.terminals,
+            "q_values": agent.q_values(batch.observations),
+        }
+        weights = agent.q_network.state_dict().items()
+        statistics = {
+            "frames": self.loop.frames,
+            "updates": agent.updates,
+            "gradient_norm_of_the_update_before": agent.gradient_norm(),
+            "largest_weight": {name: float(value.abs().max()) for name, value in weights if value.numel()},
+            "weights_not_finite": {name: int((~value.isfinite()).sum()) for name, value in weights},
+        }
+        try:
+            checkpoint.save_evidence(path, tensors, statistics)
+        except OSError:
+            return None
+        return path
 
     def trim_journal(self) -> None:
         """Forget what no resumed run needs, where the configuration says so; after a checkpoint."""
@@ -298,9 +326,12 @@ def _train_locked(
     *,
     quiet: bool,
 ) -> int:
+    frames = resume.agent_steps * FRAME_SKIP if resume else 0
+    if resume and frames >= config.frames and resume.training["run"].get("evaluated_at") == resume.agent_steps:
+        raise UsageError(f"{files.path} is finished at frame {frames:,}: raise --frames to go on")
     run = _Run(config, make_agent, files)
     loop = run.loop
-    progress = Progress(config.frames, resume.agent_steps * FRAME_SKIP if resume else 0, quiet=quiet)
+    progress = Progress(config.frames, frames, quiet=quiet)
     dashboard: Dashboard | None = None
     try:
         with _Signals() as signals:
@@ -314,15 +345,21 @@ def _train_locked(
                 except _StoppedError:
                     progress.say(f"stopped before it went on; nothing changed in {files.path}")
                     return 128 + (signals.received or 0)
-                if run.finished:
-                    raise UsageError(f"{files.path} is finished at frame {loop.frames:,}: raise --frames to go on")
                 files.cut(episodes=loop.frames, evaluations=run.evaluated_at * FRAME_SKIP)
                 run.journal.cut()
                 checkpoint.settle(files.latest, resume.path)
                 files.write_config(to_yaml(config))
             dashboard = Dashboard(files.path, resume_frames=loop.frames if resume else None)
             dashboard.describe(to_yaml(config))
-            _train(run, dashboard, progress, signals)
+            try:
+                _train(run, dashboard, progress, signals)
+            except NonFiniteLossError as error:
+                evidence = run.save_evidence()
+                kept = f" The minibatch is in {evidence}." if evidence else ""
+                raise NonFiniteLossError(
+                    f"{error} at frame {loop.frames:,}; the last good checkpoint is kept.{kept} A smaller "
+                    "--learning-rate is the usual remedy."
+                ) from None
             if signals.received is None:
                 return 0
             progress.say(f"stopped at frame {loop.frames:,}; go on with: python train.py --resume {files.path}")
@@ -392,10 +429,7 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
         nonlocal point
         statistics = loop.agent.read_statistics()
         if statistics.updates and not math.isfinite(statistics.loss):
-            raise NonFiniteLossError(
-                f"the loss became {statistics.loss} before frame {loop.frames:,}; the last good checkpoint is kept. "
-                "A smaller --learning-rate is the usual remedy."
-            )
+            raise NonFiniteLossError(f"the loss is {statistics.loss}")
         frame_rate, update_rate = point.rates()
         q_values = run.q_values_held_out()
         if q_values is not None:

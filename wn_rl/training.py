@@ -62,6 +62,9 @@ class Agent(Protocol):
     def is_finite(self) -> bool:
         """Return whether every weight is finite."""
 
+    def offending_transitions(self) -> Tensor | None:
+        """Return the numbers in replay of the first minibatch whose loss was not finite."""
+
     def gradient_norm(self) -> float:
         """Return the norm of the last gradient."""
 

@@ -1,0 +1,387 @@
+"""A run that was stopped at any moment and went on is the run that was never stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agents.dqn import DQN
+from tests.small_runs import Interrupted, small_flags, stopped_run, tiny
+from wn_rl import checkpoint
+from wn_rl.config import TrainConfig
+from wn_rl.errors import CheckpointError, WnRlError
+from wn_rl.parameterizations import names
+from wn_rl.trainer import open_for_resume, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as stream:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(stream)]
+
+
+def flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    tensors, values = checkpoint.flatten(state)
+    return {key: value.tolist() for key, value in tensors.items()} | values
+
+
+def state_of(directory: Path) -> dict[str, Any]:
+    """Return everything that decides how a run goes on, and what it wrote so far."""
+    saved = checkpoint.load(directory)
+    state = flat(saved.training) | {name: weight.tolist() for name, weight in saved.weights.items()}
+    ignored = {"run/seconds", "run/best/seconds", "run/final/seconds", "loop/journal"}  # wall times; where chunks end
+    return {key: value for key, value in state.items() if key not in ignored} | {
+        "evaluations": rows(directory / "evaluations.csv"),
+        "episodes": rows(directory / "episodes.csv"),
+    }
+
+
+def points(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the curves of a run as TensorBoard shows them, wall times aside."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+
+
+def interrupted_run(directory: Path, config: TrainConfig, after: list[int]) -> None:
+    """Train, stopped after each of these numbers of updates and resumed."""
+    Interrupted.after = list(after)
+    code = train(config, Interrupted, directory, quiet=True)
+    stops = 0
+    while code != 0:
+        assert code == 143
+        stops += 1
+        resumed, saved = open_for_resume(directory, {})
+        code = train(resumed, Interrupted, directory, resume=saved, quiet=True)
+    assert stops == len(after)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"param": "wn"},
+        {"param": "wn", "num_envs": 1},
+        {"param": "wn", "num_envs": 16, "precision": "bfloat16", "frames": 4000},
+        {"param": "wn", "sticky_actions": 0.25, "num_envs": 2},
+        {"param": "standard", "optimizer": "rmsprop_mnih", "learning_rate": 1e-4},
+        {"param": "wn", "compile": "on"},
+    ],
+    ids=lambda changes: " ".join(f"{key}={value}" for key, value in changes.items()),
+)
+def test_interrupted_is_as_never_interrupted(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    assert train(config, DQN, tmp_path / "whole", quiet=True) == 0
+    interrupted_run(tmp_path / "parts", config, [1, 47, 48, 90])
+    assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
+    whole, parts = points(tmp_path / "whole"), points(tmp_path / "parts")
+    measured_once = {tag for tag in whole if "effective_learning_rate" in tag}
+    for tag in whole.keys() - measured_once:
+        assert parts[tag] == whole[tag], tag
+
+
+@pytest.mark.parametrize("param", [name for name in names() if name not in ("standard", "wn")])
+def test_every_parameterization_goes_on_exactly(tmp_path: Path, param: str) -> None:
+    config = tiny(param=param, frames=1600)
+    assert train(config, DQN, tmp_path / "whole", quiet=True) == 0
+    interrupted_run(tmp_path / "parts", config, [31, 62])
+    assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
+
+
+def command(directory: Path | None, *flags: str) -> subprocess.Popen[str]:
+    start = ["--resume", str(directory)] if directory else []
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *start, *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def killed_run(directory: Path, flags: list[str], waits: list[tuple[float, signal.Signals]], cadence: str) -> int:
+    """Run train.py, stop it after each of these seconds with that signal, resume; returns how often it was stopped."""
+    process = command(None, *flags, "--run-dir", str(directory), "--checkpoint-seconds", cadence)
+    stopped = 0
+    for wait, number in waits:
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            stopped += 1
+        _, errors = process.communicate()
+        assert process.returncode in (0, 130, 143, -signal.SIGKILL), errors
+        assert errors == ""
+        if process.returncode == 0:
+            break
+        if list(directory.glob("checkpoints/latest/*.json")) + list(directory.glob("checkpoints/*.previous/*.json")):
+            process = command(directory, "--checkpoint-seconds", cadence)
+        else:
+            subprocess.run(["rm", "-rf", str(directory)], check=True)
+            process = command(None, *flags, "--run-dir", str(directory), "--checkpoint-seconds", cadence)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return stopped
+
+
+def test_killed_at_random_moments_some_of_them_inside_a_checkpoint(tmp_path: Path) -> None:
+    # With a checkpoint after every vector step a kill meets one being written more often than not.
+    flags = small_flags(3000)
+    whole = command(None, *flags, "--run-dir", str(tmp_path / "whole"))
+    assert whole.communicate()[1] == ""
+    rng = random.Random(4)
+    waits = [(rng.uniform(5, 9), signal.SIGKILL) for _ in range(3)] + [(6.0, signal.SIGINT)]
+    assert killed_run(tmp_path / "parts", flags, waits, "0") >= 1
+    assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from wn_rl import checkpoint
+from wn_rl.config import load, resolve
+from wn_rl.networks import QNetworkSpec, build_q_network
+from dataclasses import asdict, replace
+
+path, fatal = Path(sys.argv[1]), int(sys.argv[2])
+spec = QNetworkSpec(4, "wn", hidden_units=8, weight_init="normal")
+config = resolve(replace(load("quick"), game="breakout", hidden_units=8))
+seen = 0
+
+def hook(event, arguments):
+    global seen
+    if armed and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir"):
+        seen += 1
+        if seen == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def save(steps):
+    weights = build_q_network(spec, seed=steps).state_dict()
+    checkpoint.save(path, config=asdict(config), spec=spec, weights=weights, agent_steps=steps,
+                    training={"loop": {"rows": steps}}, versions={"wn_rl": "1"})
+
+armed = False
+sys.addaudithook(hook)
+save(1)
+save(2)
+armed = True
+save(3)
+print(seen)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--num-envs 1 --precision float32",
+        "--num-envs 16 --precision float32",
+        "--num-envs 16 --precision bfloat16",
+        "--num-envs 1 --precision bfloat16",
+        "--num-envs 8 --precision bfloat16 --sticky-actions 0.25 --reseed-period 7k",
+    ],
+)
+def test_200k_frames_of_quick_interrupted_ten_times(tmp_path: Path, flags: str) -> None:
+    words = (
+        "--preset quick --game Breakout --param wn --frames 200k --replay-capacity 10k --evaluation-period 5k "
+        f"--evaluation-episodes 3 --num-threads 1 {flags}"
+    ).split()
+    whole = command(None, *words, "--run-dir", str(tmp_path / "whole"))
+    assert whole.communicate()[1] == ""
+    seconds = json.loads((tmp_path / "whole" / "summary.json").read_text())["wall_seconds"]
+    rng = random.Random(flags)
+    numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
+    # A start and a filling take time too; a stop before the first checkpoint of a start would get nowhere.
+    waits = [(rng.uniform(12, 16 + seconds / 8), numbers[index % 4]) for index in range(12)]
+    stops = killed_run(tmp_path / "parts", words, waits, "0.5")
+    assert stops >= 10
+    assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_kill_at_each_step_of_writing_a_checkpoint_leaves_the_old_or_the_new_one(tmp_path: Path) -> None:
+    def run(place: Path, fatal: int) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", KILLED_WHILE_SAVING, str(place / "latest"), str(fatal)]
+        return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    steps = int(run(tmp_path / "count", 0).stdout)
+    assert steps >= 10
+    found = []
+    for fatal in range(1, steps + 1):
+        place = tmp_path / str(fatal)
+        assert run(place, fatal).returncode == -signal.SIGKILL
+        saved = checkpoint.load(place / "latest")
+        assert saved.training["loop"]["rows"] == saved.agent_steps
+        saved.q_network()
+        found.append(saved.agent_steps)
+    assert set(found) == {2, 3}
+
+
+class TestRefusals:
+    @pytest.fixture(scope="class")
+    def stopped(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        directory = tmp_path_factory.mktemp("run")
+        stopped_run(directory, tiny())
+        return directory
+
+    @pytest.fixture
+    def run(self, stopped: Path, tmp_path: Path) -> Path:
+        subprocess.run(["cp", "-r", str(stopped), str(tmp_path / "run")], check=True)
+        return tmp_path / "run"
+
+    def resume(self, directory: Path, **changes: object) -> int:
+        config, saved = open_for_resume(directory, changes)
+        return train(config, DQN, directory, resume=saved, quiet=True)
+
+    def files(self, directory: Path) -> dict[str, bytes]:
+        return {
+            str(file): file.read_bytes() for file in directory.rglob("*") if file.is_file() and file.name != ".lock"
+        }
+
+    def refused(self, directory: Path, message: str) -> None:
+        before = self.files(directory)
+        with pytest.raises(WnRlError, match=message):
+            self.resume(directory)
+        assert self.files(directory) == before
+
+    def test_what_may_change_may_change(self, run: Path) -> None:
+        assert self.resume(run, frames=2000, emulator_threads=1, evaluation_period=100, checkpoint_seconds=5.0) == 0
+
+    def test_a_second_process_on_the_same_run(self, run: Path) -> None:
+        config, saved = open_for_resume(run, {})
+        holder = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import sys, time; from pathlib import Path; from wn_rl.runs import RunDirectory\n"
+                "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)",
+                str(run),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            with pytest.raises(WnRlError, match=rf"process {holder.pid} is training in"):
+                train(config, DQN, run, resume=saved, quiet=True)
+        finally:
+            holder.kill()
+            holder.wait()
+        assert train(config, DQN, run, resume=saved, quiet=True) == 0  # a killed process holds no lock
+
+    def test_a_damaged_journal(self, run: Path) -> None:
+        data = bytearray((run / "journal.bin").read_bytes())
+        data[len(data) // 2] ^= 1
+        (run / "journal.bin").write_bytes(data)
+        self.refused(run, r"journal\.bin is damaged")
+
+    def test_no_journal(self, run: Path) -> None:
+        (run / "journal.bin").unlink()
+        self.refused(run, r"cannot read .*journal\.bin")
+
+    def test_the_journal_of_another_run(self, run: Path, tmp_path: Path) -> None:
+        stopped_run(tmp_path / "other", tiny(seed=2))
+        (run / "journal.bin").write_bytes((tmp_path / "other" / "journal.bin").read_bytes())
+        self.refused(run, "is not the journal that belongs to the checkpoint|ends before the checkpoint")
+
+    def change(self, run: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+        file = run / "checkpoints" / "latest" / "checkpoint.json"
+        values = json.loads(file.read_text())
+        edit(values)
+        file.write_text(json.dumps(values))
+
+    def test_emulators_that_do_something_else(self, run: Path) -> None:
+        # As another version of ale-py might: here with other no-ops at the start of an episode.
+        self.change(run, lambda values: values["config"].update(noop_max=3))
+        self.refused(run, "differs from the one of the run|ends other episodes than in the run")
+
+    def test_another_version_of_ale_py(self, run: Path) -> None:
+        self.change(run, lambda values: values["versions"].update({"ale-py": "0.9.9"}))
+        self.refused(run, r"made with ale-py 0\.9\.9, .* pip install ale-py==0\.9\.9")
+
+    def test_a_checkpoint_without_a_journal(self, run: Path) -> None:
+        self.change(run, lambda values: (values.update(format=2), values["training"].pop("loop/rows")))
+        self.refused(run, "kept no journal: it can be evaluated, not resumed")
+
+    def test_a_checkpoint_of_a_later_version(self, run: Path) -> None:
+        self.change(run, lambda values: values.update(format=99))
+        self.refused(run, "has format 99; this version of wn_rl reads formats 1 to 3")
+
+    def test_a_run_that_began_on_a_gpu(self, run: Path) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        self.change(run, lambda values: values["config"].update(device="cuda"))
+        self.refused(run, "--device cpu")
+        assert self.resume(run, device="cpu") == 0
+
+    def test_stopped_while_the_replay_is_filled(self, run: Path) -> None:
+        config, saved = open_for_resume(run, {})
+        before = self.files(run)
+
+        class Sooner(DQN):
+            def load_state_dict(self, *arguments: Any) -> None:
+                super().load_state_dict(*arguments)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        assert train(config, Sooner, run, resume=saved, quiet=True) == 143
+        assert self.files(run) == before
+
+    def test_a_damaged_checkpoint_falls_back_to_the_one_before(self, run: Path) -> None:
+        assert self.resume(run, frames=1600) == 0
+        latest = run / "checkpoints" / "latest"
+        expected = checkpoint.load(latest.with_name("latest.previous")).agent_steps
+        os.truncate(latest / "training.safetensors", 100)
+        config, saved = open_for_resume(run, {"frames": 2400})
+        assert saved.agent_steps == expected
+        assert saved.notice is not None
+        assert train(config, DQN, run, resume=saved, quiet=True) == 0
+        whole = run.with_name("whole")
+        assert train(tiny(), DQN, whole, quiet=True) == 0
+        found, wanted = state_of(run), state_of(whole)
+        assert found["episodes"] == wanted["episodes"]
+        assert found["replay/checksum"] == wanted["replay/checksum"]
+
+
+def test_a_missing_previous_checkpoint_is_said(tmp_path: Path) -> None:
+    stopped_run(tmp_path, tiny(evaluation_period=10**6))
+    os.truncate(tmp_path / "checkpoints" / "latest" / "training.safetensors", 100)
+    with pytest.raises(CheckpointError, match="damaged"):
+        open_for_resume(tmp_path, {})
+
+
+def test_saving_pauses_training_for_less_than_a_second(tmp_path: Path) -> None:
+    config = tiny(hidden_units=512)
+    took: list[float] = []
+    save = checkpoint.save
+
+    def timed(*arguments: Any, **named: Any) -> None:
+        started = time.monotonic()
+        save(*arguments, **named)
+        took.append(time.monotonic() - started)
+
+    checkpoint.save = timed
+    try:
+        stopped_run(tmp_path, config)
+    finally:
+        checkpoint.save = save
+    assert took
+    assert min(took) < 1.0
