@@ -211,9 +211,9 @@ class DQN:
         if batch.numbers is None:
             return
         if self.device.type == "cpu":
-            if not math.isfinite(float(loss)):
+            if not math.isfinite(loss.item()):
                 self._offending.copy_(batch.numbers)
-                raise NonFiniteLossError(f"the loss of update {self.updates + 1:,} is {float(loss)}")
+                raise NonFiniteLossError(f"the loss of update {self.updates + 1:,} is {loss.item()}")
             return
         known = loss.isfinite() | (self._offending[0] >= 0)
         self._offending.copy_(torch.where(known, self._offending, batch.numbers))
