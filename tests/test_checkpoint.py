@@ -19,7 +19,7 @@ from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import CheckpointError
 from wn_rl.networks import QNetworkSpec, build_q_network
 
-SPEC = QNetworkSpec(4, "wn", hidden_units=8)
+SPEC = QNetworkSpec(4, "wn", hidden_units=8, weight_init="normal")
 TRAINING = {
     "agent": {"optimizer": {"0": {"exp_avg": torch.arange(3.0), "step": torch.tensor(7.0)}}, "updates": 12},
     "loop": {"agent_steps": 48},
@@ -37,7 +37,7 @@ def write(path: Path, *, agent_steps: int = 48, seed: int = 0) -> None:
         spec=SPEC,
         weights=build_q_network(SPEC, seed=seed).state_dict(),
         agent_steps=agent_steps,
-        training=TRAINING,
+        training=TRAINING | {"loop": {"agent_steps": agent_steps}},
         versions={"wn_rl": "test"},
     )
 
