@@ -19,7 +19,7 @@ from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import CheckpointError
 from wn_rl.networks import QNetworkSpec, build_q_network
 
-SPEC = QNetworkSpec(4, "wn", hidden_units=8)
+SPEC = QNetworkSpec(4, "wn", hidden_units=8, weight_init="normal")
 TRAINING = {
     "agent": {"optimizer": {"0": {"exp_avg": torch.arange(3.0), "step": torch.tensor(7.0)}}, "updates": 12},
     "loop": {"agent_steps": 48},
@@ -37,7 +37,7 @@ def write(path: Path, *, agent_steps: int = 48, seed: int = 0) -> None:
         spec=SPEC,
         weights=build_q_network(SPEC, seed=seed).state_dict(),
         agent_steps=agent_steps,
-        training=TRAINING,
+        training=TRAINING | {"loop": {"agent_steps": agent_steps}},
         versions={"wn_rl": "test"},
     )
 
@@ -131,7 +131,8 @@ def edited(path: Path, **changes: object) -> Path:
             del inner[last]
         else:
             inner[last] = value
-    (copy / "checkpoint.json").write_text(json.dumps(description))
+    sealed = checkpoint.seal(description) if "sha256" in description else description
+    (copy / "checkpoint.json").write_text(json.dumps(sealed))
     return copy
 
 
@@ -190,7 +191,8 @@ def test_a_file_that_lies_about_its_sizes_is_refused_even_with_a_matching_checks
     (copy / "model.safetensors").write_bytes(data)
     description = json.loads((copy / "checkpoint.json").read_text())
     description["sha256"]["model.safetensors"] = hashlib.sha256(data).hexdigest()
-    (copy / "checkpoint.json").write_text(json.dumps(description))
+    sealed = checkpoint.seal(description) if "sha256" in description else description
+    (copy / "checkpoint.json").write_text(json.dumps(sealed))
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.load(copy)
 

@@ -175,7 +175,7 @@ def hook(event, arguments):
 def save(steps):
     weights = build_q_network(spec, seed=steps).state_dict()
     checkpoint.save(path, config=asdict(config), spec=spec, weights=weights, agent_steps=steps,
-                    training={"loop": {"rows": steps}}, versions={"wn_rl": "1"})
+                    training={"loop": {"rows": steps}}, versions={"wn_rl": "1"}, keep_previous=steps != 2)
 
 armed = False
 sys.addaudithook(hook)
@@ -234,13 +234,14 @@ def test_a_kill_at_each_step_of_writing_a_checkpoint_leaves_the_old_or_the_new_o
     assert set(found) == {2, 3}
 
 
-class TestRefusals:
-    @pytest.fixture(scope="class")
-    def stopped(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        directory = tmp_path_factory.mktemp("run")
-        stopped_run(directory, tiny())
-        return directory
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    stopped_run(directory, tiny())
+    return directory
 
+
+class TestRefusals:
     @pytest.fixture
     def run(self, stopped: Path, tmp_path: Path) -> Path:
         subprocess.run(["cp", "-r", str(stopped), str(tmp_path / "run")], check=True)
@@ -307,7 +308,7 @@ class TestRefusals:
         file = run / "checkpoints" / "latest" / "checkpoint.json"
         values = json.loads(file.read_text())
         edit(values)
-        file.write_text(json.dumps(values))
+        file.write_text(json.dumps(checkpoint.seal(values)))
 
     def test_emulators_that_do_something_else(self, run: Path) -> None:
         # As another version of ale-py might: here with other no-ops at the start of an episode.

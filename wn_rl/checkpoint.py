@@ -13,19 +13,21 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, from_mapping
-from wn_rl.errors import CheckpointError, UsageError, one_line
-from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
+from wn_rl.errors import CheckpointError, OtherVersionError, WnRlError
+from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network, treated_names, unknown_in_file
+from wn_rl.parameterizations import get, resolve
+from wn_rl.untrusted import MAX_DEPTH, Layout, layout_of, open_regular, read_json, read_tensors, shown
+from wn_rl.untrusted import check_state as check_state
 
 FORMAT = 3
 _SINCE_FORMAT_3 = {"config": {"checkpoint_seconds": 600.0, "journal": "whole", "reseed_period": 100_000}}
@@ -43,7 +45,18 @@ _SINCE_FORMAT_2 = {
 }
 """What a checkpoint of format 1 does not say, and what it then was."""
 _JSON, _MODEL, _TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
-_MAX_BYTES = {_JSON: 2**24, _MODEL: 2**32, _TRAINING: 2**34}
+_MAX_JSON = 2**21
+"""Bytes of checkpoint.json; one has a few thousand."""
+_MAX_STEPS = 10**12
+"""Agent steps that no run makes."""
+_MAX_LAYERS = 64
+"""Names of layers in a spec; a network has five layers."""
+_TRAINING_MULTIPLE = 5
+"""Bytes of the training state per byte of weights: target network, two running means, and room."""
+_TRAINING_CONSTANT = 2**25
+"""Bytes that the rest of the training state may have: random states, counters, held-out observations."""
+_COUNTERS = ("agent/updates", "loop/agent_steps", "run/evaluated_at")
+"""Entries of the training state that never exceed the number of agent steps."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class Checkpoint:
         training: state of agent, replay and loop, or empty where only the weights were read.
         path: where it was read from.
         versions: of this project and of the packages with which it was written.
-        notice: what a user should be told about it, where there is something.
+        notice: one line to tell the user where a damaged checkpoint was passed over for the one before it, or None.
     """
 
     config: TrainConfig
@@ -80,7 +93,7 @@ class Checkpoint:
         try:
             network.load_state_dict(self.weights)
         except RuntimeError as error:
-            raise CheckpointError(f"{self.path}: the weights do not fit the network: {one_line(error)}") from None
+            raise CheckpointError(f"{self.path}: the weights do not fit the network: {shown(error)}") from None
         return network.to(device).eval()
 
 
@@ -102,15 +115,23 @@ def flatten(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tenso
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo :func:`flatten`."""
+    """Undo :func:`flatten`.
+
+    Raises:
+        CheckpointError: an entry is a value and a group at a time, or lies too deep.
+    """
     state: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split("/")
+        if len(parents) >= MAX_DEPTH:
+            raise CheckpointError(f"the entry '{shown(path)}' of the training state lies too deep")
         inner = state
         for parent in parents:
             inner = inner.setdefault(parent, {})
             if not isinstance(inner, dict):
-                raise CheckpointError(f"the entry '{path}' of the training state contradicts another")
+                raise CheckpointError(f"the entry '{shown(path)}' of the training state contradicts another")
+        if last in inner:
+            raise CheckpointError(f"the entry '{shown(path)}' of the training state contradicts another")
         inner[last] = value
     return state
 
@@ -124,11 +145,12 @@ def save(
     agent_steps: int,
     training: Mapping[str, Any],
     versions: Mapping[str, str],
+    keep_previous: bool = False,
 ) -> None:
     """Write a checkpoint to the directory ``path``, replacing the one there only when the new one is whole.
 
     The files go to a directory beside it, are synced, and are renamed into place; a reader finds the old or the new
-    checkpoint, at worst under the name ``path.previous``, where the old one stays.
+    checkpoint, at worst under the name ``path.previous``, where the old one stays if ``keep_previous`` says so.
 
     Raises:
         CheckpointError: it could not be written; what was there before still is.
@@ -147,7 +169,7 @@ def save(
         "training": values,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
-    files[_JSON] = json.dumps(description, indent=1).encode()
+    files[_JSON] = json.dumps(seal(description), indent=1).encode()
     temporary = path.with_name(f"{path.name}.writing")
     previous = path.with_name(f"{path.name}.previous")
     try:
@@ -164,6 +186,8 @@ def save(
             os.rename(path, previous)
         os.rename(temporary, path)
         _sync(path.parent)
+        if not keep_previous:
+            shutil.rmtree(previous, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not path.exists() and previous.exists():
@@ -217,17 +241,29 @@ def find(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    for candidate in (path, path / "checkpoints" / "latest"):
-        for place in (candidate, Path(f"{candidate}.previous")):
-            if (place / _JSON).is_file():
-                return place
+    return _places(path)[0]
+
+
+def _places(path: Path) -> list[Path]:
+    """Return the checkpoint directories that ``path`` can mean, the newest first; at least one."""
+    try:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        for candidate in (path, path / "checkpoints" / "latest"):
+            both = (candidate, Path(f"{candidate}.previous"))
+            if places := [place for place in both if (place / _JSON).is_file()]:
+                return places
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {shown(path)}: {getattr(error, 'strerror', error)}") from None
     raise CheckpointError(f"{path} holds no checkpoint ({_JSON} is missing); a run saves its first at an evaluation")
 
 
 def load(path: Path, *, with_training: bool = True) -> Checkpoint:
     """Read the checkpoint in the directory ``path``, or the latest of the run ``path``.
+
+    Nothing in it is trusted: the files are read up to the size that their network can need, and names, dtypes and
+    shapes of the weights are compared with those of the network before either is allocated. Where the checkpoint is
+    damaged and the one before it is still there and whole, that one is read and ``notice`` says so.
 
     Args:
         path: see :func:`find`.
@@ -236,53 +272,148 @@ def load(path: Path, *, with_training: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    path = find(path)
+    places = _places(path)
     try:
-        description = json.loads(_read(path, _JSON))
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path / _JSON} is damaged: it is not JSON") from None
+        saved = _load(places[0], with_training=with_training)
+    except OtherVersionError:
+        raise  # whole, so not to be passed over
+    except CheckpointError as error:
+        for place in places[1:]:
+            with contextlib.suppress(CheckpointError):
+                earlier = _load(place, with_training=with_training)
+                return replace(earlier, notice=f"{error}; going on from the checkpoint before it, {place}")
+        raise
+    if saved.path.name.endswith(".previous") and not path.name.endswith(".previous"):
+        return replace(saved, notice=f"the latest checkpoint is missing; going on from the one before it, {saved.path}")
+    return saved
+
+
+def _load(path: Path, *, with_training: bool) -> Checkpoint:
+    """Read the checkpoint in the directory ``path``."""
+    description = read_json(path / _JSON, _MAX_JSON)
     try:
-        if description["format"] not in (1, 2, FORMAT):
-            raise CheckpointError(
-                f"{path} has format {description['format']!r}; this version of wn_rl reads formats 1 to {FORMAT}"
-            )
-        for later, unsaid in ((2, _SINCE_FORMAT_2), (3, _SINCE_FORMAT_3)):
-            for part, values in unsaid.items() if description["format"] < later else ():
-                description[part] = values | description[part]
-        spec = QNetworkSpec.from_json(description["network"])
-        config = from_mapping(description["config"])
-        agent_steps = description["agent_steps"]
-        values = description["training"]
-        digests = {name: description["sha256"][name] for name in (_MODEL, _TRAINING)}
-        if type(agent_steps) is not int or agent_steps < 0 or not isinstance(values, dict):
-            raise CheckpointError("a counter is not a number")
+        config, spec, agent_steps, values, digests = _described(description)
+        versions = {str(package): str(version) for package, version in description["versions"].items()}
+        expected = _expected_weights(spec, path / _MODEL)
+        _check_agreement(config, spec)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / _JSON} is damaged: {one_line(error)} is missing or misplaced") from None
-    except (CheckpointError, UsageError) as error:
-        raise CheckpointError(f"{path / _JSON}: {error}") from None
-    weights = _tensors(path, _MODEL, digests[_MODEL])
+        raise CheckpointError(f"{path / _JSON} is damaged: {shown(error)} is missing or misplaced") from None
+    except OtherVersionError as error:
+        raise OtherVersionError(f"{path / _JSON}: {error}") from None
+    except WnRlError as error:
+        raise CheckpointError(f"{path / _JSON}: {shown(error)}") from None
+    size = sum(layout.nbytes for layout in expected.values())
+    weights = read_tensors(path / _MODEL, digest=digests[_MODEL], limit=size, expected=expected)
     training: dict[str, Any] = {}
     if with_training:
-        training = unflatten(values | _tensors(path, _TRAINING, digests[_TRAINING]))
-    written_with = {str(package): str(version) for package, version in dict(description["versions"]).items()}
-    return Checkpoint(config, spec, weights, agent_steps, training, path, written_with)
+        limit = _TRAINING_MULTIPLE * size + _TRAINING_CONSTANT
+        tensors = read_tensors(path / _TRAINING, digest=digests[_TRAINING], limit=limit)
+        try:
+            if twice := values.keys() & tensors.keys():
+                raise CheckpointError(f"the entry '{min(twice)}' of the training state stands twice")
+            training = unflatten(values | tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {shown(error)}") from None
+    return Checkpoint(config, spec, weights, agent_steps, training, path, versions)
 
 
-def _read(directory: Path, name: str) -> bytes:
-    file = directory / name
+def seal(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of checkpoint.json with its own SHA-256 among the others.
+
+    It is taken of the content as JSON with sorted keys and without spaces, itself left out, so that a flipped bit in a
+    setting is noticed like one in the weights.
+    """
+    digests = {name: digest for name, digest in description["sha256"].items() if name != _JSON}
+    content = {**description, "sha256": digests}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**content, "sha256": {**digests, _JSON: hashlib.sha256(text.encode()).hexdigest()}}
+
+
+def _described(description: Any) -> tuple[TrainConfig, QNetworkSpec, int, dict[str, Any], dict[str, object]]:  # noqa: ANN401
+    """Return configuration, spec, agent steps, values of the training state and checksums."""
+    for part in ("config", "network", "training", "sha256", "versions"):
+        if not isinstance(description[part], dict):
+            raise CheckpointError(f"{part} is not a mapping")
+    if _JSON in description["sha256"] and description != seal(description):
+        raise CheckpointError("it is damaged: its checksum does not match")
+    if description["format"] not in (1, 2, FORMAT):
+        raise OtherVersionError(
+            f"it has format {description['format']!r}; this version of wn_rl reads formats 1 to {FORMAT}"
+        )
+    for later, unsaid in ((2, _SINCE_FORMAT_2), (3, _SINCE_FORMAT_3)):
+        for part, values in unsaid.items() if description["format"] < later else ():
+            description[part] = values | description[part]
+    spec = QNetworkSpec.from_json(description["network"])
+    config = from_mapping(description["config"])
+    for key in ("game", "preset"):
+        name = getattr(config, key)
+        if len(name) > 100 or not name.isprintable():
+            raise CheckpointError(f"{key} is not a name")
+    find_game(config.game)
+    agent_steps, values = description["agent_steps"], description["training"]
+    if type(agent_steps) is not int or not 0 <= agent_steps <= _MAX_STEPS:
+        raise CheckpointError("a counter is not a number: agent_steps")
+    _check_values(values, agent_steps)
+    digests = {name: description["sha256"][name] for name in (_MODEL, _TRAINING)}
+    return config, spec, agent_steps, values, digests
+
+
+def _check_values(values: Mapping[str, Any], agent_steps: int) -> None:
+    """Refuse values of the training state that no run writes, whatever its parts are."""
+    for path, value in values.items():
+        entries = value if isinstance(value, list) else [value]
+        if not all(isinstance(entry, bool | int | float | str | None) for entry in entries):
+            raise CheckpointError(f"the entry '{path}' of the training state is no number and no text")
+        if any(type(entry) is int and entry < 0 for entry in entries):
+            raise CheckpointError(f"the entry '{path}' of the training state is below 0")
+        if path in _COUNTERS and not (type(value) is int and value <= agent_steps):
+            raise CheckpointError(f"a counter is not a number up to agent_steps: {path}")
+    if values.get("loop/agent_steps", agent_steps) != agent_steps:
+        raise CheckpointError("agent_steps and loop/agent_steps contradict each other")
+
+
+def _expected_weights(spec: QNetworkSpec, model: Path) -> dict[str, Layout]:
+    """Return the layouts of the weights of the network that ``spec`` describes, which is not allocated for it."""
+    if spec.layers is not None and len(spec.layers) > _MAX_LAYERS:
+        raise CheckpointError(f"the network spec names more than {_MAX_LAYERS} layers")
     try:
-        if file.stat().st_size > _MAX_BYTES[name]:
-            raise CheckpointError(f"{file} is too large to be a checkpoint's")
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+        with torch.device("meta"):
+            weights = build_q_network(spec, seed=0).state_dict()
+    except RuntimeError:
+        # Somebody's own parameterization may need values, which the meta device has not. Then the network is built if
+        # the weights that lie there can be its.
+        plain = spec.count_parameters() * torch.float32.itemsize
+        with open_regular(model, 2**40) as file:
+            there = os.fstat(file.fileno()).st_size
+        if there < plain // 2:
+            raise CheckpointError(
+                f"the weights do not fit the network: it has {plain:,} bytes of them, the file {there:,}"
+            ) from None
+        weights = build_q_network(spec, seed=0).state_dict()
+    return {name: layout_of(weight) for name, weight in weights.items()}
 
 
-def _tensors(directory: Path, name: str, digest: object) -> dict[str, Tensor]:
-    data = _read(directory, name)
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(f"{directory / name} is damaged: its checksum does not match")
+def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
+    """Refuse a network that is not the configuration's."""
     try:
-        return load_safetensors(data)
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{directory / name} is damaged: {one_line(error)}") from None
+        entry = resolve(get(config.param).name, config.param_options)
+    except KeyError:
+        raise CheckpointError(unknown_in_file(config.param)) from None
+    except ValueError as error:
+        raise CheckpointError(f"param_options: {error}") from None
+    treated = treated_names(entry, len(spec.convolutions))
+    pairs: dict[str, tuple[object, object]] = {
+        "the parameterization": (get(spec.parameterization).name, entry.name),
+        "its options": (spec.entry().options(), entry.options()),
+        "the layers": (
+            treated if spec.layers is None else spec.layers,
+            treated if config.param_layers is None else config.param_layers,
+        ),
+        "hidden_units": (spec.hidden_units, config.hidden_units),
+        "weight_init": (spec.weight_init, config.weight_init or spec.weight_init),
+    }
+    for name, (of_network, of_config) in pairs.items():
+        if of_network != of_config:
+            raise CheckpointError(
+                f"network and configuration do not fit each other: {name}: {of_network!r} and {of_config!r}"
+            )

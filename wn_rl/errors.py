@@ -22,6 +22,10 @@ class CheckpointError(WnRlError):
     """A checkpoint is missing, damaged or belongs to another network (exit code 1)."""
 
 
+class OtherVersionError(CheckpointError):
+    """A checkpoint is whole, and of a version of this project that this one does not read (exit code 1)."""
+
+
 class NonFiniteLossError(WnRlError):
     """The loss became NaN or infinite; the last good checkpoint is left as it was (exit code 1)."""
 

@@ -132,7 +132,10 @@ class _Run:
                     "evaluated_at": self.evaluated_at,
                     "logged_at": self.logged_at,
                     "points": self.points,
-                    "unlogged": [[episode.frames, episode.episode_return, episode.length] for episode in self.unlogged],
+                    "unlogged": torch.tensor(
+                        [[episode.frames, episode.episode_return, episode.length] for episode in self.unlogged],
+                        dtype=torch.float64,
+                    ).reshape(-1, 3),
                     "best": self.best or {},
                     "final": self.final or {},
                     "seconds": self.earlier_seconds,
@@ -140,6 +143,7 @@ class _Run:
                 },
             },
             versions=versions(),
+            keep_previous=path == self.directory.latest,
         )
 
     def save_evidence(self) -> Path | None:
@@ -189,6 +193,9 @@ class _Run:
             if saved.config.device != device:
                 # The random numbers of another kind of device cannot go on; new ones must not repeat the first.
                 agent = agent | {"generator": torch.Generator(device).manual_seed(self._new_seed()).get_state()}
+            expected = self.loop.agent.state_dict()
+            parameters = list(self.loop.agent.q_network.parameters())
+            checkpoint.check_state(agent, expected, parameters, place="agent/")
             self.loop.agent.load_state_dict(saved.weights, agent)
             loop, run = saved.training["loop"], saved.training["run"]
             if loop["agent_steps"] != saved.agent_steps:
@@ -200,7 +207,7 @@ class _Run:
             self.loop.replay.load_state_dict(saved.training["replay"], same_device=saved.config.device == device)
             self.evaluated_at = int(run["evaluated_at"])
             self.logged_at, self.points = int(run["logged_at"]), int(run["points"])
-            self.unlogged = [FinishedEpisode(int(f), float(r), int(n)) for f, r, n in run["unlogged"]]
+            self.unlogged = [FinishedEpisode(int(f), float(r), int(n)) for f, r, n in run["unlogged"].tolist()]
             self.earlier_seconds = float(run["seconds"])
             self.best, self.final = run.get("best"), run.get("final")
             self.held_out = _unpacked(run["held_out"], self.device)
@@ -515,7 +522,7 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
             save(files.latest)
     if saved_at != loop.agent_steps or unwritten:
         save(files.latest)
-    if run.final is not None and run.best is not None:
+    if done and run.final is not None and run.best is not None:
         dashboard.hparams(loop.frames, config, final=run.final["mean"], best=run.best["mean"])
     frame_rate, update_rate = steady.rates()
     files.write_summary(

@@ -83,6 +83,12 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith("weight"))
 
 
+def has_zero_unit(layer: nn.Module, name: str) -> bool:
+    """Return whether a unit's weights are all zero; a weight on the meta device, which has no values, has none."""
+    weight: Tensor = getattr(layer, name).detach()
+    return not weight.is_meta and bool((Units.of(layer).norm(weight) == 0).any())
+
+
 def spatial_axes(layer: nn.Module) -> int:
     """Return how many axes follow the units' in a layer's output: 0 for Linear, 1 to 3 for convolutions."""
     if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, weight_names
+from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, has_zero_unit, weight_names
 from wn_rl.parameterizations.registry import register
 from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear
 
@@ -109,7 +109,7 @@ class WeightNormalization(WeightParameterization):
         """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
         super().check(layer)
         for name in weight_names(layer):
-            if bool((Units.of(layer).norm(getattr(layer, name).detach()) == 0).any()):
+            if has_zero_unit(layer, name):
                 raise ValueError("a unit has only zero weights, so v / ‖v‖ is not defined")
 
     def computes(self, units: Units, weight: Tensor) -> nn.Module:
