@@ -49,6 +49,7 @@ class TestState:
             (1, 2, 3, 1),
         ]
         assert [e.length for e in episodes] == [1, 3, 2]
+        assert [e.last_step for e in episodes] == [2, 4, 6]
 
     @given(
         st.lists(st.tuples(*[st.sampled_from([0, 1, 17, AUTO_RESET, RESEEDED])] * 3), max_size=30),
@@ -254,8 +255,8 @@ def test_emulators_and_replay_get_to_where_they_were(
     assert content(second.replay) == content(first.replay)
     assert second.replay.checksum() == first.replay.checksum()
     assert second.agent_steps == first.agent_steps
-    journalled = [episode.length for episode in history.episodes()]
-    assert journalled == [episode.length for episode in ended][: len(journalled)]
+    journalled = [(episode.last_step * 4, episode.length) for episode in history.episodes()]
+    assert journalled == [(episode.frames, episode.length) for episode in ended][: len(journalled)]
     second.agent._generator.set_state(first.agent._generator.get_state())  # type: ignore[attr-defined]
     for _ in range(60):
         assert first.vector_step() == second.vector_step()

@@ -113,6 +113,11 @@ def epsilon_at(config: TrainConfig, steps: NDArray[np.int64]) -> NDArray[np.floa
     return (config.epsilon_start + (config.epsilon_end - config.epsilon_start) * fraction).astype(np.float32)
 
 
+def training_seeds(config: TrainConfig, label: int) -> NDArray[np.int32]:
+    """Return the seeds of all N emulators for the seeding ``label``; 0 is that of the start."""
+    return emulator_seeds(config.seed, config.num_envs, TRAINING_STREAM, label)
+
+
 @dataclass(frozen=True)
 class FinishedEpisode:
     """A training episode: the frame count at which it ended, its raw return, its length in agent steps."""
@@ -235,8 +240,7 @@ class TrainingLoop:
         ]
 
     def _seeds(self, label: int) -> NDArray[np.int32]:
-        """Return the emulators' seeds of the seeding ``label``; 0 is that of the start."""
-        return emulator_seeds(self.config.seed, self.env.num_envs, TRAINING_STREAM, label)
+        return training_seeds(self.config, label)
 
     def _due_for_a_seed(self) -> NDArray[np.bool_]:
         """Return which emulators this step seeds anew: with sticky actions, a period after their last seeding.

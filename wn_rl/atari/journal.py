@@ -114,6 +114,7 @@ class PlayedEpisode:
         slot: the emulator.
         first_row: vector step of its first action.
         last_row: vector step of its last action.
+        last_step: agent step of its last action, over all emulators.
         seed_label: of the emulator's last seeding before it.
         resets: of the emulator since that seeding, this episode's own included.
         seeded_row: first vector step after that seeding.
@@ -122,6 +123,7 @@ class PlayedEpisode:
     slot: int
     first_row: int
     last_row: int
+    last_step: int
     seed_label: int
     resets: int
     seeded_row: int
@@ -185,8 +187,15 @@ class History:
             for slot in np.flatnonzero(self.rows[index] >= RESEEDED):
                 row = first.row + int(index)
                 if started[slot] >= first.row:
+                    before = int((self.rows[index - 1, : slot + 1] < RESEEDED).sum())
                     yield PlayedEpisode(
-                        int(slot), int(started[slot]), row - 1, int(label[slot]), int(resets[slot]), int(seeded[slot])
+                        int(slot),
+                        int(started[slot]),
+                        row - 1,
+                        int(steps[index - 1]) + before,
+                        int(label[slot]),
+                        int(resets[slot]),
+                        int(seeded[slot]),
                     )
                 started[slot] = row + 1
                 resets[slot] += 1

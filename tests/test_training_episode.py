@@ -1,0 +1,66 @@
+"""Training episodes seen again are those of the run: same rewards, same lengths, same ends."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from agents.dqn import DQN
+from tests.small_runs import tiny
+from wn_rl.errors import CheckpointError, UsageError
+from wn_rl.report.training_episode import training_episode
+from wn_rl.trainer import train
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.25], ids=["plain", "sticky"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    config = tiny(
+        game="space_invaders", frames=8000, learning_starts=1900, sticky_actions=request.param, reseed_period=700
+    )
+    assert train(config, DQN, directory, quiet=True) == 0
+    return directory
+
+
+def episodes(run: Path) -> list[tuple[float, int]]:
+    with open(run / "episodes.csv", newline="") as file:
+        return [(float(row["return"]), int(row["length"])) for row in csv.DictReader(file)]
+
+
+def test_every_episode_tracks_the_runs_rewards_and_its_end(run: Path) -> None:
+    wanted = episodes(run)
+    assert len(wanted) > 10
+    for number, (episode_return, length) in list(enumerate(wanted, 1))[:-3:3]:
+        episode = training_episode(run, str(number))
+        assert (episode.number, episode.episode_return, episode.length) == (number, episode_return, length)
+        frames = list(episode.pictures)
+        assert sum(frame.reward for frame in frames) == episode_return
+        assert len({frame.step for frame in frames if frame.action is not None}) == length
+        assert frames[-1].terminated or frames[-1].truncated
+        assert not any(frame.terminated or frame.truncated for frame in frames[:-1])
+        assert frames[0].picture.shape == (210, 160, 3)
+
+
+def test_best_and_longest_are_those_of_the_csv(run: Path) -> None:
+    found = episodes(run)[:-3]
+    best, longest = training_episode(run, "best"), training_episode(run, "longest")
+    assert best.episode_return >= max(episode_return for episode_return, _ in found)
+    assert longest.length >= max(length for _, length in found)
+
+
+@pytest.mark.parametrize("which", ["0", "-1", "worst", "1.5", "99999999", "9" * 40, ""])
+def test_an_episode_that_is_not_there_is_refused(run: Path, which: str) -> None:
+    with pytest.raises(UsageError, match="--replay-episode"):
+        training_episode(run, which)
+
+
+def test_a_csv_that_does_not_fit_is_told(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    lines = (run / "episodes.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "episodes.csv").write_text("".join([lines[0], *lines[2:]]))
+    with pytest.raises(CheckpointError, match=r"does not fit .*journal\.bin"):
+        training_episode(tmp_path / "run", "best")
