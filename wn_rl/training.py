@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -180,6 +181,14 @@ class TrainingLoop:
         Raises:
             CheckpointError: the emulators do not do what they did in the run.
         """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # copying frames on several would only take cores from the emulators
+        try:
+            self._rebuild(history, on_progress)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _rebuild(self, history: History, on_progress: Callable[[int, int], None]) -> None:
         self.rows = history.end_row
         first_row = self.first_row_kept
         before = history.state(first_row)

@@ -86,21 +86,27 @@ def play_again(
     spare = np.where(origin == begin, 0, 1 + (origin - begin) // DUMMY_EPISODE)
     while (chosen := done < resets - spare).any():
         restart(chosen)
-    labels = state.seed_label.copy()
-    for row in range(begin, end + 1):
+
+    def begin_row(row: int) -> None:
+        """Start the emulators whose turn comes, and send all of them on."""
         late = (origin == row) & (row > begin)
         if (overshot := late & (done >= resets)).any():
             restart(overshot, seeds[overshot])
         while (chosen := late & (done < resets)).any():
             restart(chosen)
-        if row == first_row:
-            yield frames.copy()
-        if row == end:
-            break
+        if row < end:
+            env.send(np.where(origin <= row, actions_of(row), 0))
+
+    def actions_of(row: int) -> NDArray[np.uint8]:
+        played = history.row(row)
+        return np.where(played < RESEEDED, played, 0).astype(np.uint8)
+
+    begin_row(begin)
+    if begin == first_row:
+        yield frames.copy()
+    for row in range(begin, end):
         live = origin <= row
         played = history.row(row)
-        actions = np.where(live & (played < RESEEDED), played, 0).astype(np.uint8)
-        env.send(actions)
         observations, rewards, terminated, truncated, info = env.recv()
         if (info["is_reset"] != (played >= RESEEDED))[live].any():
             raise CheckpointError(
@@ -110,8 +116,11 @@ def play_again(
         frames = observations[:, -1].copy()
         done += info["is_reset"]
         if (reseeded := live & (played == RESEEDED)).any():
-            labels[reseeded] = history.state(row + 1).seed_label[reseeded]
+            labels = history.state(row + 1).seed_label
             restart(reseeded, np.array([seeds_of(int(labels[slot]))[slot] for slot in slots[reseeded]]))
+        begin_row(row + 1)  # the emulators run while this row is stored
         on_progress(row + 1 - begin, end - begin)
         if row >= first_row:
-            yield PlayedAgain(row, actions, rewards, terminated, truncated, frames, info)
+            yield PlayedAgain(row, actions_of(row), rewards, terminated, truncated, frames, info)
+        elif row + 1 == first_row:
+            yield frames.copy()
