@@ -81,10 +81,11 @@ def main(arguments: Sequence[str]) -> int:
     _check(wanted, changes)
     if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
-    from wn_rl import scoring  # late: --help and wrong words need no torch
+    from wn_rl import scoring, trained  # late: --help and wrong words need no torch
     from wn_rl.report import batch, comparison
 
     comparison.check_key(wanted.by)
+    trained.check_param(wanted.param, wanted.param_options)
     how = scoring.How(
         wanted.protocol,
         changes,

@@ -2,7 +2,8 @@
 
 Such a file is a zip with ``policy.pth``, itself the zip of ``torch.save``: raw tensors, and ``data.pkl`` which says
 what they are. ``data.pkl`` is not unpickled: :func:`_interpret` reads the few instructions that a state dict consists
-of, imports and calls nothing, and refuses every other. The rest of the file, above all ``data``, holds real pickles and is not read.
+of, imports and calls nothing, and refuses every other. The rest of the file, above all ``data``, holds real pickles and
+is not read.
 """
 
 from __future__ import annotations

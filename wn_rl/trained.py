@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from wn_rl import checkpoint, sb3_zip
+from wn_rl import checkpoint, parameterizations, sb3_zip
 from wn_rl.atari.env import FRAME_SKIP, FULL_ACTION_SET, minimal_actions
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
-from wn_rl.errors import CheckpointError, UsageError
-from wn_rl.networks import QNetwork
+from wn_rl.errors import CheckpointError, UsageError, one_line
+from wn_rl.networks import QNetwork, build_q_network
 
 PATIENCE = 4
 """Attempts to read a checkpoint that is being written, half a second apart."""
@@ -141,6 +141,29 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except (CheckpointError, OSError):
         return None
     return state.st_ino, state.st_mtime_ns
+
+
+def copy_network(network: QNetwork) -> QNetwork:
+    """Return a copy of a network with weights of its own, in evaluation mode."""
+    copy = build_q_network(network.spec, seed=0)
+    copy.load_state_dict(network.state_dict())
+    return copy.eval()
+
+
+def check_param(param: str | None, options: Mapping[str, Any]) -> None:
+    """Check that there is a parameterization of this name with these options.
+
+    Raises:
+        UsageError: there is not, or options stand without a name.
+    """
+    if param is None:
+        if options:
+            raise UsageError("--param-options needs --param")
+        return
+    try:
+        parameterizations.resolve(param, options)
+    except ValueError as error:
+        raise UsageError(f"--param {param}: {one_line(error)}") from None
 
 
 def greedy(network: QNetwork, device: torch.device | str) -> Any:  # noqa: ANN401 - an evaluation.Policy
