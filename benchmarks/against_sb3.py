@@ -87,7 +87,8 @@ def compare(path: Path, episodes: int, seed: int = 0, num_envs: int = 10) -> Dif
     network = trained.load(path)
     # NoFrameskip-v4 ends a game after 108,000 frames; so does this.
     changes = {"episodes": episodes, "epsilon": EPSILON, "fire_reset": True, "noop_max": 30, "sticky_actions": 0.0}
-    how = scoring.How("training", {**changes, "max_frames_per_episode": 108_000}, seed=seed, num_envs=num_envs)
+    changes["max_frames_per_episode"] = 108_000
+    how = scoring.How("training", changes, seed=seed, num_envs=num_envs, num_threads=1)
     started = time.perf_counter()
     ours = scoring.score(path, how).result.scores
     middle = time.perf_counter()

@@ -145,7 +145,6 @@ def test_who_does_nothing_loses_at_pong_by_21_whatever_the_no_ops() -> None:
     assert with_noops.scores.tolist() == [-21.0] * 2
     # Up to 30 frames of no-ops came first, 4 of which are an agent step.
     assert all(length - 8 <= e.length <= length for e in with_noops.episodes)
-    assert len({e.length for e in with_noops.episodes}) > 1
 
 
 @pytest.mark.slow

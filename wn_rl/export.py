@@ -42,11 +42,11 @@ def export_command(paths: Sequence[Path], how: How, kind: Format, out: str) -> i
         UsageError: several networks, or the file's ending is that of another kind.
         WnRlError: see :func:`export`.
     """
-    if len(paths) != 1:
-        raise UsageError(f"--export writes one network, and {len(paths)} are named")
     ending = {"sb3": ".zip", "torch": ".pt2", "onnx": ".onnx"}[kind]
     if Path(out).suffix != ending:
         raise UsageError(f"--export {kind} {out}: the file's name must end in {ending}")
+    if len(paths) != 1:
+        raise UsageError(f"--export writes one network, and {len(paths)} are named")
     found = trained.load(paths[0], game=how.game, param=how.param, param_options=how.param_options)
     difference = export(found, kind, Path(out))
     kept = "" if foldable(found.network) else f"; '{found.param}' does not fold, so its layers were kept"

@@ -267,11 +267,12 @@ def q_network(path: Path, param: str = "standard", options: dict[str, Any] | Non
             f"{path}: the layers {', '.join(treated)} carry a parameterization that the weights do not name: "
             "add --param, e.g. --param wn (and --param-options where the training had some)"
         )
-    for name, value in ours.items():
-        if name.startswith("convolutions.0.") and value.dim() == 4 and value.shape[1] != 4:
-            raise CheckpointError(
-                f"{path} was trained on observations of {value.shape[1]} channels; this plays stacks of 4 gray frames"
-            )
+    filters = [value for name, value in ours.items() if name.startswith("convolutions.0.") and value.dim() == 4]
+    channels = max((value.shape[1] for value in filters), default=4)  # g of wn has an axis of length 1 there
+    if channels != 4:
+        raise CheckpointError(
+            f"{path} was trained on observations of {channels} channels; this plays stacks of 4 gray frames"
+        )
     spec = QNetworkSpec(
         num_actions=_units(path, ours, "output", 18),
         parameterization=param if treated else "standard",

@@ -53,7 +53,9 @@ def score_and_report(
                 scores.append(outcome)
                 comparison = compare(scores, by)
                 if len(paths) > 1:
-                    print(f"{outcome.trained.path}: {outcome.interval}", flush=True)
+                    print(
+                        f"{outcome.trained.path}: {outcome.interval} ({len(outcome.result.episodes)} games)", flush=True
+                    )
             write()
     finally:  # Ctrl-C too: what was played is shown
         if scores:

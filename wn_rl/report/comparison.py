@@ -110,8 +110,10 @@ def compare(scores: Sequence[Score], by: str = "param") -> Comparison:
         _note_differences(group, games, found)
     if len({score.trained.game for score in scores}) > 1:
         found.summaries += _over_games(groups, found)
-    for better, than in combinations(sorted(groups), 2):
+    # The baseline comes last, so that a pair reads: how often is it beaten?
+    for better, than in combinations(sorted(groups, key=lambda group: (group == "standard", group)), 2):
         ours, theirs = groups[better], groups[than]
+        _note_other_keys(by, (better, ours), (than, theirs), found)
         if ours.keys() != theirs.keys():
             only = [f"{game} (only {better})" for game in sorted(ours.keys() - theirs.keys())]
             only += [f"{game} (only {than})" for game in sorted(theirs.keys() - ours.keys())]
@@ -184,6 +186,22 @@ def _note_differences(group: str, games: dict[str, list[Score]], found: Comparis
         differing.append("frames trained")
     if differing:
         found.notes.append(f"the runs of {group} differ in more than seed and game: {', '.join(differing)}")
+
+
+def _note_other_keys(
+    by: str, ours: tuple[str, dict[str, list[Score]]], theirs: tuple[str, dict[str, list[Score]]], found: Comparison
+) -> None:
+    """Note the keys, beside ``by`` and what follows from it, whose values the two groups do not share."""
+    sides = [
+        [vars(score.trained.config) for runs in games.values() for score in runs if score.trained.config is not None]
+        for _, games in (ours, theirs)
+    ]
+    if not all(sides):
+        return
+    follows = ("param_options", "param_layers") if by == "param" else ()
+    keys = [key for key in sides[0][0] if key not in (*PER_RUN, *follows, by)]
+    if differing := [key for key in keys if {str(one[key]) for one in sides[0]} != {str(one[key]) for one in sides[1]}]:
+        found.notes.append(f"{ours[0]} and {theirs[0]} differ in more than {by}: {', '.join(differing)}")
 
 
 def _apart(frames: set[int | None]) -> list[bool]:

@@ -188,7 +188,8 @@ def print_scores(scores: Sequence[Score]) -> None:
     columns += [] if alike else ["checkpoint"]
     for name in columns:
         words = name in ("game", "param", "protocol", "checkpoint")
-        table.add_column(name, justify="left" if words else "right", overflow="fold")
+        whole = name != "checkpoint" and name != "protocol"
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=whole)
     for score in scores:
         trained, result, human = score.trained, score.result, score.human_normalized
         published = PUBLISHED.get(trained.game)
@@ -208,7 +209,7 @@ def print_scores(scores: Sequence[Score]) -> None:
             "paper wn": f"{published.paper_wn:g}" if published else "–",
             "Mnih 2015": f"{published.mnih:g}" if published else "–",
             "protocol": score.protocol.label,
-            "checkpoint": str(trained.path),
+            "checkpoint": str(trained.path).removesuffix("/checkpoints/latest"),
         }
         table.add_row(*(cells[name] for name in columns))
     _print(table)
