@@ -148,10 +148,8 @@ def test_no_pickle_in_the_file_is_ever_executed(file: Path, tmp_path: Path) -> N
     proof = tmp_path / "executed"
     for protocol in range(2, 6):
         evil = pickle.dumps({"q_net.q_net.0.bias": Touch(proof)}, protocol)
-        path = rewritten(
-            file, tmp_path / "evil.zip", lambda name, data, evil=evil: evil if "data.pkl" in name else data
-        )  # type: ignore[misc]
-        with pytest.raises(CheckpointError, match="policy.pth is damaged: it"):
+        path = rewritten(file, tmp_path / "evil.zip", lambda n, data, evil=evil: evil if "data.pkl" in n else data)
+        with pytest.raises(CheckpointError, match=r"policy\.pth is damaged: it"):
             sb3_zip.q_network(path)
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as copy, zipfile.ZipFile(file) as outer:
         copy.writestr("data", pickle.dumps(Touch(proof)))

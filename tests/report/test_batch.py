@@ -207,7 +207,7 @@ def test_a_checkpoint_that_is_being_written_is_waited_for(
 
     (directory / "latest").rename(directory / "latest.writing")
     monkeypatch.setattr(trained.time, "sleep", lambda _: None)
-    with pytest.raises(CheckpointError, match="holds no checkpoint.*one is being written there: try again"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint.*one is being written there: try again"):
         trained.load(tmp_path / "run")
 
 
