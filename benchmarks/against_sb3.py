@@ -8,18 +8,20 @@ emulators, preprocessing and counting of episodes are each library's own::
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import ale_py
 import gymnasium
 import numpy as np
 import torch
+import tyro
 from numpy.typing import NDArray
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_atari_env
@@ -27,10 +29,28 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecFrameStack
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from wn_rl import cli, export, scoring, trained
+from wn_rl.errors import UsageError
+from wn_rl.runs import write_file
 from wn_rl.trained import Trained
 
 EPSILON = 0.05
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Score one network with this project and with Stable-Baselines3's evaluate_policy."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT_OR_RUN")]
+    """A checkpoint or a run of this project."""
+    episodes: int = 100
+    """Games on each side."""
+    seed: int = 0
+    """Of both sides."""
+    json: str | None = None
+    """Write both sides' scores to this file."""
 
 
 @dataclass(frozen=True)
@@ -98,26 +118,24 @@ def compare(path: Path, episodes: int, seed: int = 0, num_envs: int = 10) -> Dif
     return Difference(ours, theirs, float(ours.mean() - theirs.mean()), float(1.96 * error))
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint or run of this project")
-    parser.add_argument("--episodes", type=int, default=100, help="games on each side (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of both sides (0)")
-    parser.add_argument("--json", type=Path, help="write both sides' scores to this file")
-    wanted = parser.parse_args()
+    wanted = cli.parse(Arguments, arguments)
+    if wanted.episodes < 2:
+        raise UsageError("--episodes must be at least 2: one game has no interval")
     torch.set_num_threads(1)
-    found = compare(wanted.checkpoint, wanted.episodes, wanted.seed)
+    found = compare(Path(wanted.checkpoint), wanted.episodes, wanted.seed)
     for name, scores in (("ours", found.ours), ("evaluate_policy", found.theirs)):
         print(f"{name}: {scores.mean():.2f} ± {scores.std(ddof=1):.2f} over {len(scores)} games")
     print(
         f"difference {found.value:.2f}, 95% interval ± {found.half_width:.2f} "
         f"({100 * found.relative_half_width:.1f}% of the mean)"
     )
-    if wanted.json:
-        wanted.json.write_text(json.dumps({"ours": found.ours.tolist(), "theirs": found.theirs.tolist()}) + "\n")
+    if wanted.json is not None:
+        scores = {"ours": found.ours.tolist(), "evaluate_policy": found.theirs.tolist()}
+        write_file(Path(wanted.json), json.dumps(scores) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    cli.run(lambda _: main())
+    cli.run(main)

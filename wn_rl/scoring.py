@@ -172,6 +172,8 @@ def expand(names: Sequence[str]) -> list[Path]:
 def _is_something(path: Path) -> bool:
     if not path.is_dir():
         return trained.is_sb3(path)
+    if path.suffix in (".writing", ".previous"):  # of a checkpoint that is being replaced
+        return False
     return any((path / name).exists() for name in ("checkpoint.json", "config.yaml", "checkpoints"))
 
 
