@@ -149,10 +149,11 @@ def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
         policy_kwargs={"features_extractor_kwargs": {"features_dim": spec.hidden_units}},
         buffer_size=1,  # load() allocates it; whoever trains on gives DQN.load a buffer_size
         gamma=found.config.gamma if found.config else 0.99,
-        exploration_initial_eps=0.05,  # predict(deterministic=False) then plays as the tests do
+        exploration_initial_eps=0.05,
         exploration_final_eps=0.05,
         device="cpu",
     )
+    model.exploration_rate = 0.05  # predict(deterministic=False) then plays as the tests do; learn() would set it
     weights = network.state_dict()
     theirs = {
         theirs + name.removeprefix(ours): value

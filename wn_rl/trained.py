@@ -93,12 +93,12 @@ def load(
 
 
 def _load_sb3(path: Path, game: str | None, param: str | None, options: Mapping[str, Any] | None) -> Trained:
+    network = sb3_zip.q_network(path, param or "standard", dict(options or {}))
     if game is None:
         raise UsageError(
             f"{path} is a Stable-Baselines3 file and does not say its game: add --game, e.g. --game Breakout"
         )
     name = find_game(game).name
-    network = sb3_zip.q_network(path, param or "standard", dict(options or {}))
     full = _full(path, name, network.spec.num_actions)
     return Trained(path, "sb3", network, name, network.spec.parameterization, full)
 
