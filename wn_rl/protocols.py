@@ -90,8 +90,9 @@ PROTOCOLS = {
     "paper": ScoreProtocol(name="paper", steps=125_000, episodes=0),
     # Mnih et al. 2015, Methods: 30 games of up to 5 minutes from random no-op starts.
     "nature": ScoreProtocol(name="nature", max_frames_per_episode=18_000),
-    # Machado et al. 2018: sticky actions, all 18 actions, scores over the last 100 training games. ε is the training ε of
-    # Dopamine, the cap that of Dopamine and DreamerV2, which follow these recommendations; the paper's own were not read.
+    # Machado et al. 2018: sticky actions, all 18 actions, scores over the last 100 training games. ε is the training ε
+    # of Dopamine, the cap that of Dopamine and DreamerV2, which follow these recommendations; the paper's own were not
+    # read.
     "machado": ScoreProtocol(
         name="machado",
         epsilon=0.01,
