@@ -1,37 +1,53 @@
-"""Score a saved checkpoint: ``python evaluate.py CHECKPOINT_OR_RUN``; raw points of whole games."""
+"""Score trained networks: ``python evaluate.py CHECKPOINT_OR_RUN …``; raw points of whole games."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from wn_rl import cli
-from wn_rl.config import Count, import_parameterization
-from wn_rl.errors import UsageError, WnRlError
+from wn_rl import cli, protocols
+from wn_rl.atari.games import find_game
+from wn_rl.config import Count, Options, TrainConfig, import_parameterization
+from wn_rl.errors import UsageError
 
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Score a checkpoint: raw points of whole games, played with a small probability of random actions.
+    """Score checkpoints: raw points of whole games, played with a small probability of random actions.
 
-    The emulator's settings (sticky actions, action set, no-ops, frame cap) are those of the checkpoint's training.
+    The protocol says how; single flags change it, and the score says that they did. Several checkpoints are compared:
+    over the seeds of a group, and the groups with each other.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT_OR_RUN")]
-    """A checkpoint directory, or a run directory (its latest checkpoint is scored)."""
-    episodes: Count = 30
-    """Whole games to play."""
-    steps: Count = 0
-    """Play for so many agent steps instead and count the games completed (the paper's test: 125000)."""
-    epsilon: float = 0.05
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT_OR_RUN …")]
+    """Checkpoint directories, run directories (the latest checkpoint of each is scored), .zip files of a
+    Stable-Baselines3 DQN, directories of any of these, or patterns such as 'runs/Breakout-*'."""
+    protocol: str = protocols.TRAINING
+    """paper (Salimans & Kingma 2016: 125,000 agent steps, no cap), nature (Mnih et al. 2015: 30 games of at most 5
+    minutes), machado (Machado et al. 2018: sticky actions, 100 games), or training: 30 games with the emulator settings
+    of the checkpoint's training."""
+    episodes: Count | None = None
+    """Whole games to play, instead of what the protocol says; so are the next seven."""
+    steps: Count | None = None
+    """Play for so many agent steps and count the games completed."""
+    epsilon: float | None = None
     """Probability of a random action."""
     max_frames_per_episode: Count | None = None
-    """End a game after so many emulator frames, 0: never. Default: that of the training, or 108000 where it had none
-    and --episodes counts, since a game need not end."""
+    """End a game after so many emulator frames, 0: never. Where nothing says it and --episodes counts, 108000, since a
+    game need not end."""
+    noop_max: Count | None = None
+    """At the start of a game 0 … noop_max no-ops are played."""
+    sticky_actions: float | None = None
+    """Probability that a frame repeats the previous action."""
+    fire_reset: bool | None = None
+    """Press FIRE at the start of a game."""
+    action_set: Literal["minimal", "full", "checkpoint"] | None = None
+    """checkpoint: the action set of the training where the protocol has another one; the score says so."""
     seed: Count = 0
     """Seed of the emulators and of the random actions."""
     num_envs: Count = 0
@@ -40,57 +56,96 @@ class EvaluateArguments:
     """Where the network runs."""
     num_threads: Count = 0
     """Threads of the network's arithmetic on a CPU; 0: all cores."""
+    game: str | None = None
+    """Game of a Stable-Baselines3 file, which does not name it."""
     param: str | None = None
     """module:Name of the parameterization, where it is your own: a checkpoint names it, but its module is imported only
-    when it stands here."""
+    when it stands here. For a Stable-Baselines3 file: the parameterization with which it was trained, e.g. wn."""
+    param_options: Options = field(default_factory=dict)
+    """Its options, for a Stable-Baselines3 file."""
+    by: str = "param"
+    """Configuration key whose values are compared where several checkpoints are scored."""
     json: str | None = None
     """Write every episode's score and length, and how they were played, to this file."""
+    csv: str | None = None
+    """Write one row a checkpoint to this file."""
+    export: tuple[Literal["sb3", "torch", "onnx"], str] | None = None
+    """Play nothing and write the network to a file instead: sb3 OUT.zip (for stable_baselines3.DQN.load), torch OUT.pt2
+    (a torch.export program) or onnx OUT.onnx, the parameterization folded into plain weights."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     wanted = cli.parse(EvaluateArguments, arguments)
-    _check(wanted)
-    if wanted.param is not None:
+    changes = {key: value for key in protocols.SETTINGS if (value := getattr(wanted, key)) is not None}
+    _check(wanted, changes)
+    if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
-    from wn_rl.evaluation import score_checkpoint  # late: --help and wrong words need no torch
-    from wn_rl.report import table
+    from wn_rl import scoring, trained  # late: --help and wrong words need no torch
+    from wn_rl.report import batch, comparison
 
-    scored = score_checkpoint(
-        Path(wanted.checkpoint),
-        steps=wanted.steps,
-        episodes=wanted.episodes,
-        epsilon=wanted.epsilon,
-        max_frames_per_episode=wanted.max_frames_per_episode,
+    comparison.check_key(wanted.by)
+    trained.check_param(wanted.param, wanted.param_options)
+    how = scoring.How(
+        wanted.protocol,
+        changes,
         seed=wanted.seed,
         num_envs=wanted.num_envs,
         device=wanted.device,
         num_threads=wanted.num_threads,
+        game=wanted.game,
+        param=wanted.param,
+        param_options=wanted.param_options,
     )
-    if wanted.json is not None:
-        table.write_json(Path(wanted.json), scored)
-    table.print_table(scored)
-    return 0
+    paths = scoring.expand(wanted.checkpoints)
+    if wanted.export is not None:
+        from wn_rl import export
+
+        return export.export_command(paths, how, *wanted.export)
+    return batch.score_and_report(paths, how, json=_path(wanted.json), csv=_path(wanted.csv), by=wanted.by)
 
 
-def _check(wanted: EvaluateArguments) -> None:
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _check(wanted: EvaluateArguments, changes: dict[str, Any]) -> None:
     ranges: dict[str, tuple[float, float]] = {
-        "episodes": (0, 10**6),
-        "steps": (0, 10**12),
+        "episodes": (1, 10**6),
+        "steps": (1, 10**12),
         "epsilon": (0.0, 1.0),
         "seed": (0, 2**31 - 1),
         "num_envs": (0, 4096),
         "num_threads": (0, 1024),
         "max_frames_per_episode": (0, 2**31 - 1),
+        "noop_max": (0, 10_000),
+        "sticky_actions": (0.0, 0.999),
     }
     for name, (low, high) in ranges.items():
         value = getattr(wanted, name)
         if value is not None and not low <= value <= high:
             raise UsageError(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}")
-    if wanted.steps == 0 and wanted.episodes == 0:
-        raise WnRlError("nothing to evaluate: ask for at least 1 of --episodes or --steps")
-    if wanted.json is not None and (Path(wanted.json).is_dir() or not Path(wanted.json).absolute().parent.is_dir()):
-        raise UsageError(f"--json {wanted.json}: not a file in an existing directory")
+    protocols.find_protocol(wanted.protocol, changes, TrainConfig())
+    if wanted.game is not None:
+        find_game(wanted.game)
+    if not wanted.checkpoints:
+        raise UsageError("nothing to score is named: add a CHECKPOINT_OR_RUN")
+    if wanted.export is not None and (wanted.json or wanted.csv):
+        raise UsageError("--export plays nothing, so it has no scores for --json or --csv: leave one of them out")
+    exported = wanted.export[1] if wanted.export else None
+    for flag, name in (("--json", wanted.json), ("--csv", wanted.csv), ("--export", exported)):
+        if name is not None:
+            _check_writable(flag, Path(name))
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    """Find out before an hour of play whether its result can be written."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag} {path}: not a file in an existing directory")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: cannot write there: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+
+from wn_rl import checkpoint
+from wn_rl.atari.env import FULL_ACTION_SET, minimal_actions
+from wn_rl.config import load, resolve, to_yaml
+from wn_rl.networks import QNetworkSpec, build_q_network
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,3 +32,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: add --run-slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: torch finds no GPU here"))
+
+
+@pytest.fixture
+def save_checkpoint() -> Callable[..., Path]:
+    """Return a function that writes an untrained network as a run's checkpoint; nothing is trained."""
+
+    def save(
+        directory: Path, game: str = "Breakout", param: str = "standard", *, frames: int = 4000, **keys: Any
+    ) -> Path:
+        config = resolve(replace(load("quick"), game=game, param=param, hidden_units=16, **keys))
+        actions = FULL_ACTION_SET if config.full_action_set else minimal_actions(config.game)
+        spec = QNetworkSpec(actions, param, hidden_units=16, layers=config.param_layers, options=config.param_options)
+        checkpoint.save(
+            directory / "checkpoints" / "latest",
+            config=asdict(config),
+            spec=spec,
+            weights=build_q_network(spec, seed=config.seed).state_dict(),
+            agent_steps=frames // 4,
+            training={},
+            versions={},
+        )
+        (directory / "config.yaml").write_text(to_yaml(config))
+        return directory
+
+    return save

@@ -10,6 +10,8 @@ import pytest
 
 from wn_rl.parameterizations import get, names, registry
 from wn_rl.parameterizations.base import make
+from wn_rl.protocols import PROTOCOLS
+from wn_rl.report.table import CSV_COLUMNS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PARAMETERIZATIONS = (DOCS / "parameterizations.md").read_text(encoding="utf-8")
@@ -45,3 +47,22 @@ def test_every_entry_and_every_option_has_a_line() -> None:
         assert claims[6].strip().startswith("yes" if entry.foldable else "no"), name
         for option in make(entry, {}).options():
             assert f"| `{option}` |" in PARAMETERIZATIONS, f"{name}.{option}"
+
+
+def test_every_protocol_and_every_csv_column_has_its_line() -> None:
+    evaluation = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluation.splitlines() if line[:1] == "|"]
+    for name, protocol in PROTOCOLS.items():
+        (row,) = (row for row in rows if row[0] == f"`{name}`")
+        length = f"{protocol.steps:,} agent steps" if protocol.steps else f"{protocol.episodes} games"
+        cap = protocol.max_frames_per_episode
+        assert row[1:7] == [
+            length,
+            f"{protocol.epsilon:g}",
+            f"{cap:,}" if cap else "none",
+            f"{protocol.noop_max}",
+            f"{protocol.sticky_actions:g}",
+            protocol.action_set,
+        ]
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(CSV_COLUMNS) <= documented

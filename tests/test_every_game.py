@@ -11,7 +11,7 @@ import pytest
 from agents.dqn import DQN
 from wn_rl.atari.games import game_names
 from wn_rl.config import load, resolve
-from wn_rl.evaluation import score_checkpoint
+from wn_rl.scoring import score_checkpoint
 from wn_rl.trainer import train
 
 

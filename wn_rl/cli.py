@@ -131,7 +131,8 @@ def take_switch(arguments: Sequence[str], flag: str) -> tuple[bool, list[str]]:
     return len(rest) < len(arguments), rest
 
 
-def _complain(message: str) -> None:
+def complain(message: str) -> None:
+    """Print one error line on standard error."""
     if len(message) > LONGEST_MESSAGE:  # somebody's megabyte of a flag must not hide what is wrong with it
         message = f"{message[: LONGEST_MESSAGE // 2]} … {message[-LONGEST_MESSAGE // 2 :]}"
     print(
@@ -147,7 +148,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except WnRlError as error:
-        _complain(one_line(error))
+        complain(one_line(error))
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -157,6 +158,6 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         code = 1
     except OSError as error:
         # A path that the system refuses, say one that is too long or may not be looked at.
-        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        complain(f"{error.filename or 'a file'}: {error.strerror or error}")
         code = 1
     sys.exit(code)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,18 +12,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wn_rl import checkpoint
-from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds, make_atari
-from wn_rl.atari.games import find_game
+from wn_rl.atari.env import AtariVector, emulator_seeds
 from wn_rl.config import TrainConfig
 from wn_rl.diagnostics import overestimation
-from wn_rl.errors import CheckpointError, UsageError
-from wn_rl.machine import pick_device
+from wn_rl.errors import UsageError
+from wn_rl.protocols import EvaluationProtocol
 
-MAX_EMULATORS = 30
-"""At most so many play at a time where the user leaves it open."""
-SAFETY_CAP = 108_000
-"""Emulator frames (30 minutes) after which a game ends where nothing else would end it."""
+__all__ = [
+    "Episode",
+    "EpisodeLedger",
+    "EvaluationInterrupted",
+    "EvaluationProtocol",
+    "EvaluationResult",
+    "Policy",
+    "ValueRecorder",
+    "environment_options",
+    "evaluate",
+]
+
 EVALUATION_STREAM = 1
 """Label that keeps evaluation's random numbers apart from training's (stream 0)."""
 
@@ -39,21 +43,6 @@ class Policy(Protocol):
 
     def __call__(self, observations: Tensor, /) -> Tensor:
         """Return the greedy actions."""
-
-
-@dataclass(frozen=True)
-class EvaluationProtocol:
-    """How a score is measured.
-
-    Attributes:
-        epsilon: probability of a random action.
-        steps: budget of agent steps; only episodes completed within it count. 0: play ``episodes``.
-        episodes: number of episodes where ``steps`` is 0.
-    """
-
-    epsilon: float = 0.05
-    steps: int = 0
-    episodes: int = 30
 
 
 @dataclass(frozen=True)
@@ -244,36 +233,6 @@ def evaluate(
     return EvaluationResult(counted, time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class Score:
-    """A checkpoint's score with everything that is needed to compare it.
-
-    Attributes:
-        config: of the run that the checkpoint belongs to.
-        path: of the checkpoint.
-        frames: emulator frames of training.
-        protocol: how it was measured.
-        max_frames_per_episode: cap in emulator frames, None for none.
-        seed: of the evaluation.
-        num_envs: emulators that played at a time.
-        result: the episodes.
-    """
-
-    config: TrainConfig
-    path: Path
-    frames: int
-    protocol: EvaluationProtocol
-    max_frames_per_episode: int | None
-    seed: int
-    num_envs: int
-    result: EvaluationResult
-
-    @property
-    def human_normalized(self) -> float | None:
-        """Mean score on the scale random play = 0, human = 1, where both are known."""
-        return find_game(self.config.game).human_normalized(self.result.mean)
-
-
 def environment_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options of :func:`wn_rl.make_atari` that a configuration decides."""
     return {
@@ -284,61 +243,3 @@ def environment_options(config: TrainConfig) -> dict[str, Any]:
         "full_action_set": config.full_action_set,
         "max_frames_per_episode": config.max_frames,
     }
-
-
-def score_checkpoint(
-    path: Path,
-    *,
-    steps: int = 0,
-    episodes: int = 30,
-    epsilon: float = 0.05,
-    max_frames_per_episode: int | None = None,
-    seed: int = 0,
-    num_envs: int = 0,
-    device: str = "auto",
-    num_threads: int = 0,
-) -> Score:
-    """Load a checkpoint and play it on the game that it was trained on, in float32.
-
-    Args:
-        path: a checkpoint directory or a run directory.
-        steps: see :class:`EvaluationProtocol`.
-        episodes: see :class:`EvaluationProtocol`.
-        epsilon: see :class:`EvaluationProtocol`.
-        max_frames_per_episode: cap in emulator frames, 0 for none; None takes that of the training, or
-            :data:`SAFETY_CAP` where it had none and episodes are counted.
-        seed: of the emulators and of the random actions.
-        num_envs: emulators that play at a time; 0 chooses.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        num_threads: of the arithmetic on a CPU; 0 takes all cores.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, damaged, or does not fit its game.
-        UsageError: a GPU was asked for and there is none.
-    """
-    torch.set_num_threads(num_threads or os.cpu_count() or 1)
-    device = pick_device(device)
-    saved = checkpoint.load(path, with_training=False)
-    network = saved.q_network(device)
-    cap = saved.config.max_frames if max_frames_per_episode is None else max_frames_per_episode or None
-    if max_frames_per_episode is None and cap is None and steps == 0:
-        cap = SAFETY_CAP
-    if num_envs == 0:
-        num_envs = min(episodes, MAX_EMULATORS) if steps == 0 else 16
-    env = make_atari(saved.config.game, num_envs, **environment_options(saved.config) | {"max_frames_per_episode": cap})
-    if env.num_actions != saved.spec.num_actions or env.single_observation_space.shape != saved.spec.observation_shape:
-        raise CheckpointError(
-            f"{saved.path}: its network has {saved.spec.num_actions} actions, {saved.config.game} has {env.num_actions}"
-        )
-
-    @torch.no_grad()
-    def greedy(observations: Tensor) -> Tensor:
-        q_values: Tensor = network(observations)
-        return q_values.argmax(1)
-
-    protocol = EvaluationProtocol(epsilon, steps, episodes)
-    try:
-        result = evaluate(greedy, env, protocol, seed=seed, device=device)
-    finally:
-        env.close()
-    return Score(saved.config, saved.path, saved.agent_steps * FRAME_SKIP, protocol, cap, seed, num_envs, result)

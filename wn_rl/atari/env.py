@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
-from ale_py import roms
+from ale_py import ALEInterface, LoggerMode, roms
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ STACK_SIZE = 4
 """Frames per observation."""
 FRAME_SIDE = 84
 """Pixels on each side of a frame."""
+FULL_ACTION_SET = 18
+"""Actions of the Atari joystick."""
 NO_CAP = 2**31 - 1
 """What ale-py takes for "no frame cap": its own 0 and −1 would end every episode at once."""
 
@@ -33,6 +36,18 @@ def emulator_seeds(seed: int, count: int, *stream: int) -> NDArray[np.int32]:
     no label (numpy pads with zeros).
     """
     return (np.random.SeedSequence([seed, *stream]).generate_state(count) & 0x7FFFFFFF).astype(np.int32)
+
+
+@functools.cache
+def minimal_actions(game: str) -> int:
+    """Return the number of actions that have an effect in a game: the size of its minimal action set."""
+    ALEInterface.setLoggerMode(LoggerMode.Error)  # it greets on standard error otherwise
+    ale = ALEInterface()
+    rom = roms.get_rom_path(find_game(game).rom)
+    if rom is None:
+        raise UsageError(f"this ale-py does not ship {game}")
+    ale.loadROM(rom)
+    return len(ale.getMinimalActionSet())
 
 
 class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):

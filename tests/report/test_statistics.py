@@ -1,0 +1,127 @@
+"""Aggregates against values worked out by hand, and against scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from wn_rl.report import statistics
+from wn_rl.report.statistics import (
+    Estimate,
+    improvement_with_interval,
+    interquartile_mean,
+    mean,
+    mean_interval,
+    median,
+    probability_of_improvement,
+    with_interval,
+)
+
+HAND = {"A": [1.0, 2.0, 3.0, 6.0], "B": [10.0, 20.0, 30.0, 100.0]}
+SCORES = st.lists(st.integers(-50, 50).map(float), min_size=1, max_size=7)
+SUITES = st.dictionaries(st.sampled_from("ABCD"), SCORES, min_size=1, max_size=4)
+
+
+def test_hand_worked_aggregates() -> None:
+    assert mean(HAND) == (12 / 4 + 160 / 4) / 2 == 21.5
+    assert median({**HAND, "C": [7.0]}) == 7.0  # the game means are 3, 40 and 7
+    assert median({"A": HAND["A"]}) == 2.5  # of one game, over its runs
+    # Sorted: 1 2 | 3 6 10 20 | 30 100: the middle half of eight.
+    assert interquartile_mean(HAND) == (3 + 6 + 10 + 20) / 4
+    # Of six, one goes on each side: ⌊6/4⌋.
+    assert interquartile_mean({"A": [1.0, 2.0, 3.0], "B": [4.0, 5.0, 60.0]}) == (2 + 3 + 4 + 5) / 4
+    assert interquartile_mean({"A": [1.0, 2.0, 9.0]}) == 4.0  # nothing to leave out
+
+
+def test_hand_worked_probability_of_improvement() -> None:
+    # Game A: of 2 × 2 pairs, 3 beats 1 and 2, 2 beats 1 and ties with 2: 3.5 of 4. Game B: 0 of 1.
+    x, y = {"A": [3.0, 2.0], "B": [0.0]}, {"B": [5.0], "A": [1.0, 2.0]}
+    assert probability_of_improvement(x, y) == pytest.approx((3.5 / 4 + 0) / 2)
+    assert probability_of_improvement(x, x) == 0.5
+
+
+def test_hand_worked_intervals() -> None:
+    # Two runs: a resample has mean 0, 1 or 2 with probability 1/4, 1/2, 1/4.
+    assert mean_interval([0.0, 2.0]) == Estimate(1.0, 0.0, 2.0)
+    # Runs are drawn within their game: B's never take A's place, so the mean moves by A's half alone.
+    assert with_interval(mean, {"A": [0.0, 2.0], "B": [10.0, 10.0]}) == Estimate(5.5, 5.0, 6.0)
+    assert with_interval(median, {"A": [4.0, 4.0, 4.0]}) == Estimate(4.0, 4.0, 4.0)
+    assert with_interval(mean, {"A": [3.0], "B": [5.0]}) == Estimate(4.0, None, None)
+    # x resampled is (0, 0), (0, 4), (4, 0) or (4, 4) against 2: a quarter each of P = 0 and 1.
+    assert improvement_with_interval({"A": [0.0, 4.0]}, {"A": [2.0]}) == Estimate(0.5, 0.0, 1.0)
+    assert improvement_with_interval({"A": [1.0]}, {"A": [2.0]}) == Estimate(0.0, None, None)
+    assert str(Estimate(1.0, 0.5, 2.0)) == "1 [0.5, 2]"
+    assert str(Estimate(1.0, None, None)) == "1"
+
+
+@given(scores=SUITES)
+@settings(deadline=None)
+def test_scipy_agrees_on_the_trimmed_mean(scores: dict[str, list[float]]) -> None:
+    pooled = [value for runs in scores.values() for value in runs]
+    assert interquartile_mean(scores) == pytest.approx(stats.trim_mean(pooled, 0.25))
+    assert mean(scores) == pytest.approx(np.mean([np.mean(runs) for runs in scores.values()]))
+
+
+@given(x=SCORES, y=SCORES)
+@settings(deadline=None)
+def test_scipy_agrees_on_the_probability_of_improvement(x: list[float], y: list[float]) -> None:
+    wins = stats.mannwhitneyu(x, y).statistic
+    assert probability_of_improvement({"A": x}, {"A": y}) == pytest.approx(wins / (len(x) * len(y)))
+
+
+def test_scipy_agrees_on_the_bootstrap_interval() -> None:
+    values = np.random.default_rng(3).gamma(2.0, 10.0, size=25)
+    found = mean_interval(values)
+    theirs = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert found.value == values.mean()
+    assert found.low == pytest.approx(theirs.low, abs=0.03 * width)
+    assert found.high == pytest.approx(theirs.high, abs=0.03 * width)
+
+
+def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    held = [
+        low <= 5.0 <= high
+        for e in (mean_interval(rng.normal(5.0, 2.0, size=30)) for _ in range(150))
+        if (low := e.low) is not None and (high := e.high) is not None
+    ]
+    assert len(held) == 150
+    assert 0.89 <= np.mean(held) <= 0.99
+
+
+@given(x=SUITES, seed=st.integers(0, 3))
+@settings(deadline=None, max_examples=20)
+def test_properties(x: dict[str, list[float]], seed: int) -> None:
+    y = {game: [value + 1 for value in runs] for game, runs in x.items()}
+    assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1.0)
+    for statistic in (mean, median, interquartile_mean):
+        estimate = with_interval(statistic, x, seed)
+        assert estimate == with_interval(statistic, x, seed)  # a function of scores and seed
+        lowest, highest = min(map(min, x.values())), max(map(max, x.values()))
+        assert lowest - 1e-9 <= estimate.value <= highest + 1e-9
+        if estimate.low is not None and estimate.high is not None:
+            assert lowest - 1e-9 <= estimate.low <= estimate.high <= highest + 1e-9
+
+
+def test_many_scores_take_neither_long_nor_much_memory() -> None:
+    values = np.random.default_rng(0).normal(size=100_000)
+    estimate = mean_interval(values)
+    assert estimate.low is not None
+    assert estimate.high is not None
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 / np.sqrt(100_000), rel=0.15)
+
+
+def test_nothing_and_other_games_are_refused() -> None:
+    with pytest.raises(ValueError, match="no runs"):
+        mean({})
+    with pytest.raises(ValueError, match="no runs"):
+        median({"A": []})
+    with pytest.raises(ValueError, match="only one side has B"):
+        probability_of_improvement({"A": [1.0]}, {"A": [1.0], "B": [1.0]})
+    assert statistics.CONFIDENCE == 0.95
