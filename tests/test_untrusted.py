@@ -152,14 +152,14 @@ class Largest(TorchDispatchMode):
 
 
 def test_a_spec_that_claims_a_huge_network_is_refused_without_building_it(copy: Path) -> None:
-    """65,536 hidden units would be 822 MB of weights; 8 of them are 100 kB."""
+    """65,536 hidden units would be 822 MB of weights; 8 of them are 100 kB, less than a convolution."""
 
     def claim(content: Any) -> None:
         content["network"]["hidden_units"] = content["config"]["hidden_units"] = 65_536
 
     with Largest() as real:
         checkpoint.load(copy).q_network()
-    assert real.nbytes == 8 * 3136 * 4
+    assert real.nbytes == 64 * 64 * 3 * 3 * 4  # a convolution
     rewrite(copy, claim)
     with Largest() as largest, pytest.raises(CheckpointError, match=r"'hidden.bias' is float32 \[8\], not .*\[65536\]"):
         checkpoint.load(copy)
