@@ -93,7 +93,7 @@ def bytes_moved(directory: Path, rng: random.Random) -> str:
 
 def no_file(directory: Path, rng: random.Random) -> str:
     file = some_file(directory, rng)
-    others = [other for other in directory.iterdir() if other != file]
+    others = sorted(other for other in directory.iterdir() if other != file and other.is_file())
     kind = rng.choice(["missing", "directory", "pipe", "device", "circle", "huge", "another", "link"])
     moved = directory.with_name(f"{directory.name}-{file.name}")
     shutil.copy(file, moved)
@@ -109,7 +109,7 @@ def no_file(directory: Path, rng: random.Random) -> str:
     elif kind == "huge":  # a file of zeros that takes no room on disk, behind what was there
         shutil.copy(moved, file)
         os.truncate(file, rng.choice([2**27, 2**33, 2**40]))
-    elif kind == "another":
+    elif kind == "another" and others:
         shutil.copy(rng.choice(others), file)
     elif kind == "link":
         file.symlink_to(moved)
@@ -118,7 +118,7 @@ def no_file(directory: Path, rng: random.Random) -> str:
 
 def json_changed(directory: Path, rng: random.Random) -> str:
     try:
-        content = json.loads(small(directory / JSON))
+        content = described(directory)
     except ValueError:
         return "nothing"
     places = list(nodes(content))
@@ -156,6 +156,14 @@ def small(file: Path) -> bytes:
     return file.read_bytes()
 
 
+def described(directory: Path) -> Any:
+    """Return the content of checkpoint.json; a ValueError where it is none any more."""
+    try:
+        return json.loads(small(directory / JSON))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def nodes(content: Any) -> Any:
     """Yield (container, key) of everything in nested JSON."""
     for key, value in list(content.items() if isinstance(content, dict) else enumerate(content)):
@@ -167,7 +175,7 @@ def nodes(content: Any) -> Any:
 def huge_network(directory: Path, rng: random.Random) -> str:
     """Claim a larger network in the spec, or in spec and configuration."""
     try:
-        content = json.loads(small(directory / JSON))
+        content = described(directory)
         units = rng.choice([65_536, 20_000, 9, 2**40])
         content["network"]["hidden_units"] = units
         if rng.random() < 0.7:
@@ -222,7 +230,7 @@ def header_changed(directory: Path, rng: random.Random) -> str:
 def recompute(directory: Path) -> str:
     """Make every checksum right again, so that the checks behind are reached."""
     try:
-        content = json.loads(small(directory / JSON))
+        content = described(directory)
         for name in (MODEL, TRAINING):
             with contextlib.suppress(ValueError):
                 content["sha256"][name] = hashlib.sha256(small(directory / name)).hexdigest()

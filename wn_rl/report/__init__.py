@@ -1,1 +1,1 @@
-"""What comes out of runs: tables and curves."""
+"""What comes out of runs: tables, curves and films."""

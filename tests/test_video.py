@@ -1,0 +1,153 @@
+"""Films hold the pictures they were made from, seen through other programs' decoders."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from wn_rl.atari.render import render
+from wn_rl.errors import UsageError, WnRlError
+from wn_rl.report.video import Picture, enlarge, write_gif, write_video
+
+
+def pictures(count: int, height: int = 20, width: int = 16) -> list[Picture]:
+    """A bright square that moves over a dark ground."""
+    found = []
+    for number in range(count):
+        picture = np.full((height, width, 3), (20, 40, 90), np.uint8)
+        picture[4:12, number % 8 : number % 8 + 8] = (230, 120, 60)
+        found.append(picture)
+    return found
+
+
+def decoded(path: Path) -> tuple[list[Picture], float]:
+    """Frames as RGB, and their rate, as OpenCV reads them."""
+    film = cv2.VideoCapture(str(path))
+    rate, found = film.get(cv2.CAP_PROP_FPS), []
+    while (frame := film.read())[0]:
+        found.append(frame[1][..., ::-1])
+    return found, rate
+
+
+def test_a_film_holds_every_picture_at_its_rate(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    assert write_video(iter(pictures(30)), path, fps=60, scale=4) == 30
+    found, rate = decoded(path)
+    assert len(found) == 30
+    assert rate == 60
+    for picture, original in zip(found, pictures(30), strict=True):
+        expected = enlarge(original, 4)
+        assert picture.shape == expected.shape
+        assert np.abs(picture.astype(int) - expected).mean() < 3  # edges lose some colour, areas none
+        assert np.abs(picture[24:40, 34:36].astype(int) - expected[24:40, 34:36]).max() < 8
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_browser_can_start_before_the_end_and_knows_the_colours(tmp_path: Path) -> None:
+    import av
+
+    path = tmp_path / "film.mp4"
+    write_video(pictures(5), path)
+    data = path.read_bytes()
+    assert 0 < data.find(b"moov") < data.find(b"mdat")
+    with av.open(str(path)) as container:
+        (stream,) = container.streams.video
+        context = stream.codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+        assert (context.colorspace, context.color_range) == (6, 1)  # BT.601, 16 … 235
+        assert float(container.duration) / av.time_base == pytest.approx(5 / 60, abs=1e-3)
+
+
+def test_odd_sizes_gain_a_row_and_a_column(tmp_path: Path) -> None:
+    write_video(pictures(2, 21, 17), tmp_path / "film.mp4", scale=1)
+    found, _ = decoded(tmp_path / "film.mp4")
+    assert found[0].shape == (22, 18, 3)
+
+
+def test_a_gif_keeps_the_colours_of_a_game_exactly(tmp_path: Path) -> None:
+    frames = [frame.picture for frame in render("Breakout", [1, 2, 3] * 10, seed=1)]
+    assert write_gif(iter(frames), tmp_path / "game.gif", scale=2, every=3) == 41
+    with Image.open(tmp_path / "game.gif") as film:
+        assert film.n_frames == 41
+        assert film.info["loop"] == 0
+        for number in range(41):
+            film.seek(number)
+            assert film.info["duration"] == 50
+            np.testing.assert_array_equal(np.asarray(film.convert("RGB")), enlarge(frames[3 * number], 2))
+
+
+def test_a_gif_of_many_colours_is_near(tmp_path: Path) -> None:
+    smooth = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    write_gif([smooth], tmp_path / "smooth.gif", scale=1)
+    with Image.open(tmp_path / "smooth.gif") as film:
+        off = np.abs(np.asarray(film.convert("RGB")).astype(int) - smooth).max((0, 1))
+    assert (off <= [31, 31, 63]).all()  # three bits of red and green, two of blue
+
+
+def test_pictures_are_taken_one_at_a_time(tmp_path: Path) -> None:
+    taken = 0
+
+    def frames() -> Iterator[Picture]:
+        nonlocal taken
+        for picture in pictures(500):
+            taken += 1
+            yield picture
+        raise WnRlError("the journal ends here")
+
+    old = tmp_path / "film.mp4"
+    old.write_bytes(b"an older film")
+    with pytest.raises(WnRlError, match="the journal ends here"):
+        write_video(frames(), old)
+    assert taken == 500
+    assert old.read_bytes() == b"an older film"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"an older film")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    try:
+        with pytest.raises(WnRlError, match=r"cannot write .*film.mp4: File too large"):
+            write_video(pictures(50), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"an older film"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(WnRlError, match=r"cannot write .*No such file or directory"):
+        write_video(pictures(2), tmp_path / "nowhere" / "film.mp4")
+    with pytest.raises(WnRlError, match=r"cannot write .*Not a directory"):
+        write_gif(pictures(2), path / "film.gif")
+
+
+def test_without_the_encoder_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(WnRlError, match=r'pip install "wn_rl\[video\]"'):
+        write_video(pictures(2), tmp_path / "film.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"must end in \.mp4"):
+        write_video(pictures(2), tmp_path / "film.avi")
+    with pytest.raises(UsageError, match=r"must end in \.gif"):
+        write_gif(pictures(2), tmp_path / "film.mp4")
+    with pytest.raises(UsageError, match="scale must be 1 or more"):
+        write_video(pictures(2), tmp_path / "film.mp4", scale=0)
+    with pytest.raises(UsageError, match="raise every"):
+        write_gif(pictures(2), tmp_path / "film.gif", every=1)
+    (tmp_path / "directory.mp4").mkdir()
+    with pytest.raises(UsageError, match="is a directory"):
+        write_video(pictures(2), tmp_path / "directory.mp4")
+    with pytest.raises(WnRlError, match="no picture"):
+        write_video([], tmp_path / "film.mp4")
+    with pytest.raises(ValueError, match="make no film"):
+        write_video([*pictures(1), *pictures(1, 30)], tmp_path / "film.mp4")
