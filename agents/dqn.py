@@ -66,7 +66,7 @@ def _fuse(network: QNetwork, config: TrainConfig) -> FusedNetwork | None:
     if isinstance(library, str):
         print(f"updates take the plain path: {library}", file=sys.stderr)
         return None
-    return FusedNetwork(network, library, precision=getattr(torch, config.precision))
+    return FusedNetwork(network, library, precision=torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
 
 
 class DQN:

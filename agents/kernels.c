@@ -168,37 +168,39 @@ void step_layers(const Layer *layers, int64_t count, int64_t threads, float *row
     }
 }
 
+/* Gather pieces of `size` bytes into `packed`; the compiler makes one instruction of a copy of known size. */
+static inline void gather(uint8_t *packed, const uint8_t *line, int64_t across, int64_t channels, int64_t size) {
+    for (int64_t x = 0; x < across; x++) memcpy(packed + x * channels, line + x * size, size);
+}
+
 /* Write uint8 frames as blocks of `size` x `size` pixels: (batch, height / size, width / size, frames * size * size). */
 void pack(const uint8_t *frames, int64_t batch_stride, int64_t frame_stride, int64_t batch, int64_t stack,
           int64_t height, int64_t width, int64_t size, int64_t low, int64_t threads, void *packed) {
-    const int64_t across = width / size, channels = stack * size * size;
+    const int64_t down = height / size, across = width / size, channels = stack * size * size;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < batch; n++) {
-        for (int64_t y = 0; y < height; y++) {
-            for (int64_t f = 0; f < stack; f++) {
-                const uint8_t *line = frames + n * batch_stride + f * frame_stride + y * width;
-                int64_t start = ((n * (height / size) + y / size) * across) * channels + (f * size + y % size) * size;
-                if (low && size == 4) {
-                    uint16_t whole[4096], *out = (uint16_t *)packed + start;
-                    for (int64_t x = 0; x < width; x++) {
-                        float value = (float)line[x];
-                        uint32_t bits;
-                        memcpy(&bits, &value, 4);
-                        whole[x] = (uint16_t)(bits >> 16); /* exact: eight bits hold 0 to 255 */
-                    }
-                    for (int64_t x = 0; x < across; x++) memcpy(out + x * channels, whole + 4 * x, 8);
-                } else if (low) {
-                    uint16_t *out = (uint16_t *)packed + start;
-                    for (int64_t x = 0; x < width; x++) out[x / size * channels + x % size] = rounded((float)line[x]);
-                } else if (size == 4) {
-                    float whole[4096], *out = (float *)packed + start;
-                    for (int64_t x = 0; x < width; x++) whole[x] = (float)line[x];
-                    for (int64_t x = 0; x < across; x++) memcpy(out + x * channels, whole + 4 * x, 16);
-                } else {
-                    float *out = (float *)packed + start;
-                    for (int64_t x = 0; x < width; x++) out[x / size * channels + x % size] = (float)line[x];
-                }
+    for (int64_t strip = 0; strip < batch * down; strip++) {
+        uint8_t pixels[across * channels];
+        for (int64_t f = 0; f < stack; f++) {
+            const uint8_t *top = frames + strip / down * batch_stride + f * frame_stride + strip % down * size * width;
+            for (int64_t y = 0; y < size; y++) {
+                uint8_t *start = pixels + (f * size + y) * size;
+                if (size == 4)
+                    gather(start, top + y * width, across, channels, 4);
+                else
+                    gather(start, top + y * width, across, channels, size);
             }
+        }
+        if (low) {
+            uint16_t *out = (uint16_t *)packed + strip * across * channels;
+            for (int64_t i = 0; i < across * channels; i++) {
+                float value = (float)pixels[i];
+                uint32_t bits;
+                memcpy(&bits, &value, 4);
+                out[i] = (uint16_t)(bits >> 16); /* exact: eight bits hold 0 to 255 */
+            }
+        } else {
+            float *out = (float *)packed + strip * across * channels;
+            for (int64_t i = 0; i < across * channels; i++) out[i] = (float)pixels[i];
         }
     }
 }

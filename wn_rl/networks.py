@@ -184,7 +184,7 @@ def _three(values: Any, high: int) -> tuple[int, int, int]:  # noqa: ANN401 - un
     return _whole(values[0], 1, high), _whole(values[1], 1, high), _whole(values[2], 1, high)
 
 
-BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By number of bytes, the type as which so many uint8 pixels are moved at once."""
 
 
