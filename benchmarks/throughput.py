@@ -316,7 +316,6 @@ def main(words: Sequence[str]) -> int:
         "precision": config.precision,
         "compile": config.compile,
         "threads": ours_threads,
-        "updates_overlap_emulators": ours.loop._overlaps,
         "first_updates_seconds": ours.first_updates_seconds,
         "segments": segments,
         "ours_agent_steps_per_second": speed,

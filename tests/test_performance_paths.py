@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from agents import native
 from agents.dqn import DQN
 from agents.fused import FusedAdamax, FusedNetwork, unsupported
-from wn_rl import machine, training
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig, load, resolve
-from wn_rl.machine import updates_overlap
 from wn_rl.networks import FirstConvolution, QNetworkSpec, build_q_network
 from wn_rl.replay import Minibatch, Replay
 from wn_rl.training import TrainingLoop
@@ -311,29 +309,6 @@ def test_same_seed_same_threads_same_weights(num_envs: int) -> None:
         assert torch.equal(ours, theirs)
     assert torch.equal(first_replay._frames, second_replay._frames)
     assert torch.equal(first_replay._actions, second_replay._actions)
-
-
-def test_updates_while_the_emulators_run_or_after_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configured(param="wn", num_envs=4, replay_capacity=1000, batch_size=4, init_samples=16)
-    runs = []
-    for overlap in (True, False):
-        monkeypatch.setattr(training, "updates_overlap", lambda *_, overlap=overlap: overlap)
-        runs.append(played(config, 60))
-    (first, first_replay), (second, second_replay) = runs
-    assert first.updates > 30
-    for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(first_replay._frames, second_replay._frames)
-
-
-def test_updates_overlap_where_each_thread_has_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cores", lambda: 4)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert updates_overlap(CPU, 2, 16)
-    assert updates_overlap(CPU, 0, 2), "two emulators need no third thread"
-    assert not updates_overlap(CPU, 0, 16)
-    assert not updates_overlap(CPU, 3, 16)
-    assert updates_overlap(torch.device("cuda"), 0, 16)
 
 
 @needs_compiler

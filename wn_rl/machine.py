@@ -157,22 +157,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def updates_overlap(device: torch.device, emulator_threads: int, num_envs: int) -> bool:
-    """Return whether updates should run while the emulators do, given torch's threads; it changes no result.
-
-    Threads of torch wait for each other many times an update. Where an emulator has taken the core of one, all wait, so
-    without a core for every thread one after the other is quicker.
-
-    Args:
-        device: of the updates.
-        emulator_threads: 0 for one per core.
-        num_envs: emulators; more threads than that have nothing to do.
-    """
-    if device.type != "cpu":
-        return True
-    return torch.get_num_threads() + min(emulator_threads or cores(), num_envs) <= cores()
-
-
 def keep_freed_memory() -> bool:
     """Let glibc keep large freed blocks for the next allocation; returns whether this C library can.
 

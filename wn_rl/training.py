@@ -13,7 +13,6 @@ from torch import Tensor
 
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds
 from wn_rl.config import TrainConfig
-from wn_rl.machine import updates_overlap
 from wn_rl.networks import QNetwork
 from wn_rl.replay import Minibatch, Replay
 
@@ -122,9 +121,9 @@ class TrainingLoop:
     """Emulators, agent and replay, one vector step at a time.
 
     Agent steps are numbered 1, 2, 3, … across the emulators in slot order; a step that was an auto-reset has no
-    number. In each vector step all emulators act on the same network; while they run (or after, where cores are few),
-    the updates owed by the numbers of this vector step are made from what the replay held before it. Logging,
-    evaluation and checkpoints stay outside and draw nothing from these generators.
+    number. In each vector step all emulators act on the same network; while they run, the updates owed by the
+    numbers of this vector step are made from what the replay held before it. Logging, evaluation and checkpoints
+    stay outside and draw nothing from these generators.
     """
 
     def __init__(self, config: TrainConfig, env: AtariVector, agent: Agent, replay: Replay) -> None:
@@ -136,7 +135,6 @@ class TrainingLoop:
         self.agent_steps = 0
         self.first_owing_step = 0
         self._ended = np.zeros(env.num_envs, bool)
-        self._overlaps = updates_overlap(replay.device, config.emulator_threads, env.num_envs)
 
     @property
     def frames(self) -> int:
@@ -165,7 +163,6 @@ class TrainingLoop:
         numbers = self.agent_steps + np.cumsum(plays)
         actions = self.agent.act(self.replay.observations(), epsilon_at(self.config, numbers)).cpu().numpy()
         self.env.send(actions)
-        arrived = None if self._overlaps else self.env.recv()
         first, last = self.agent_steps + 1, int(numbers[-1])
         for _, event in owed(self.config, max(first, self.first_owing_step), last):
             if event is Event.UPDATE:
@@ -174,7 +171,7 @@ class TrainingLoop:
                 self.agent.copy_target()
             else:
                 self.agent.initialize(self.replay.sample(self.config.init_samples).observations)
-        observations, rewards, terminated, truncated, info = self.env.recv() if arrived is None else arrived
+        observations, rewards, terminated, truncated, info = self.env.recv()
         terminals = terminated | info["life_loss"] if self.config.life_loss_terminal else terminated
         self.replay.add(actions, rewards, terminals, observations[:, -1], info["is_reset"])
         self.agent_steps = last
