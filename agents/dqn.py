@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from agents import native
+from agents.fused import FusedAdamax, FusedNetwork, Working, unsupported
 from agents.optimizers import make_optimizer
 from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
@@ -57,6 +60,17 @@ def epsilon_greedy(q_values: Tensor, epsilon: Tensor, generator: torch.Generator
     return torch.where(explore, random, q_values.argmax(1))
 
 
+def _fuse(network: QNetwork, config: TrainConfig) -> FusedNetwork | None:
+    """Return the compiled way to train ``network``, None where there is none; says so if it should be there."""
+    if unsupported(network):
+        return None
+    library = native.load()
+    if isinstance(library, str):
+        print(f"updates take the plain path: {library}", file=sys.stderr)
+        return None
+    return FusedNetwork(network, library, precision=torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+
+
 class DQN:
     """The agent: a Q-network, its target network and an optimizer.
 
@@ -88,24 +102,31 @@ class DQN:
         self.target_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target_network.requires_grad_(False)
         compiled = config.compile == "on"
-        self._deferred = defer(self.q_network) if compiled else []
-        self.optimizer = make_optimizer(
-            config.optimizer,
-            self.q_network.parameters(),
-            learning_rate=config.learning_rate,
-            eps=config.optimizer_eps,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            rmsprop_decay=config.rmsprop_decay,
-            compiled=compiled,
-            deferred=self._deferred,
-        )
+        self._fused = _fuse(self.q_network, config) if compiled else None
+        self._deferred = defer(self.q_network) if compiled and self._fused is None else []
+        self.optimizer: torch.optim.Optimizer
+        if self._fused is not None:
+            betas = (config.adam_beta1, config.adam_beta2)
+            self.optimizer = FusedAdamax(self._fused, config.learning_rate, betas, config.optimizer_eps)
+        else:
+            self.optimizer = make_optimizer(
+                config.optimizer,
+                self.q_network.parameters(),
+                learning_rate=config.learning_rate,
+                eps=config.optimizer_eps,
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                rmsprop_decay=config.rmsprop_decay,
+                compiled=compiled,
+                deferred=self._deferred,
+            )
         self.generator = torch.Generator(device).manual_seed(config.seed)
         # What the target network computes between two copies is fixed, so where it can it does without the
         # parameterization: the same values but for rounding, at the price of a plain network.
         statistics_fixed = self.parameterization.batch_independent or config.target_statistics == "running"
         self._folds_target = self.parameterization.foldable and statistics_fixed
         self._plain_target: QNetwork | None = None
+        self._working_target: Working | None = None
         self._watching = False
         self._watched: dict[str, float] = {}
         self.updates = 0
@@ -119,6 +140,8 @@ class DQN:
     @torch.no_grad()
     def q_values(self, observations: Tensor) -> Tensor:
         """Return Q-values, float32 (B, actions), of uint8 observations, (B, 4, 84, 84)."""
+        if self._fused is not None:
+            return self._fused.q_values(observations)
         with self._autocast():
             q_values: Tensor = self.q_network(observations)
         return q_values.float()
@@ -149,7 +172,10 @@ class DQN:
 
     def td_loss(self, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss per transition, TD error, Q-value of the action taken), each of shape (B,)."""
-        q_values, next_q_values = self._forward(batch)
+        return self._compare(batch, *self._forward(batch))
+
+    def _compare(self, batch: Minibatch, q_values: Tensor, next_q_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what :meth:`td_loss` does, given both networks' Q-values."""
         rewards = batch.rewards
         if self.config.reward_clip > 0:
             rewards = rewards.clamp(-self.config.reward_clip, self.config.reward_clip)
@@ -177,6 +203,36 @@ class DQN:
 
     def update(self, batch: Minibatch) -> None:
         """Make one optimizer step on a minibatch; nothing is read back from the device."""
+        before = diagnostics.weights(self.q_network) if self._watching else None
+        losses, td_error, q_value = self._step(batch) if self._fused is None else self._fused_step(self._fused, batch)
+        if before is not None:
+            self._watched = diagnostics.effective_learning_rate_tags(before, self.q_network)
+            self._watching = False
+        self.updates += 1
+        self._summed_updates += 1
+        with torch.no_grad():
+            self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
+
+    @torch.no_grad()
+    def _fused_step(self, fused: FusedNetwork, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Step on the gradient of the loss, written out; returns what :meth:`td_loss` does."""
+        fused.refresh()
+        if self._working_target is None:
+            self._working_target = fused.working_copy(fold(copy.deepcopy(self.target_network)))
+        next_q_values, _ = fused.forward(self._working_target, batch.next_observations)
+        q_values, seen = fused.forward(fused.working, batch.observations)
+        losses, td_error, q_value = self._compare(batch, q_values, next_q_values)
+        self._check(losses.sum(), batch)
+        # The Huber loss's derivative by the Q-value of the action taken; the other actions' do not enter the loss.
+        slope = td_error.clamp(-1.0, 1.0).neg_()
+        if self.config.loss_reduction != "sum":
+            slope = slope / len(slope)
+        fused.backward(seen, torch.zeros_like(q_values).scatter_(1, batch.actions[:, None], slope[:, None]))
+        self.optimizer.step()
+        return losses, td_error, q_value
+
+    def _step(self, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Step on the gradient that autograd finds; returns what :meth:`td_loss` does."""
         # Only some entries care for the mode, and switching walks the whole module tree.
         switch_mode = self.parameterization.has_training_mode
         if switch_mode:
@@ -188,20 +244,13 @@ class DQN:
         self._check(loss, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        before = diagnostics.weights(self.q_network) if self._watching else None
         self.optimizer.step()
         if self.parameterization.projects:
             project(self.q_network)
-        if before is not None:
-            self._watched = diagnostics.effective_learning_rate_tags(before, self.q_network)
-            self._watching = False
         if switch_mode:
             self.q_network.eval()
             self.target_network.eval()
-        self.updates += 1
-        self._summed_updates += 1
-        with torch.no_grad():
-            self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
+        return losses, td_error, q_value
 
     def _check(self, loss: Tensor, batch: Minibatch) -> None:
         """Note the first minibatch whose loss is not finite; on a CPU stop before it spoils the weights.
@@ -230,13 +279,15 @@ class DQN:
             return q_values
         if self._plain_target is None:
             self._plain_target = fold(copy.deepcopy(self.target_network))
+            if self.config.precision == "bfloat16":
+                self._plain_target.round_weights(torch.bfloat16)
         q_values = self._plain_target(observations)
         return q_values
 
     def copy_target(self) -> None:
         """Copy the Q-network, buffers included, to the target network."""
         self.target_network.load_state_dict(self.q_network.state_dict())
-        self._plain_target = None
+        self._plain_target = self._working_target = None
 
     def is_finite(self) -> bool:
         """Return whether every weight is a finite number; waits for the device."""
@@ -244,6 +295,8 @@ class DQN:
 
     def gradient_norm(self) -> float:
         """Return the 2-norm of the last update's gradient, NaN before the first; waits for the device."""
+        if isinstance(self.optimizer, FusedAdamax):
+            self.optimizer.write_gradients()
         gradients = [parameter.grad for parameter in self.q_network.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else float("nan")
 
@@ -256,7 +309,12 @@ class DQN:
         return self._watched
 
     def read_statistics(self) -> Statistics:
-        """Return the means since the last reading and start anew; waits for the device."""
+        """Return the means since the last reading and start anew; waits for the device.
+
+        From then on the parameters' ``.grad`` are those of the last update, until the next.
+        """
+        if isinstance(self.optimizer, FusedAdamax):
+            self.optimizer.write_gradients()
         count = self._summed_updates
         loss, td_error, q_value = (self._sums / max(count, 1)).tolist() if count else [float("nan")] * 3
         self._sums.zero_()
@@ -280,7 +338,7 @@ class DQN:
         """Restore the Q-network's weights and what :meth:`state_dict` returned."""
         self.q_network.load_state_dict(weights)
         self.target_network.load_state_dict(state["target_network"])
-        self._plain_target = None
+        self._plain_target = self._working_target = None
         self.optimizer.load_state_dict(
             {
                 "state": {int(key): copy.deepcopy(value) for key, value in state.get("optimizer", {}).items()},

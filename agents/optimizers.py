@@ -136,7 +136,7 @@ class CompiledAdamax(torch.optim.Adamax):
         self._deferred = list(deferred)
         self._steps = 0
         self._written = functools.partial(_adamax, beta1=betas[0], beta2=betas[1], eps=eps)
-        self._compiled = torch.compile(self._written, dynamic=False, options={"compile_threads": 1})
+        self._compiled: Callable[..., None] | None = None
         (group,) = self.param_groups
         self._dtype = group["params"][0].dtype
         directions = {id(entry.v) for entry in self._deferred}
@@ -173,6 +173,8 @@ class CompiledAdamax(torch.optim.Adamax):
             scales,
             rate,
         )
+        if self._compiled is None:
+            self._compiled = torch.compile(self._written, dynamic=False, options={"compile_threads": 1})
         try:
             self._compiled(*arguments)
         except BackendCompilerFailed as error:

@@ -32,7 +32,7 @@ from wn_rl.atari.env import FRAME_SKIP, AtariVector, make_atari
 from wn_rl.config import Count, TrainConfig, load, resolve
 from wn_rl.errors import WnRlError
 from wn_rl.evaluation import environment_options
-from wn_rl.machine import device_name, keep_freed_memory, resolve_device
+from wn_rl.machine import cores, device_name, keep_freed_memory, resolve_device
 from wn_rl.replay import Replay
 from wn_rl.runs import versions
 from wn_rl.training import TrainingLoop
@@ -114,11 +114,12 @@ class Ours:
         """Train for so long; return agent steps and updates per second."""
         steps, updates = self.loop.agent_steps, self.agent.updates
         self.agent.read_statistics()
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         while time.perf_counter() - started < seconds:
             self.loop.vector_step()
         wait(self.device)
         took = time.perf_counter() - started
+        busy = time.process_time() - busy
         found = self.agent.read_statistics()
         if found.updates == 0 or not np.isfinite(found.loss) or found.loss == 0.0:
             raise WnRlError(f"our loss is {found.loss} after {found.updates} updates: this is no training")
@@ -126,6 +127,7 @@ class Ours:
             "agent_steps_per_second": (self.loop.agent_steps - steps) / took,
             "updates_per_second": (self.agent.updates - updates) / took,
             "loss": found.loss,
+            "cpu_utilisation": busy / took / cores(),
         }
 
     def split(self, seconds: float) -> dict[str, float]:
@@ -181,20 +183,33 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def emulators_alone(config: TrainConfig, seconds: float) -> float:
-    """Return agent steps per second of our emulators under random actions."""
-    env = make_atari(config.game, config.num_envs, num_threads=config.emulator_threads, **environment_options(config))
-    env.reset(seed=np.arange(config.num_envs, dtype=np.int32))
+def emulators_alone(config: TrainConfig, seconds: float, turns: int = 5) -> tuple[float, float]:
+    """Return agent steps per second of our emulators under random actions, and of ale-py's own loop beside it.
+
+    The two take turns, on the same games with the same actions; steps that only restart a game are counted on both
+    sides for the comparison and on neither for the rate.
+    """
+    ours = make_atari(config.game, config.num_envs, num_threads=config.emulator_threads, **environment_options(config))
+    bare = make_atari(config.game, config.num_envs, num_threads=config.emulator_threads, **environment_options(config))
+    seeds = np.arange(config.num_envs, dtype=np.int32)
+    ours.reset(seed=seeds)
+    bare.reset(seed=seeds)
     generator = np.random.default_rng(0)
-    actions = generator.integers(env.num_actions, size=(64, config.num_envs))
-    steps, started = 0, time.perf_counter()
-    for row in itertools.cycle(actions):
-        steps += int((~env.step(row)[4]["is_reset"]).sum())
-        if time.perf_counter() - started >= seconds:
-            break
-    took = time.perf_counter() - started
-    env.close()
-    return steps / took
+    actions = itertools.cycle(generator.integers(ours.num_actions, size=(64, config.num_envs)))
+    played, spent, calls = 0, {"ours": 0.0, "bare": 0.0}, {"ours": 0, "bare": 0}
+    for _ in range(turns):
+        for name, step in (("ours", ours.step), ("bare", bare._emulators.step)):
+            started = time.perf_counter()
+            while time.perf_counter() - started < seconds / turns / 2:
+                info = step(next(actions))[4]
+                calls[name] += 1
+                if name == "ours":
+                    played += int((~info["is_reset"]).sum())
+            spent[name] += time.perf_counter() - started
+    ours.close()
+    bare.close()
+    rate = played / spent["ours"]
+    return rate, rate * (calls["bare"] / spent["bare"]) / (calls["ours"] / spent["ours"])
 
 
 class Peer:
@@ -288,7 +303,7 @@ def main(words: Sequence[str]) -> int:
     part = arguments.seconds / 3
     split = ours.split(part)
     learner = ours.learner_alone(part)
-    emulators = emulators_alone(config, part)
+    emulators, bare = emulators_alone(config, part)
     speed = statistics.median(segment["agent_steps_per_second"] for segment in segments["ours"])
     learner_steps = learner * config.update_period
     # On a CPU emulators and learner share the cores, so their times add; with a GPU the slower of the two bounds.
@@ -301,10 +316,12 @@ def main(words: Sequence[str]) -> int:
         "precision": config.precision,
         "compile": config.compile,
         "threads": ours_threads,
+        "first_updates_seconds": ours.first_updates_seconds,
         "segments": segments,
         "ours_agent_steps_per_second": speed,
         "ours_frames_per_second": speed * FRAME_SKIP,
         "emulators_alone_agent_steps_per_second": emulators,
+        "bare_ale_loop_agent_steps_per_second": bare,
         "learner_alone_updates_per_second": learner,
         "bound_agent_steps_per_second": bound,
         "of_the_bound": speed / bound,
@@ -314,7 +331,8 @@ def main(words: Sequence[str]) -> int:
     }
     print(f"\nours {speed:.0f} agent steps/s = {speed * FRAME_SKIP:.0f} frames/s")
     print(f"that is {100 * speed / bound:.0f}% of the bound from its parts, {bound:.0f} agent steps/s")
-    print(f"emulators alone {emulators:.0f} agent steps/s, learner alone {learner:.1f} updates/s")
+    print(f"emulators alone {emulators:.0f} agent steps/s ({100 * emulators / bare:.0f}% of ale-py's bare loop)")
+    print(f"learner alone {learner:.1f} updates/s")
     print(
         "time: " + ", ".join(f"{name} {100 * share:.0f}%" for name, share in sorted(split.items(), key=lambda e: -e[1]))
     )

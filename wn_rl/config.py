@@ -122,8 +122,9 @@ class TrainConfig:
     """Arithmetic of the hidden layers; weights, output layer and loss are always float32. auto: bfloat16 on a CPU with
     AVX512-BF16 or AMX, else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """On a CPU, compile the optimizer step of adamax to machine code, which makes updates quicker and takes some 20 s
-    once. auto: for networks of at least half a million parameters where there is a C++ compiler."""
+    """On a CPU, compile adamax's step to machine code, and for standard and wn what is around it, which makes updates
+    quicker and takes a second once, some 20 s for the other parameterizations. auto: for networks of at least half a
+    million parameters where there is a C++ compiler."""
     num_envs: Count = 16
     """Emulators that step together. All of them act on the same network, so N changes results a little."""
     num_threads: Count = 0

@@ -152,6 +152,11 @@ def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:
     return "on" if config.compile == "on" or (config.compile == "auto" and can and compiler and large) else "off"
 
 
+def cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep large freed blocks for the next allocation; returns whether this C library can.
 

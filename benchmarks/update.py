@@ -1,0 +1,170 @@
+"""What each technique brings to an update on a CPU: each switched off alone, in turns, in one process.
+
+``python benchmarks/update.py`` prints milliseconds per update, sampling included, and where the time of the first goes.
+Run it on a machine that does nothing else: threads wait for each other many times an update. On a busy one, CPU time
+at ``--num-threads 1`` still tells something.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import agents.dqn
+from agents.dqn import DQN
+from agents.fused import FusedNetwork
+from wn_rl import cli
+from wn_rl.config import Count, TrainConfig, load, resolve
+from wn_rl.machine import keep_freed_memory, resolve_device
+from wn_rl.networks import FirstConvolution
+from wn_rl.replay import Replay
+
+ACTIONS = 4
+STORED = 20_000
+"""Agent steps in the replay; 141 MB, more than any cache."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time an update with each technique switched off alone."""
+
+    param: str = "wn"
+    """Parameterization."""
+    batch_size: Count = 32
+    """Transitions per update."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the hidden layers; float32 is timed too."""
+    num_threads: Count = 0
+    """Of torch; 0: one per core."""
+    rounds: Count = 10
+    """Turns of each variant."""
+    updates: Count = 25
+    """Updates of a turn."""
+
+
+def filled_replay() -> Replay:
+    """Return a replay of random frames."""
+    replay = Replay(STORED, 16)
+    generator = np.random.default_rng(0)
+    frames = generator.integers(0, 256, (64, 84, 84), np.uint8)
+    replay.start(frames[:16])
+    for _ in range(STORED // 16):
+        actions = generator.integers(0, ACTIONS, 16)
+        ends = generator.random(16) < 0.01
+        shown = frames[generator.integers(0, 64, 16)]
+        replay.add(actions, generator.integers(0, 2, 16), ends, shown, np.zeros(16, bool))
+    return replay
+
+
+def torchs_packing(fused: FusedNetwork, observations: Tensor) -> Tensor:
+    """Return what ``fused.packed`` does, in torch's own operations."""
+    first = fused.network.convolutions[0]
+    assert isinstance(first, FirstConvolution)
+    return first.packed(observations).to(fused.precision)
+
+
+def variants(config: TrainConfig, replay: Replay) -> dict[str, Callable[[int], None]]:
+    """Return by name what makes so many updates; each has an agent of its own."""
+
+    def made(changed: TrainConfig, *patches: Any) -> Callable[[int], None]:  # noqa: ANN401 - mock's are not public
+        def patched(count: int) -> None:
+            for patch in patches:
+                patch.start()
+            try:
+                for _ in range(count):
+                    agent.update(replay.sample(config.batch_size))
+            finally:
+                for patch in patches:
+                    patch.stop()
+
+        for patch in patches:
+            patch.start()
+        try:
+            agent = DQN(changed, ACTIONS, torch.device("cpu"))
+            agent.initialize(replay.sample(512).observations)
+        finally:
+            for patch in patches:
+                patch.stop()
+        return patched
+
+    autograd = mock.patch.object(agents.dqn, "_fuse", return_value=None)
+    pixels = mock.patch.object(FirstConvolution, "packs", return_value=False)
+    found = {"everything on": made(config)}
+    if config.compile == "on":
+        found["frames packed by torch"] = made(config, mock.patch.object(FusedNetwork, "packed", torchs_packing))
+        found["autograd, Adamax through torch.compile"] = made(config, autograd)
+        found["the same, and pixels instead of blocks"] = made(config, autograd, pixels)
+        found["autograd, torch's Adamax"] = made(replace(config, compile="off"))
+    if config.precision == "bfloat16":
+        found["float32"] = made(replace(config, precision="float32"))
+        found["float32, autograd, torch's Adamax, pixels"] = made(
+            replace(config, precision="float32", compile="off"), pixels
+        )
+    return found
+
+
+def profile(updates: Callable[[int], None], count: int) -> dict[str, float]:
+    """Return the milliseconds per update of torch's operations and of ours, by name."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watched
+
+    with watched(activities=[ProfilerActivity.CPU]) as seen:
+        started = time.perf_counter()
+        updates(count)
+        took = time.perf_counter() - started
+    spent = {event.key: event.self_cpu_time_total / count / 1e3 for event in seen.key_averages()}
+    largest = dict(sorted(spent.items(), key=lambda entry: -entry[1])[:10])
+    return largest | {"everything else, the compiled pass included": took / count * 1e3 - sum(largest.values())}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = cli.parse(Arguments, words)
+    keep_freed_memory()
+    if arguments.num_threads:
+        torch.set_num_threads(arguments.num_threads)
+    config = replace(
+        load("paper"),
+        game="breakout",
+        param=arguments.param,
+        batch_size=arguments.batch_size,
+        precision=arguments.precision,
+        device="cpu",
+    )
+    config = resolve_device(resolve(config))
+    made = variants(config, filled_replay())
+    for updates in made.values():
+        updates(10)  # compiles
+    took: dict[str, list[float]] = defaultdict(list)
+    spent: dict[str, list[float]] = defaultdict(list)
+    for _ in range(arguments.rounds):
+        for name, updates in made.items():
+            started, busy = time.perf_counter(), time.process_time()
+            updates(arguments.updates)
+            took[name].append((time.perf_counter() - started) / arguments.updates * 1e3)
+            spent[name].append((time.process_time() - busy) / arguments.updates * 1e3)
+    print(f"minibatch {config.batch_size}, {config.param}, {config.precision}, {torch.get_num_threads()} threads")
+    for name, times in took.items():
+        cpu = statistics.median(spent[name])
+        print(f"{name:45} {statistics.median(times):6.2f} ms, at best {min(times):6.2f} ms, {cpu:6.2f} ms of CPU time")
+    print("\nwhere the time of everything on goes, ms:")
+    for name, milliseconds in profile(made["everything on"], 4 * arguments.updates).items():
+        print(f"{name:45} {milliseconds:6.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
