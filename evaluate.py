@@ -69,6 +69,11 @@ class EvaluateArguments:
     """Write every episode's score and length, and how they were played, to this file."""
     csv: str | None = None
     """Write one row a checkpoint to this file."""
+    replay_episode: str | None = None
+    """Play nothing new: show an episode of a run's training again, best, longest or its number in episodes.csv. Needs
+    --video."""
+    video: str | None = None
+    """The film of it, FILE.mp4, in colour at the console's 60 frames a second."""
     export: tuple[Literal["sb3", "torch", "onnx"], str] | None = None
     """Play nothing and write the network to a file instead: sb3 OUT.zip (for stable_baselines3.DQN.load), torch OUT.pt2
     (a torch.export program) or onnx OUT.onnx, the parameterization folded into plain weights."""
@@ -98,6 +103,10 @@ def main(arguments: Sequence[str]) -> int:
         param_options=wanted.param_options,
     )
     paths = scoring.expand(wanted.checkpoints)
+    if wanted.replay_episode is not None and wanted.video is not None:
+        from wn_rl.report import training_episode
+
+        return training_episode.film_command(paths, wanted.replay_episode, Path(wanted.video))
     if wanted.export is not None:
         from wn_rl import export
 
@@ -132,8 +141,13 @@ def _check(wanted: EvaluateArguments, changes: dict[str, Any]) -> None:
         raise UsageError("nothing to score is named: add a CHECKPOINT_OR_RUN")
     if wanted.export is not None and (wanted.json or wanted.csv):
         raise UsageError("--export plays nothing, so it has no scores for --json or --csv: leave one of them out")
+    if (wanted.replay_episode is None) != (wanted.video is None):
+        raise UsageError("--replay-episode and --video FILE.mp4 belong together: add the other one")
+    if wanted.replay_episode is not None and (wanted.json or wanted.csv or wanted.export):
+        raise UsageError("--replay-episode scores nothing: leave out --json, --csv and --export")
     exported = wanted.export[1] if wanted.export else None
-    for flag, name in (("--json", wanted.json), ("--csv", wanted.csv), ("--export", exported)):
+    outputs = (("--json", wanted.json), ("--csv", wanted.csv), ("--export", exported), ("--video", wanted.video))
+    for flag, name in outputs:
         if name is not None:
             _check_writable(flag, Path(name))
 

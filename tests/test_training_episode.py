@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import av
 import pytest
 
+import evaluate
 from agents.dqn import DQN
 from tests.small_runs import tiny
 from wn_rl.errors import CheckpointError, UsageError
@@ -54,6 +56,35 @@ def test_best_and_longest_are_those_of_the_csv(run: Path) -> None:
 def test_an_episode_that_is_not_there_is_refused(run: Path, which: str) -> None:
     with pytest.raises(UsageError, match="--replay-episode"):
         training_episode(run, which)
+
+
+def test_the_command_writes_a_film_and_says_what_it_shows(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(run), "--replay-episode", "best", "--video", str(tmp_path / "best.mp4")]) == 0
+    said = capsys.readouterr().out
+    best = training_episode(run, "best")
+    assert said.startswith(f"training episode {best.number}, ended at frame {best.frames:,}: {best.episode_return:g} ")
+    with av.open(str(tmp_path / "best.mp4")) as film:
+        stream = film.streams.video[0]
+        assert stream.average_rate == 60
+        assert (stream.height, stream.width) == (420, 320)
+        assert sum(1 for _ in film.decode(stream)) == len(list(best.pictures))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--replay-episode", "best"], "belong together"),
+        (["--video", "x.mp4"], "belong together"),
+        (["--replay-episode", "best", "--video", "x.avi"], "must end in .mp4"),
+        (["--replay-episode", "best", "--video", "nowhere/x.mp4"], "not a file in an existing directory"),
+        (["--replay-episode", "best", "--video", "x.mp4", "--json", "x.json"], "scores nothing"),
+    ],
+)
+def test_flags_that_do_not_go_together(run: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate.main([str(run), *flags])
 
 
 def test_a_csv_that_does_not_fit_is_told(run: Path, tmp_path: Path) -> None:

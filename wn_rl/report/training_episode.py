@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from wn_rl.atari.journal import Mark, PlayedEpisode, read_history
 from wn_rl.atari.render import RenderedFrame, render
 from wn_rl.errors import CheckpointError, UsageError, WnRlError
 from wn_rl.evaluation import environment_options
+from wn_rl.report.video import Picture, write_video
 from wn_rl.runs import RunDirectory, read_rows
 from wn_rl.training import training_seeds
 
@@ -96,3 +97,35 @@ def _choose(
     raise UsageError(
         f"--replay-episode {which}: the journal of {directory} holds episodes {found[0][0]:,} to {found[-1][0]:,}"
     )
+
+
+def film_command(paths: Sequence[Path], which: str, video: Path) -> int:
+    """Write the film of a training episode and say which one it is; returns the exit code.
+
+    Raises:
+        UsageError: not one run, or see :func:`training_episode`.
+        WnRlError: the film cannot be written, or the game does something else than in the run.
+    """
+    if len(paths) != 1:
+        raise UsageError(f"--replay-episode shows one run, not {len(paths)}")
+    episode = training_episode(paths[0], which)
+    seen = 0.0
+
+    def pictures() -> Iterator[Picture]:
+        nonlocal seen
+        for frame in episode.pictures:
+            seen += frame.reward
+            yield frame.picture
+
+    count = write_video(pictures(), video)
+    if seen != episode.episode_return:
+        video.unlink()
+        raise WnRlError(
+            f"episode {episode.number:,} gave {seen:g} points when it was played again and "
+            f"{episode.episode_return:g} in training: another version of ale-py?"
+        )
+    print(
+        f"training episode {episode.number:,}, ended at frame {episode.frames:,}: {episode.episode_return:g} points in "
+        f"{episode.length:,} agent steps; {count:,} pictures written to {video}"
+    )
+    return 0
