@@ -12,7 +12,7 @@ HELP = """Train a DQN with a weight parameterization of your choice on an Atari 
 
 A flag beats the file of --config, which beats the preset. Three more flags:
   --config FILE.yaml   configuration keys from a file; the config.yaml of a run repeats it
-  --resume RUN_DIR     go on from the run's last checkpoint (its replay is filled anew before the next update)
+  --resume RUN_DIR     go on from the run's last checkpoint, exactly (what its replay held is played again first)
   --quiet              print nothing but errors
 
 Units: a frame is one emulator frame; an agent step is one decision, 4 frames; an update is one optimizer step.

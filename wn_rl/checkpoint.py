@@ -334,7 +334,8 @@ def _described(description: Any) -> tuple[TrainConfig, QNetworkSpec, int, dict[s
     for part in ("config", "network", "training", "sha256", "versions"):
         if not isinstance(description[part], dict):
             raise CheckpointError(f"{part} is not a mapping")
-    if _JSON in description["sha256"] and description != seal(description):
+    sealed = description["format"] not in (1, 2) or _JSON in description["sha256"]  # earlier formats had no seal
+    if sealed and description != seal(description):
         raise CheckpointError("it is damaged: its checksum does not match")
     if description["format"] not in (1, 2, FORMAT):
         raise OtherVersionError(

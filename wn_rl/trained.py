@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import zipfile
 from collections.abc import Mapping
@@ -119,7 +120,10 @@ def _settled(path: Path) -> checkpoint.Checkpoint:
     for attempt in range(PATIENCE):
         before = _stamp(path)
         try:
-            return checkpoint.load(path, with_training=False)
+            saved = checkpoint.load(path, with_training=False)
+            if saved.notice is not None:
+                print(saved.notice, file=sys.stderr)
+            return saved
         except CheckpointError as error:
             writing = _being_written(path)
             if attempt == PATIENCE - 1 or (not writing and _stamp(path) == before):
