@@ -132,6 +132,7 @@ class DQN:
         self.updates = 0
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._summed_updates = 0
+        self._restored_gradient_norm = math.nan
         self._offending = torch.full((config.batch_size,), -1, dtype=torch.int64, device=device)
 
     def _autocast(self) -> torch.autocast:
@@ -298,7 +299,7 @@ class DQN:
         if isinstance(self.optimizer, FusedAdamax):
             self.optimizer.write_gradients()
         gradients = [parameter.grad for parameter in self.q_network.parameters() if parameter.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else float("nan")
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else self._restored_gradient_norm
 
     def watch_next_update(self) -> None:
         """Measure the effective learning rate of the next update, which then waits for the device."""
@@ -330,6 +331,7 @@ class DQN:
             "norms": {str(index): entry.norm for index, entry in enumerate(self._deferred)},
             "generator": self.generator.get_state(),
             "updates": self.updates,
+            "gradient_norm": self.gradient_norm() if self.updates else None,
             "sums": self._sums.clone(),
             "summed_updates": self._summed_updates,
         }
@@ -350,5 +352,6 @@ class DQN:
                 self._deferred[int(key)].restore(norm)
         self.generator.set_state(state["generator"].cpu())
         self.updates = int(state["updates"])
+        self._restored_gradient_norm = math.nan if state["gradient_norm"] is None else float(state["gradient_norm"])
         self._sums.copy_(state["sums"])
         self._summed_updates = int(state["summed_updates"])
