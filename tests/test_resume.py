@@ -79,7 +79,7 @@ def interrupted_run(directory: Path, config: TrainConfig, after: list[int]) -> N
         {"param": "wn"},
         {"param": "wn", "num_envs": 1},
         {"param": "wn", "num_envs": 16, "precision": "bfloat16", "frames": 4000},
-        {"param": "wn", "sticky_actions": 0.25, "num_envs": 2},
+        {"param": "wn", "sticky_actions": 0.25, "num_envs": 2, "journal": "replay", "checkpoint_period": 60},
         pytest.param({"param": "standard", "optimizer": "rmsprop_mnih", "learning_rate": 1e-4}, marks=pytest.mark.slow),
         {"param": "wn", "compile": "on"},
     ],

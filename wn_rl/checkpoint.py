@@ -247,7 +247,8 @@ def find(path: Path) -> Path:
 def _places(path: Path) -> list[Path]:
     """Return the checkpoint directories that ``path`` can mean, the newest first; at least one."""
     try:
-        if not path.exists():
+        # A run that died between the two renames of a save has but the one before.
+        if not path.exists() and not Path(f"{path}.previous").exists():
             raise CheckpointError(f"{path} does not exist")
         for candidate in (path, path / "checkpoints" / "latest"):
             both = (candidate, Path(f"{candidate}.previous"))
