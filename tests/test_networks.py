@@ -346,3 +346,14 @@ def test_the_hidden_layers_size_counts_the_convolutions_too() -> None:
     assert read(values | {"convolutions": []}).flat_features() * 65_536 == MAX_PARAMETERS
     with pytest.raises(CheckpointError, match="more than 268,435,456 parameters"):
         read(values | {"convolutions": [[1, 1, 1]]})
+
+
+def test_a_hook_sees_a_layers_output_before_the_relu() -> None:
+    network = build_q_network(QNetworkSpec(4, "wn", hidden_units=8), seed=0)
+    seen: list[torch.Tensor] = []
+    for layer in (*network.convolutions, network.hidden):
+        layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    network(torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8))
+    assert all(bool((output < 0).any()) for output in seen)
+    network.hidden.register_full_backward_hook(lambda *_: None)
+    network(torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)).sum().backward()

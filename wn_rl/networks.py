@@ -268,8 +268,8 @@ class QNetwork(nn.Module):
         for index, convolution in enumerate(self.convolutions):
             x = forward(convolution, x)
             # In order of rows before the last ReLU: its backward pass is slow where two orders meet.
-            x = torch.relu_(x.flatten(1) if index == len(self.convolutions) - 1 else x)
-        return torch.relu_(forward(self.hidden, x.flatten(1)))
+            x = _relu(convolution, x.flatten(1) if index == len(self.convolutions) - 1 else x)
+        return _relu(self.hidden, forward(self.hidden, x.flatten(1)))
 
     def _pixels(self, observations: Tensor) -> Tensor:
         """Return what the first layer takes: pixels from 0 to 1, or packed."""
@@ -298,6 +298,12 @@ class QNetwork(nn.Module):
     def precision(self) -> torch.dtype:
         """The dtype of the trained parameters."""
         return next(self.output.parameters()).dtype
+
+
+def _relu(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return max(x, 0), in place unless a hook of the layer whose output ``x`` is may have kept it."""
+    hooked = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return torch.relu(x) if hooked else torch.relu_(x)
 
 
 def _initialize(layer: nn.Conv2d | nn.Linear, weight_init: WeightInit) -> None:
