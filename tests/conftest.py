@@ -43,7 +43,15 @@ def save_checkpoint() -> Callable[..., Path]:
     ) -> Path:
         config = resolve(replace(load("quick"), game=game, param=param, hidden_units=16, **keys))
         actions = FULL_ACTION_SET if config.full_action_set else minimal_actions(config.game)
-        spec = QNetworkSpec(actions, param, hidden_units=16, layers=config.param_layers, options=config.param_options)
+        assert config.weight_init is not None
+        spec = QNetworkSpec(
+            actions,
+            param,
+            hidden_units=16,
+            layers=config.param_layers,
+            options=config.param_options,
+            weight_init=config.weight_init,
+        )
         checkpoint.save(
             directory / "checkpoints" / "latest",
             config=asdict(config),

@@ -197,10 +197,14 @@ class FirstConvolution(nn.Conv2d):
     """
 
     def packs(self, observations: Tensor) -> bool:
-        """Return whether ``observations`` can be packed for this layer and it pays: on CPUs, for square blocks."""
+        """Return whether ``observations`` can be packed for this layer and it pays: on CPUs, for square blocks.
+
+        Not in an exported program: other runtimes know no views of bytes as words.
+        """
         size, stride = self.kernel_size[0], self.stride[0]
         return (
-            observations.device.type == "cpu"
+            not torch.compiler.is_exporting()
+            and observations.device.type == "cpu"
             and observations.dtype == torch.uint8
             and stride in BYTES
             and size % stride == 0
