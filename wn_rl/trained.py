@@ -121,9 +121,11 @@ def _settled(path: Path) -> checkpoint.Checkpoint:
         before = _stamp(path)
         try:
             saved = checkpoint.load(path, with_training=False)
-            if saved.notice is not None:
+            if saved.notice is None:
+                return saved
+            if attempt == PATIENCE - 1 or (not _being_written(path) and _stamp(path) == before):
                 print(saved.notice, file=sys.stderr)
-            return saved
+                return saved
         except CheckpointError as error:
             writing = _being_written(path)
             if attempt == PATIENCE - 1 or (not writing and _stamp(path) == before):

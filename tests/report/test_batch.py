@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,15 +216,15 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(
     tmp_path: Path, save_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_checkpoint(tmp_path / "run")
-    real, calls = checkpoint._tensors, []
+    real, calls = checkpoint.read_tensors, []
 
-    def replaced(directory: Path, name: str, digest: object) -> object:
-        calls.append(name)
+    def replaced(file: Path, **named: Any) -> object:
+        calls.append(file)
         if len(calls) == 1:  # another process saves between the description and the weights
             save_checkpoint(tmp_path / "run", seed=9)
-        return real(directory, name, digest)
+        return real(file, **named)
 
-    monkeypatch.setattr(checkpoint, "_tensors", replaced)
+    monkeypatch.setattr(checkpoint, "read_tensors", replaced)
     assert trained.load(path).seed == 9
     assert len(calls) == 2
 
