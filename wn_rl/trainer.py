@@ -318,27 +318,26 @@ def train(
     )
     check_memory(config, memory, torch.device(config.device))
     files = RunDirectory(directory)
-    if resume is None:
-        files.create(to_yaml(config))
-    with files.locked():
-        return _train_locked(config, make_agent, files, memory, resume, quiet=quiet)
+    _refuse_finished(config, files, resume)
+    run = _Run(config, make_agent, files)
+    try:
+        if resume is None:
+            files.create(to_yaml(config))
+        with files.locked():
+            return _train_locked(run, memory, resume, quiet=quiet)
+    finally:
+        run.env.close()
 
 
-def _train_locked(
-    config: TrainConfig,
-    make_agent: MakeAgent,
-    files: RunDirectory,
-    memory: MemoryPlan,
-    resume: checkpoint.Checkpoint | None,
-    *,
-    quiet: bool,
-) -> int:
+def _refuse_finished(config: TrainConfig, files: RunDirectory, resume: checkpoint.Checkpoint | None) -> None:
     frames = resume.agent_steps * FRAME_SKIP if resume else 0
     if resume and frames >= config.frames and resume.training["run"].get("evaluated_at") == resume.agent_steps:
         raise UsageError(f"{files.path} is finished at frame {frames:,}: raise --frames to go on")
-    run = _Run(config, make_agent, files)
-    loop = run.loop
-    progress = Progress(config.frames, frames, quiet=quiet)
+
+
+def _train_locked(run: _Run, memory: MemoryPlan, resume: checkpoint.Checkpoint | None, *, quiet: bool) -> int:
+    config, files, loop = run.config, run.directory, run.loop
+    progress = Progress(config.frames, resume.agent_steps * FRAME_SKIP if resume else 0, quiet=quiet)
     dashboard: Dashboard | None = None
     try:
         with _Signals() as signals:
@@ -375,7 +374,6 @@ def _train_locked(
         progress.close()
         if dashboard is not None:
             dashboard.close()
-        run.env.close()
 
 
 class _StoppedError(Exception):
