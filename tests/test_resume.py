@@ -96,7 +96,14 @@ def test_interrupted_is_as_never_interrupted(tmp_path: Path, changes: dict[str, 
         assert parts[tag] == whole[tag], tag
 
 
-@pytest.mark.parametrize("param", [name for name in names() if name not in ("standard", "wn")])
+@pytest.mark.parametrize(
+    "param",
+    [
+        pytest.param(name, marks=() if name in ("bn", "wn_projected") else pytest.mark.slow)
+        for name in names()
+        if name not in ("standard", "wn")
+    ],
+)
 def test_every_parameterization_goes_on_exactly(tmp_path: Path, param: str) -> None:
     config = tiny(param=param, frames=1600)
     assert train(config, DQN, tmp_path / "whole", quiet=True) == 0
@@ -147,7 +154,7 @@ def test_killed_at_random_moments_some_of_them_inside_a_checkpoint(tmp_path: Pat
     whole = command(None, *flags, "--run-dir", str(tmp_path / "whole"))
     assert whole.communicate()[1] == ""
     rng = random.Random(4)
-    waits = [(rng.uniform(5, 9), signal.SIGKILL) for _ in range(3)] + [(6.0, signal.SIGINT)]
+    waits = [(rng.uniform(5, 9), signal.SIGKILL) for _ in range(2)] + [(6.0, signal.SIGINT)]
     assert killed_run(tmp_path / "parts", flags, waits, "0") >= 1
     assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
 
