@@ -22,9 +22,10 @@ from agents.dqn import DQN
 from tests.small_runs import Interrupted, small_flags, stopped_run, tiny
 from wn_rl import checkpoint
 from wn_rl.atari.journal import Mark, read_history
-from wn_rl.config import TrainConfig
-from wn_rl.errors import CheckpointError, WnRlError
+from wn_rl.config import TrainConfig, to_yaml
+from wn_rl.errors import CheckpointError, UsageError, WnRlError
 from wn_rl.parameterizations import names
+from wn_rl.runs import RunDirectory
 from wn_rl.trainer import open_for_resume, train
 from wn_rl.training import TrainingLoop
 
@@ -392,6 +393,15 @@ def test_a_trimmed_journal_keeps_what_the_checkpoint_before_needs(tmp_path: Path
     resumed, saved = open_for_resume(tmp_path, {"frames": 4400})
     assert saved.notice is not None
     assert train(resumed, DQN, tmp_path, resume=saved, quiet=True) == 0
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
+    config = tiny()
+    RunDirectory(tmp_path).create(to_yaml(config))
+    with pytest.raises(UsageError, match=r"has no checkpoint yet: name another --run-dir; --config .* repeats it"):
+        train(config, DQN, tmp_path, quiet=True)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        open_for_resume(tmp_path, {})
 
 
 def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
