@@ -145,6 +145,8 @@ def _check(wanted: EvaluateArguments, changes: dict[str, Any]) -> None:
         raise UsageError("--replay-episode and --video FILE.mp4 belong together: add the other one")
     if wanted.replay_episode is not None and (wanted.json or wanted.csv or wanted.export):
         raise UsageError("--replay-episode scores nothing: leave out --json, --csv and --export")
+    if wanted.json and wanted.csv and Path(wanted.json).absolute() == Path(wanted.csv).absolute():
+        raise UsageError(f"--json and --csv both name {wanted.json}: one would replace the other")
     exported = wanted.export[1] if wanted.export else None
     outputs = (("--json", wanted.json), ("--csv", wanted.csv), ("--export", exported), ("--video", wanted.video))
     for flag, name in outputs:

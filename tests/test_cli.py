@@ -95,6 +95,7 @@ def test_a_wrong_word_to_train_is_one_line(
         ("nowhere --epsilon nan", 2, "--epsilon must be"),
         ("nowhere --episode 3", 2, "Did you mean --episodes"),
         ("nowhere --json no/such/file.json", 2, "--json no/such/file.json"),
+        ("nowhere --json scores --csv ./scores", 2, "--json and --csv both name scores"),
     ],
 )
 def test_a_wrong_word_to_evaluate_is_one_line(

@@ -17,13 +17,17 @@ from typing import Any
 import pytest
 import torch
 
+from agents import native
 from agents.dqn import DQN
 from tests.small_runs import Interrupted, small_flags, stopped_run, tiny
 from wn_rl import checkpoint
-from wn_rl.config import TrainConfig
-from wn_rl.errors import CheckpointError, WnRlError
+from wn_rl.atari.journal import Mark, read_history
+from wn_rl.config import TrainConfig, to_yaml
+from wn_rl.errors import CheckpointError, UsageError, WnRlError
 from wn_rl.parameterizations import names
+from wn_rl.runs import RunDirectory
 from wn_rl.trainer import open_for_resume, train
+from wn_rl.training import TrainingLoop
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -164,6 +168,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from wn_rl import checkpoint
+from wn_rl.atari.journal import Mark, read_history
 from wn_rl.config import load, resolve
 from wn_rl.networks import QNetworkSpec, build_q_network
 from dataclasses import asdict, replace
@@ -297,6 +302,14 @@ class TestRefusals:
             holder.wait()
         assert train(config, DQN, run, resume=saved, quiet=True) == 0  # a killed process holds no lock
 
+    def test_a_run_that_went_on_in_the_meantime(self, run: Path) -> None:
+        config, saved = open_for_resume(run, {})
+        assert self.resume(run, frames=1600) == 0  # another process, between reading the checkpoint and the lock
+        before = self.files(run)
+        with pytest.raises(WnRlError, match="written to by another process in the meantime: --resume it again"):
+            train(config, DQN, run, resume=saved, quiet=True)
+        assert self.files(run) == before
+
     def test_a_damaged_journal(self, run: Path) -> None:
         data = bytearray((run / "journal.bin").read_bytes())
         data[len(data) // 2] ^= 1
@@ -368,6 +381,65 @@ class TestRefusals:
         found, wanted = state_of(run), state_of(whole)
         assert found["episodes"] == wanted["episodes"]
         assert found["replay/checksum"] == wanted["replay/checksum"]
+
+
+def test_a_trimmed_journal_keeps_what_the_checkpoint_before_needs(tmp_path: Path) -> None:
+    config = tiny(
+        param="standard",
+        frames=9000,
+        journal="replay",
+        checkpoint_period=200,
+        evaluation_period=10**6,
+        max_frames_per_episode=200,
+    )
+    stopped_run(tmp_path, config, after=270)
+    mark = checkpoint.load(tmp_path).training["loop"]
+    history = read_history(tmp_path / "journal.bin", 3, 0, Mark(mark["rows"], mark["journal"]))
+    assert history.first_row > 0  # it was trimmed
+    os.truncate(tmp_path / "checkpoints" / "latest" / "training.safetensors", 100)
+    resumed, saved = open_for_resume(tmp_path, {"frames": 4400})
+    assert saved.notice is not None
+    assert train(resumed, DQN, tmp_path, resume=saved, quiet=True) == 0
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
+    config = tiny()
+    RunDirectory(tmp_path).create(to_yaml(config))
+    with pytest.raises(UsageError, match=r"has no checkpoint yet: name another --run-dir; --config .* repeats it"):
+        train(config, DQN, tmp_path, quiet=True)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        open_for_resume(tmp_path, {})
+
+
+def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = TrainingLoop.start
+
+    def stopped_start(loop: TrainingLoop) -> None:
+        start(loop)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingLoop, "start", stopped_start)
+        assert train(tiny(frames=1200), DQN, tmp_path / "parts", quiet=True) == 143
+    resumed, saved = open_for_resume(tmp_path / "parts", {})
+    assert saved.agent_steps == 0
+    assert train(resumed, DQN, tmp_path / "parts", resume=saved, quiet=True) == 0
+    assert train(tiny(frames=1200), DQN, tmp_path / "whole", quiet=True) == 0
+    assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("first", "then"), [("compiled", "fused"), ("fused", "compiled"), ("compiled", "off")])
+def test_a_step_that_is_compiled_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, then: str
+) -> None:
+    load = native.load
+    monkeypatch.setattr(native, "load", load if first == "fused" else lambda: "there is no C compiler")
+    stopped_run(tmp_path, tiny(param="wn", hidden_units=512, compile="on"), after=5)
+    monkeypatch.setattr(native, "load", load if then == "fused" else lambda: "there is no C compiler")
+    saved = checkpoint.load(tmp_path)
+    changes = {"compile": "off"} if then == "off" else {}
+    resumed, saved = open_for_resume(tmp_path, {"frames": saved.agent_steps * 4 + 40} | changes)
+    assert train(resumed, DQN, tmp_path, resume=saved, quiet=True) == 0
 
 
 def test_a_missing_previous_checkpoint_is_said(tmp_path: Path) -> None:

@@ -256,7 +256,10 @@ def _places(path: Path) -> list[Path]:
                 return places
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {shown(path)}: {getattr(error, 'strerror', error)}") from None
-    raise CheckpointError(f"{path} holds no checkpoint ({_JSON} is missing); a run saves its first at an evaluation")
+    raise CheckpointError(
+        f"{path} holds no checkpoint ({_JSON} is missing); a run saves its first after --checkpoint-seconds, at an "
+        "evaluation, or when it is told to stop"
+    )
 
 
 def load(path: Path, *, with_training: bool = True) -> Checkpoint:

@@ -126,10 +126,7 @@ class Replay:
         return sum(tensor.nbytes for tensor in tensors)
 
     def start(self, frames: Array) -> None:
-        """Store the first frame of every emulator's episode: uint8, shape (N, 84, 84).
-
-        Called again (after a resume), the unfinished step before it is dropped.
-        """
+        """Store the first frame of every emulator's episode: uint8, shape (N, 84, 84)."""
         self._observe(frames, np.ones(self.num_envs, bool))
 
     @property

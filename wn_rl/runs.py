@@ -61,8 +61,13 @@ class RunDirectory:
             WnRlError: it cannot be written.
         """
         try:
-            if self.config.exists() or self.latest.exists():
+            if self.latest.exists() or self.latest.with_name("latest.previous").exists():
                 raise UsageError(f"{self.path} already holds a run: name another --run-dir, or --resume {self.path}")
+            if self.config.exists():  # there is nothing yet to go on from
+                raise UsageError(
+                    f"{self.path} already holds a run, which has no checkpoint yet: name another --run-dir; "
+                    f"--config {self.config} repeats it"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.evaluations, _csv_lines([EVALUATION_COLUMNS]))
             write_atomically(self.episodes, _csv_lines([EPISODE_COLUMNS]))

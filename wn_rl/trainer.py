@@ -23,7 +23,7 @@ from wn_rl.atari.env import FRAME_SIDE, FRAME_SKIP, STACK_SIZE, make_atari
 from wn_rl.atari.games import find_game
 from wn_rl.atari.journal import Journal, Mark
 from wn_rl.config import TrainConfig, to_yaml, validate
-from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
+from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError, WnRlError
 from wn_rl.evaluation import (
     EvaluationInterrupted,
     EvaluationProtocol,
@@ -109,6 +109,7 @@ class _Run:
         self.final: dict[str, float] | None = None
         self.earlier_seconds = 0.0
         self.overestimation = math.nan
+        self._first_row_before = 0  # oldest row that the replay held at the latest checkpoint
 
     @property
     def finished(self) -> bool:
@@ -178,9 +179,13 @@ class _Run:
         return path
 
     def trim_journal(self) -> None:
-        """Forget what no resumed run needs, where the configuration says so; after a checkpoint."""
+        """Forget what no resumed run needs, where the configuration says so; after each latest checkpoint.
+
+        What the checkpoint before it needs stays: the run goes on from that one if the latest is damaged.
+        """
         if self.config.journal == "replay":
-            self.journal.trim(self.loop.first_row_kept)
+            self.journal.trim(self._first_row_before)
+        self._first_row_before = self.loop.first_row_kept
 
     def restore(self, saved: checkpoint.Checkpoint, on_progress: Callable[[int, int], None]) -> None:
         """Bring everything to where it was at the checkpoint; nothing on the disk changes.
@@ -194,6 +199,10 @@ class _Run:
                 # The random numbers of another kind of device cannot go on; new ones must not repeat the first.
                 agent = agent | {"generator": torch.Generator(device).manual_seed(self._new_seed()).get_state()}
             expected = self.loop.agent.state_dict()
+            if agent.get("norms", {}).keys() != expected.get("norms", {}).keys():
+                # Their step was compiled, or finished, in another way: norms are then computed anew from the weights.
+                agent = {key: value for key, value in agent.items() if key != "norms"}
+                expected |= {"norms": {}}
             parameters = list(self.loop.agent.q_network.parameters())
             checkpoint.check_state(agent, expected, parameters, place="agent/")
             self.loop.agent.load_state_dict(saved.weights, agent)
@@ -202,6 +211,7 @@ class _Run:
                 raise ValueError("two counters of agent steps differ")
             history = self.journal.open(Mark(int(loop["rows"]), str(loop["journal"])))
             self.loop.rebuild(history, on_progress)
+            self._first_row_before = self.loop.first_row_kept
             if self.loop.agent_steps != saved.agent_steps:
                 raise ValueError(f"the journal holds {self.loop.agent_steps:,} agent steps, not {saved.agent_steps:,}")
             self.loop.replay.load_state_dict(saved.training["replay"], same_device=saved.config.device == device)
@@ -324,6 +334,8 @@ def train(
         if resume is None:
             files.create(to_yaml(config))
         with files.locked():
+            if resume is not None:
+                _check_newest(resume, files)
             return _train_locked(run, memory, resume, quiet=quiet)
     finally:
         run.env.close()
@@ -374,6 +386,17 @@ def _train_locked(run: _Run, memory: MemoryPlan, resume: checkpoint.Checkpoint |
         progress.close()
         if dashboard is not None:
             dashboard.close()
+
+
+def _check_newest(resume: checkpoint.Checkpoint, files: RunDirectory) -> None:
+    """Refuse to go on from a checkpoint that another process replaced before this one had the lock.
+
+    Raises:
+        WnRlError: it did; what it wrote after that checkpoint would be cut or put aside as damaged.
+    """
+    now = checkpoint.load(files.path)
+    if (now.path, now.agent_steps) != (resume.path, resume.agent_steps):
+        raise WnRlError(f"{files.path} was written to by another process in the meantime: --resume it again")
 
 
 class _StoppedError(Exception):
@@ -518,7 +541,8 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
         )
         if by_steps or time.monotonic() - saved_time >= config.checkpoint_seconds:
             save(files.latest)
-    if saved_at != loop.agent_steps or unwritten:
+    # A new run that is stopped before its first step needs a checkpoint to go on from, too.
+    if saved_at != loop.agent_steps or unwritten or not files.latest.exists():
         save(files.latest)
     if done and run.final is not None and run.best is not None:
         dashboard.hparams(loop.frames, config, final=run.final["mean"], best=run.best["mean"])
@@ -561,7 +585,7 @@ def _record_evaluation(run: _Run, dashboard: Dashboard, progress: Progress, resu
     }
     if run.best is None or run.final["mean"] > run.best["mean"]:
         run.best = run.final
-    files.append(files.evaluations, [tuple(run.final.values())])
+    files.append(files.evaluations, [tuple(run.final.values())], sync=True)
     dashboard.evaluation(frames, result)
     dashboard.scalars(frames, {diagnostics.OVERESTIMATION: run.overestimation})
     progress.evaluation(frames, result)
