@@ -11,7 +11,7 @@ import pytest
 import evaluate
 from agents.dqn import DQN
 from tests.small_runs import tiny
-from wn_rl.errors import CheckpointError, UsageError
+from wn_rl.errors import CheckpointError, UsageError, WnRlError
 from wn_rl.report.training_episode import training_episode
 from wn_rl.trainer import train
 
@@ -85,6 +85,21 @@ def test_the_command_writes_a_film_and_says_what_it_shows(
 def test_flags_that_do_not_go_together(run: Path, flags: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluate.main([str(run), *flags])
+
+
+def test_other_points_than_in_training_are_told_and_leave_an_older_film(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    lines = (run / "episodes.csv").read_text().splitlines(keepends=True)
+    frames, _, length = lines[1].split(",")
+    (tmp_path / "run" / "episodes.csv").write_text("".join([lines[0], f"{frames},7777,{length}", *lines[2:]]))
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"older")
+    with pytest.raises(WnRlError, match="7777 in training"):
+        evaluate.main([str(tmp_path / "run"), "--replay-episode", "best", "--video", str(film)])
+    assert film.read_bytes() == b"older"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "run"]
 
 
 def test_a_csv_that_does_not_fit_is_told(run: Path, tmp_path: Path) -> None:

@@ -367,6 +367,8 @@ def _train_locked(run: _Run, memory: MemoryPlan, resume: checkpoint.Checkpoint |
                 run.journal.cut()
                 checkpoint.settle(files.latest, resume.path)
                 files.write_config(to_yaml(config))
+                if config != resume.config:  # else a kill before the next checkpoint would undo the change
+                    run.save(files.latest)
             dashboard = Dashboard(files.path, resume_frames=loop.frames if resume else None)
             dashboard.describe(to_yaml(config))
             try:

@@ -116,14 +116,13 @@ def film_command(paths: Sequence[Path], which: str, video: Path) -> int:
         for frame in episode.pictures:
             seen += frame.reward
             yield frame.picture
+        if seen != episode.episode_return:  # raised here, the film is not written
+            raise WnRlError(
+                f"episode {episode.number:,} gave {seen:g} points when it was played again and "
+                f"{episode.episode_return:g} in training: another version of ale-py?"
+            )
 
     count = write_video(pictures(), video)
-    if seen != episode.episode_return:
-        video.unlink()
-        raise WnRlError(
-            f"episode {episode.number:,} gave {seen:g} points when it was played again and "
-            f"{episode.episode_return:g} in training: another version of ale-py?"
-        )
     print(
         f"training episode {episode.number:,}, ended at frame {episode.frames:,}: {episode.episode_return:g} points in "
         f"{episode.length:,} agent steps; {count:,} pictures written to {video}"
