@@ -226,7 +226,7 @@ def loop_of(config: TrainConfig, path: Path) -> TrainingLoop:
     steps=st.integers(0, 420),
     period=st.sampled_from([1, 150, 10**6]),
 )
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_emulators_and_replay_get_to_where_they_were(
     tmp_path: Path, sticky: float, game: str, num_envs: int, capacity: int, cap: int, steps: int, period: int
 ) -> None:
