@@ -21,6 +21,8 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from wn_rl import cli
 from wn_rl.atari.env import NO_CAP, make_atari
 from wn_rl.atari.games import find_game
