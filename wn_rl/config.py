@@ -222,8 +222,8 @@ class TrainConfig:
     checkpoint_period: Count = 0
     """Agent steps between checkpoints, besides those by time; 0: none."""
     journal: Literal["whole", "replay"] = "whole"
-    """What is kept of what was played: everything (at most 0.8 MB per million agent steps), so that every training episode
-    can be seen again, or what a resumed run needs to fill its replay."""
+    """What is kept of what was played: everything (at most 0.8 MB per million agent steps), so that every training
+    episode can be seen again, or what a resumed run needs to fill its replay."""
     reseed_period: Count = 100_000
     """Agent steps after which an emulator with sticky actions is seeded anew, at its next episode's start: a resumed
     run plays so many again before what its replay holds."""
