@@ -71,8 +71,11 @@ def test_stable_baselines3_loads_it_with_its_own_atari_environment(
     export.export(trained.load(run), "sb3", out)
     env = VecFrameStack(DummyVecEnv([lambda: AtariWrapper(gymnasium.make("BreakoutNoFrameskip-v4"))]), 4)
     model = DQN.load(out, env=env, device="cpu", buffer_size=50, learning_starts=8)
+    before = {name: weight.clone() for name, weight in model.q_net.state_dict().items()}
     model.learn(16)  # it can be trained on
     env.close()
+    assert model.num_timesteps == 16
+    assert any(not torch.equal(before[name], weight) for name, weight in model.q_net.state_dict().items())
 
 
 @pytest.mark.parametrize("param", ["wn", "bn", "ln"])

@@ -48,7 +48,7 @@ def one_clear_line(result: subprocess.CompletedProcess[str], *parts: str) -> Non
 
 
 def goes_on(directory: Path) -> None:
-    """Assert that the run can be resumed and comes to the same end as one that met no fault."""
+    """Assert that the run can be resumed and comes to its end."""
     result = train_py("--resume", str(directory))
     assert result.returncode == 0, result.stderr
 
