@@ -222,9 +222,7 @@ class DQN:
         fused.refresh()
         if self._working_target is None:
             self._working_target = fused.working_copy(fold(copy.deepcopy(self.target_network)))
-        next_q_values, q_values, seen = fused.compare(
-            self._working_target, batch.next_observations, batch.observations
-        )
+        next_q_values, q_values, seen = fused.compare(self._working_target, batch)
         losses, td_error, q_value = self._compare(batch, q_values, next_q_values)
         self._check(losses.sum(), batch)
         # The Huber loss's derivative by the Q-value of the action taken; the other actions' do not enter the loss.

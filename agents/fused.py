@@ -10,6 +10,7 @@ the Adamax step and writes the next working weights.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from wn_rl.networks import FirstConvolution, QNetwork
 from wn_rl.parameterizations.base import entry_of
 from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
+from wn_rl.replay import Minibatch
 
 aten = torch.ops.aten
 
@@ -221,10 +223,10 @@ class FusedNetwork:
         seen.append(x)
         return torch.addmm(working.biases[-1], x, working.weights[-1].t()), seen
 
-    def compare(self, target: Working, next_observations: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def compare(self, target: Working, batch: Minibatch) -> tuple[Tensor, Tensor, Any]:
         """Return the Q-values of the target network and of this one, and what its layers saw."""
-        next_q_values, _ = self.forward(target, next_observations)
-        return (next_q_values, *self.forward(self.working, observations))
+        next_q_values, _ = self.forward(target, batch.next_observations)
+        return (next_q_values, *self.forward(self.working, batch.observations))
 
     def q_values(self, observations: Tensor) -> Tensor:
         """Return Q-values, float32 (B, actions), of uint8 observations."""
@@ -279,8 +281,13 @@ class FusedNetwork:
         rows = self._rows.data_ptr()
         self.library.step_layers(self.structs, len(self.layers), threads, rows, longest, rate, *betas, eps)
 
-    def write_gradients(self) -> None:
-        """Write the gradients of the last step to ``.grad``."""
+    def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], rate: float) -> None:
+        """Write the gradients of the last step to ``.grad``.
+
+        Args:
+            moments: returns a parameter's, by torch's names, as they are after the step.
+            rate: that of the step.
+        """
         for layer, v_gradient, g_gradient in zip(self.layers, self.v_gradients, self.g_gradients, strict=True):
             assert layer.weight_gradient is not None
             assert layer.bias_gradient is not None
@@ -311,6 +318,7 @@ class FusedAdamax(CompiledAdamax):
         self._fused = fused
         self._bound = False
         self._made = False
+        self._rate = 0.0
 
     def _bind(self) -> None:
         """Tell the compiled pass where the moments are."""
@@ -333,14 +341,14 @@ class FusedAdamax(CompiledAdamax):
             self._bind()
         self._steps += 1
         (group,) = self.param_groups
-        rate = group["lr"] / (1 - group["betas"][0] ** self._steps)
-        fused.step(rate, group["betas"], group["eps"])
+        self._rate = group["lr"] / (1 - group["betas"][0] ** self._steps)
+        fused.step(self._rate, group["betas"], group["eps"])
         self._made = True
 
     def write_gradients(self) -> None:
         """Write the gradients of the last step to ``.grad``; none are there before the first."""
         if self._made:
-            self._fused.write_gradients()
+            self._fused.write_gradients(self._moments, self._rate)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load torch's state dict."""

@@ -93,7 +93,7 @@ void step_unit(const Layer *layer, int64_t unit, float *row, const Adamax *given
         v[i] = moved(v[i], gradient, mean + i, max + i, adamax);
     }
     void *kept = layer->v_gradient ? layer->v_gradient : layer->gradient;
-    if (layer->v_gradient || layer->normalized) { /* else it stands there already */
+    if (kept && (layer->v_gradient || layer->normalized)) { /* else it stands there already */
         if (layer->low_kept) {
             uint16_t *whole = (uint16_t *)kept + unit * inputs;
 #pragma omp simd
@@ -145,18 +145,18 @@ static inline void gather(uint8_t *packed, const uint8_t *line, int64_t across, 
     for (int64_t x = 0; x < across; x++) memcpy(packed + x * channels, line + x * size, size);
 }
 
-void pack_strip(const uint8_t *top, int64_t frame_stride, int64_t stack, int64_t width, int64_t size, int64_t low,
+void pack_strip(const uint8_t *const *frames, int64_t start, int64_t stack, int64_t width, int64_t size, int64_t low,
                 void *packed) {
     const int64_t across = width / size, channels = stack * size * size;
     uint8_t pixels[across * channels];
     for (int64_t f = 0; f < stack; f++) {
         for (int64_t y = 0; y < size; y++) {
-            uint8_t *start = pixels + (f * size + y) * size;
-            const uint8_t *line = top + f * frame_stride + y * width;
+            uint8_t *first = pixels + (f * size + y) * size;
+            const uint8_t *line = frames[f] + start + y * width;
             if (size == 4)
-                gather(start, line, across, channels, 4);
+                gather(first, line, across, channels, 4);
             else
-                gather(start, line, across, channels, size);
+                gather(first, line, across, channels, size);
         }
     }
     if (low) {
@@ -179,7 +179,9 @@ void pack(const uint8_t *frames, int64_t batch_stride, int64_t frame_stride, int
     const int64_t down = height / size, strip_size = width * stack * size;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t strip = 0; strip < batch * down; strip++) {
-        const uint8_t *top = frames + strip / down * batch_stride + strip % down * size * width;
-        pack_strip(top, frame_stride, stack, width, size, low, (uint8_t *)packed + strip * strip_size * (low ? 2 : 4));
+        const uint8_t *of[stack];
+        for (int64_t f = 0; f < stack; f++) of[f] = frames + strip / down * batch_stride + f * frame_stride;
+        pack_strip(of, strip % down * size * width, stack, width, size, low,
+                   (uint8_t *)packed + strip * strip_size * (low ? 2 : 4));
     }
 }

@@ -28,7 +28,7 @@ typedef struct {
     float *g, *g_mean, *g_max;
     float *b, *b_mean, *b_max;
     float *g_gradient;              /* written */
-    void *v_gradient;               /* written; NULL: it takes the place of the working weight's */
+    void *v_gradient;               /* written; NULL: it takes the place of the working weight's, if it has one */
     float *norm;                    /* |v| of each unit */
     void *work, *bias;              /* what the passes compute with; without a bias they take b */
     void *back;                     /* a second working weight for the pass back to a layer's input; may be NULL */
@@ -57,7 +57,7 @@ static inline uint16_t rounded(float value) {
 void step_unit(const Layer *layer, int64_t unit, float *row, const Adamax *adamax);
 /* The same on the gradient that lies in the layer; `row` is room for it. */
 void step_gathered(const Layer *layer, int64_t unit, float *row, const Adamax *adamax);
-/* Write `size` lines of uint8 frames as blocks of `size` x `size` pixels: (width / size, stack * size * size). */
-void pack_strip(const uint8_t *top, int64_t frame_stride, int64_t stack, int64_t width, int64_t size, int64_t low,
+/* Write `size` lines of each uint8 frame, from `start` on, as blocks of `size` x `size` pixels: (across, channels). */
+void pack_strip(const uint8_t *const *frames, int64_t start, int64_t stack, int64_t width, int64_t size, int64_t low,
                 void *packed);
 #endif

@@ -7,6 +7,8 @@
 #include <immintrin.h>
 
 #define MOST_CONVOLUTIONS 8
+#define MOST_FRAMES 64
+#define NEAREST 49152 /* bytes of the nearest cache */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -31,8 +33,9 @@ typedef struct {
     const void *dense;                        /* elements (hidden, flat) */
     const float *dense_bias;
     const float *output, *output_bias;        /* (actions, hidden), (actions) */
-    const uint8_t *frames;                    /* (batch, stack, height, width), lines without gaps */
-    int64_t batch_stride, frame_stride, batch;
+    const uint8_t *frames;                    /* (any, height, width) */
+    const int64_t *places;                    /* which frames an observation has: place_step numbers further each */
+    int64_t place_step, batch;
     int32_t *seen[MOST_CONVOLUTIONS + 1];     /* words (batch / pair, pixels, channels) that a layer saw; NULL: not kept */
     void *flat;                               /* elements (batch, flat) */
     float *hidden, *q_values;                 /* (batch, hidden), (batch, actions) */
@@ -48,6 +51,15 @@ typedef struct {
     float *gradient[MOST_CONVOLUTIONS];       /* (kernel, kernel, channels, units): by its weights */
     float *bias_gradient[MOST_CONVOLUTIONS];
 } Back;
+
+/* What of the way back is left to do. Two kinds of work go on side by side: convolutions keep a core busy, the dense
+ * layer's step the memory, so each thread begins with one of the two and helps with the other. */
+typedef struct {
+    int64_t next_back, done_back, next_dense, next_kernel;
+} Queue;
+
+#define TAKE(counter) __atomic_fetch_add(&queue->counter, 1, __ATOMIC_RELAXED)
+#define LEFT(counter, total) (__atomic_load_n(&queue->counter, __ATOMIC_ACQUIRE) < (total))
 
 /* Where and over what sums are taken: at (y, x), `lines` lines of `length` words from y * down_step + x * across_step. */
 typedef struct {

@@ -134,14 +134,14 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
     Element *in = (Element *)scratch, *in_second = in + shape->largest;
     Element *out = in_second + shape->largest, *out_second = out + shape->largest;
     float *sums = (float *)(out_second + shape->largest), *sums_second = sums + shape->largest;
-    for (int64_t y = 0; y < conv->height; y++) {
-        const int64_t top = y * shape->block * conv->width * shape->block;
-        const uint8_t *frames = pass->frames + n * pass->batch_stride + top;
-        const uint8_t *frames_second = pass->frames + second * pass->batch_stride + top;
-        pack_strip(frames, pass->frame_stride, shape->stack, conv->width * shape->block, shape->block, LOW,
-                   in + y * strip);
-        pack_strip(frames_second, pass->frame_stride, shape->stack, conv->width * shape->block, shape->block, LOW,
-                   in_second + y * strip);
+    const int64_t width = conv->width * shape->block, height = conv->height * shape->block;
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *frames[MOST_FRAMES];
+        for (int64_t f = 0; f < shape->stack; f++)
+            frames[f] = pass->frames + pass->places[(i ? second : n) * pass->place_step + f] * width * height;
+        for (int64_t y = 0; y < conv->height; y++)
+            pack_strip(frames, y * shape->block * width, shape->stack, width, shape->block, LOW,
+                       (i ? in_second : in) + y * strip);
     }
     const int64_t group = n / PAIR, pair = second > n;
     if (pass->seen[0]) {
@@ -225,7 +225,7 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
 /* `units` x `count` dot products along `words` words. */
 ALWAYS_INLINE void NAME(dots)(const int units, const int count, const int32_t *weight, const int32_t *x, int64_t words,
                               const float *bias, float *out, int64_t out_step) {
-    __m512 sum[4][4];
+    __m512 sum[4][6];
     UNROLL for (int u = 0; u < units; u++) UNROLL for (int n = 0; n < count; n++) sum[u][n] = _mm512_setzero_ps();
     for (int64_t k = 0; k < words; k += 16) {
         __m512i a[4];
@@ -243,17 +243,24 @@ ALWAYS_INLINE void NAME(dots)(const int units, const int count, const int32_t *w
     }
 }
 
-/* The dense hidden layer's units [from, from + 4) for all observations. */
+/* The dense hidden layer's units [from, from + 16) for all observations: six of these stay in the nearest cache. */
 static void NAME(dense)(const Shape *shape, const Pass *pass, int64_t from) {
     const int64_t words = shape->flat / PAIR;
     const int32_t *weight = (const int32_t *)pass->dense + from * words, *x = (const int32_t *)pass->flat;
-    const float *bias = pass->dense_bias + from;
-    float *out = pass->hidden + from;
-    int64_t n = 0;
-    for (; n + 4 <= pass->batch; n += 4)
-        NAME(dots)(4, 4, weight, x + n * words, words, bias, out + n * shape->hidden, shape->hidden);
-    for (; n < pass->batch; n++)
-        NAME(dots)(4, 1, weight, x + n * words, words, bias, out + n * shape->hidden, shape->hidden);
+    for (int64_t n = 0; n < pass->batch;) {
+        const int64_t count = n + 6 <= pass->batch ? 6 : n + 2 <= pass->batch ? 2 : 1;
+        for (int64_t u = 0; u < 16; u += 4) {
+            const float *bias = pass->dense_bias + from + u;
+            float *out = pass->hidden + n * shape->hidden + from + u;
+            if (count == 6)
+                NAME(dots)(4, 6, weight + u * words, x + n * words, words, bias, out, shape->hidden);
+            else if (count == 2)
+                NAME(dots)(4, 2, weight + u * words, x + n * words, words, bias, out, shape->hidden);
+            else
+                NAME(dots)(4, 1, weight + u * words, x + n * words, words, bias, out, shape->hidden);
+        }
+        n += count;
+    }
 }
 
 /* Q-values of `count` networks' passes. */
@@ -267,8 +274,8 @@ void NAME(forward)(const Shape *shape, const Pass *passes, int64_t count, uint8_
         }
 #pragma omp barrier
         for (int64_t i = 0; i < count; i++) {
-#pragma omp for schedule(dynamic, 4) nowait
-            for (int64_t u = 0; u < shape->hidden; u += 4) NAME(dense)(shape, &passes[i], u);
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t u = 0; u < shape->hidden; u += 16) NAME(dense)(shape, &passes[i], u);
         }
 #pragma omp barrier
         for (int64_t i = 0; i < count; i++) {
@@ -470,7 +477,7 @@ static void NAME(kernel_gradient)(const Shape *shape, const Pass *pass, const Ba
     const Convolution *conv = &shape->convolution[l];
     const int64_t groups = (pass->batch + PAIR - 1) / PAIR, units = conv->units, channels = conv->channels;
     const int64_t pixels = conv->down * conv->across, area = conv->height * conv->width * channels;
-    const int64_t chunk = pixels >= 128 ? 1 : 127 / pixels + 1; /* so many are summed in registers before they are stored */
+    const int64_t fit = NEAREST / 4 / (pixels * units), chunk = fit > 1 ? fit : 1; /* so much of g stays near */
     const int64_t line = conv->stride * conv->width * channels, step = conv->stride * channels;
     float *sums = back->gradient[l] + tap * channels * units;
     for (int64_t from = 0; from < groups; from += chunk) {
@@ -507,6 +514,15 @@ static void NAME(dense_step)(const Shape *shape, const Pass *pass, const Back *b
     const int32_t *seen = pass->seen[shape->convolutions];
     for (int64_t k = 0; k < flat;) {
         const int vectors = k + 64 <= flat ? 4 : 1;
+        /* What the step will read comes near while the gradient is computed. */
+        for (int64_t u = 0; u < 8; u++) {
+            for (int64_t i = k; i < k + 16 * vectors; i += 16) {
+                const int64_t at = (from + u) * flat + i;
+                __builtin_prefetch(layer->v + at, 1, 2);
+                __builtin_prefetch(layer->v_mean + at, 1, 2);
+                __builtin_prefetch(layer->v_max + at, 1, 2);
+            }
+        }
         for (int64_t u = 0; u < 8; u += 4) {
             float *sums = rows + u * flat + k;
             const int32_t *x = back->hidden_words + from + u;
@@ -532,11 +548,43 @@ static void NAME(dense_step)(const Shape *shape, const Pass *pass, const Back *b
     }
 }
 
+/* A thread's share of the gradients by the convolutions' sums, then their weights, and of the dense layer's steps. */
+static void NAME(work)(const Shape *shape, const Pass *pass, const Back *back, const Layer *dense, Queue *queue,
+                       uint8_t *scratch, const Adamax *adamax) {
+    const int64_t backs = (pass->batch + 1) / 2, steps = shape->hidden / 8;
+    int64_t kernels = 0, one;
+    for (int64_t l = 0; l < shape->convolutions; l++)
+        kernels += shape->convolution[l].kernel * shape->convolution[l].kernel;
+    while (THREAD % 2 && (one = TAKE(next_dense)) < steps)
+        NAME(dense_step)(shape, pass, back, dense, one * 8, (float *)scratch, adamax);
+    for (;;) {
+        if (LEFT(next_back, backs)) {
+            if ((one = TAKE(next_back)) >= backs) continue;
+            NAME(way_back)(shape, pass, back, one * 2, scratch);
+            __atomic_fetch_add(&queue->done_back, 1, __ATOMIC_RELEASE);
+        } else if (!LEFT(done_back, backs) && LEFT(next_kernel, kernels)) {
+            if ((one = TAKE(next_kernel)) >= kernels) continue;
+            int64_t l = 0;
+            for (int64_t taps; one >= (taps = shape->convolution[l].kernel * shape->convolution[l].kernel); l++)
+                one -= taps;
+            NAME(kernel_gradient)(shape, pass, back, l, one);
+        } else if (LEFT(next_dense, steps)) {
+            if ((one = TAKE(next_dense)) < steps)
+                NAME(dense_step)(shape, pass, back, dense, one * 8, (float *)scratch, adamax);
+        } else if (!LEFT(next_kernel, kernels)) {
+            return;
+        } else {
+            _mm_pause(); /* another thread has the last of what kernels need */
+        }
+    }
+}
+
 /* From the gradient by the Q-values to the next weights. */
 void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *back, const Layer *layers,
                              uint8_t *scratch, int64_t threads, float rate, float beta1, float beta2, float eps) {
     const Adamax adamax = {rate, beta1, beta2, eps};
     const Layer *dense = &layers[shape->convolutions], *output = dense + 1;
+    Queue queue = {0, 0, 0, 0};
 #pragma omp parallel num_threads(threads)
     {
         uint8_t *mine = scratch + THREAD * shape->scratch;
@@ -556,16 +604,7 @@ void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *b
         for (int64_t n = 0; n < pass->batch; n += 2) NAME(hidden_gradient)(shape, pass, back, n);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t k = 0; k < shape->flat; k += 32) NAME(flat_gradient)(shape, pass, back, k, mine);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t n = 0; n < pass->batch; n += 2) NAME(way_back)(shape, pass, back, n, mine);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t u = 0; u < shape->hidden; u += 8)
-            NAME(dense_step)(shape, pass, back, dense, u, (float *)mine, &adamax);
-        for (int64_t l = 0; l < shape->convolutions; l++) {
-            const int64_t taps = shape->convolution[l].kernel * shape->convolution[l].kernel;
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t tap = 0; tap < taps; tap++) NAME(kernel_gradient)(shape, pass, back, l, tap);
-        }
+        NAME(work)(shape, pass, back, dense, &queue, mine, &adamax);
 #pragma omp barrier
         for (int64_t l = 0; l < shape->convolutions + 2; l++) {
             if (l == shape->convolutions) continue;

@@ -7,18 +7,19 @@ operations: sums, biases, the hidden layer and all gradients of weights. Layouts
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from agents.fused import FusedNetwork, Working, _arranged, _Layer
 from wn_rl.networks import QNetwork
+from wn_rl.replay import DrawnMinibatch, Minibatch
 
-MOST_CONVOLUTIONS = 8
-import os
-THREADS = int(os.environ.get("TH", "0"))
+MOST_CONVOLUTIONS, MOST_FRAMES = 8, 64
+"""As in ``passes.c``."""
 Integer, Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -40,8 +41,8 @@ class _Pass(ctypes.Structure):
     _fields_ = (
         ("weight", Pointer * MOST_CONVOLUTIONS),
         ("bias", Pointer * MOST_CONVOLUTIONS),
-        *((name, Pointer) for name in ("dense", "dense_bias", "output", "output_bias", "frames")),
-        *((name, Integer) for name in ("batch_stride", "frame_stride", "batch")),
+        *((name, Pointer) for name in ("dense", "dense_bias", "output", "output_bias", "frames", "places")),
+        *((name, Integer) for name in ("place_step", "batch")),
         ("seen", Pointer * (MOST_CONVOLUTIONS + 1)),
         *((name, Pointer) for name in ("flat", "hidden", "q_values")),
     )
@@ -78,6 +79,8 @@ def unsupported(network: QNetwork, library: ctypes.CDLL, precision: torch.dtype)
     shapes = _convolutions(network)
     if not 1 <= len(shapes) <= MOST_CONVOLUTIONS:
         return f"it has {len(shapes)} convolutions"
+    if network.spec.observation_shape[0] > MOST_FRAMES:
+        return f"an observation has more than {MOST_FRAMES} frames"
     for index, conv in enumerate(shapes):
         if conv.channels % 16 or conv.units % 16:
             return "a convolution's channels are no multiple of 16"
@@ -103,6 +106,25 @@ class _Room:
     hidden: Tensor
 
 
+class Seen(NamedTuple):
+    """Observations as places in a store of frames.
+
+    Attributes:
+        frames: uint8 (any, height, width), contiguous.
+        places: int64 (B, stack), the frames of an observation next to each other.
+    """
+
+    frames: Tensor
+    places: Tensor
+
+
+def _of(observations: Tensor) -> Seen:
+    """Return uint8 observations, (B, C, H, W), as places in themselves."""
+    frames = observations.contiguous()
+    batch, stack = frames.shape[:2]
+    return Seen(frames.view(-1, *frames.shape[2:]), torch.arange(batch * stack).view(batch, stack))
+
+
 class CompiledNetwork(FusedNetwork):
     """A Q-network's passes and step as two compiled calls per update."""
 
@@ -113,15 +135,14 @@ class CompiledNetwork(FusedNetwork):
         self.flat, self.hidden = last.down * last.across * last.units, self.network.spec.hidden_units
         self.actions = self.network.spec.num_actions
         self.working = Working([self._weight_like(layer) for layer in self.layers], [layer.b for layer in self.layers])
-        kept = [torch.float32] * len(self.convolutions) + [self.precision, torch.float32]
-        self.v_gradients = [
-            torch.zeros(layer.v.shape, dtype=dtype) for layer, dtype in zip(self.layers, kept, strict=True)
-        ]
         self._bias_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
-        # The dense layer's gradient becomes its step before it is whole.
+        # The dense layer's gradient becomes its step row by row and is never whole.
         dense = len(self.convolutions)
+        self.v_gradients = [
+            None if index == dense else torch.zeros_like(layer.v) for index, layer in enumerate(self.layers)
+        ]
         self._gradients = [
-            torch.zeros(0 if index == dense else layer.v.numel()) for index, layer in enumerate(self.layers)
+            None if index == dense else torch.zeros(layer.v.numel()) for index, layer in enumerate(self.layers)
         ]
         self._back_weights: list[Tensor | None] = [
             None if index == 0 or index >= dense else torch.zeros(layer.v.numel(), dtype=self.precision)
@@ -167,7 +188,6 @@ class CompiledNetwork(FusedNetwork):
             "work": self.working.weights[index],
             "bias_gradient": self._bias_gradients[index],
         }
-        struct.low_kept = self.v_gradients[index].dtype is torch.bfloat16
         struct.unit_step = struct.gradient_unit_step = struct.inputs
         if index < len(self.convolutions):
             # Numbers of the inputs as (kernel, kernel, channels), then where each has its place in the working weight.
@@ -232,7 +252,7 @@ class CompiledNetwork(FusedNetwork):
             self._rooms[batch, keep] = _Room(seen, flat, torch.empty(batch, self.hidden))
         return self._rooms[batch, keep]
 
-    def _fill(self, given: _Pass, working: Working, observations: Tensor, room: _Room, q_values: Tensor) -> None:
+    def _fill(self, given: _Pass, working: Working, seen: Seen, room: _Room, q_values: Tensor) -> None:
         dense = len(self.convolutions)
         for index in range(dense):
             given.weight[index] = working.weights[index].data_ptr()
@@ -241,36 +261,39 @@ class CompiledNetwork(FusedNetwork):
             given.seen[index] = room.seen[index].data_ptr() if room.seen else None
         given.dense, given.dense_bias = working.weights[dense].data_ptr(), working.biases[dense].data_ptr()
         given.output, given.output_bias = working.weights[-1].data_ptr(), working.biases[-1].data_ptr()
-        given.frames = observations.data_ptr()
-        given.batch, given.batch_stride, given.frame_stride = len(observations), *observations.stride()[:2]
+        given.frames, given.places = seen.frames.data_ptr(), seen.places.data_ptr()
+        given.batch, given.place_step = len(seen.places), seen.places.stride(0)
         given.flat, given.hidden, given.q_values = room.flat.data_ptr(), room.hidden.data_ptr(), q_values.data_ptr()
 
-    def _run(self, passes: list[tuple[Working, Tensor, bool]]) -> tuple[list[Tensor], ctypes.Array[_Pass]]:
-        threads = THREADS or torch.get_num_threads()
+    def _run(self, passes: list[tuple[Working, Seen, bool]]) -> tuple[list[Tensor], ctypes.Array[_Pass]]:
+        threads = torch.get_num_threads()
         if self._scratch.numel() < threads * self._shape.scratch + 64:
             self._scratch = torch.empty(threads * self._shape.scratch + 64, dtype=torch.uint8)
         structs = (_Pass * len(passes))()
-        made, kept = [], []
-        for struct, (working, observations, keep) in zip(structs, passes, strict=True):
-            if observations.stride()[-2:] != (observations.shape[-1], 1):
-                observations = observations.contiguous()  # noqa: PLW2901 - lines without gaps
-            kept.append(observations)
-            made.append(torch.empty(len(observations), self.actions))
-            self._fill(struct, working, observations, self._room(len(observations), keep), made[-1])
+        made = []
+        for struct, (working, seen, keep) in zip(structs, passes, strict=True):
+            made.append(torch.empty(len(seen.places), self.actions))
+            self._fill(struct, working, seen, self._room(len(seen.places), keep), made[-1])
         self._forward(ctypes.byref(self._shape), structs, len(passes), self._scratch.data_ptr(), threads)
         return made, structs
 
     @torch.no_grad()
     def forward(self, working: Working, observations: Tensor) -> tuple[Tensor, Any]:
         """Return Q-values, float32 (B, actions); nothing is kept for :meth:`backward`."""
-        (q_values,), _ = self._run([(working, observations, False)])
+        (q_values,), _ = self._run([(working, _of(observations), False)])
         return q_values, None
 
     @torch.no_grad()
-    def compare(self, target: Working, next_observations: Tensor, observations: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Return the Q-values of the target network and of this one, and what its layers saw, until the next call."""
-        passes = [(target, next_observations, False), (self.working, observations, True)]
-        (next_q_values, q_values), structs = self._run(passes)
+    def compare(self, target: Working, batch: Minibatch) -> tuple[Tensor, Tensor, Any]:
+        """Return the Q-values of the target network and of this one, and what its layers saw, until the next call.
+
+        Frames that are still in the ring of the replay are read there.
+        """
+        if isinstance(batch, DrawnMinibatch):
+            now, then = Seen(batch.ring, batch.places[:, :-1]), Seen(batch.ring, batch.places[:, 1:])
+        else:
+            now, then = _of(batch.observations), _of(batch.next_observations)
+        (next_q_values, q_values), structs = self._run([(target, then, False), (self.working, now, True)])
         return next_q_values, q_values, structs[1]
 
     @torch.no_grad()
@@ -298,7 +321,9 @@ class CompiledNetwork(FusedNetwork):
             weight = self._back_weights[index]
             back.weight[index] = None if weight is None else weight.data_ptr()
             back.words[index] = words_of[index].data_ptr()
-            back.gradient[index] = self._gradients[index].data_ptr()
+            gradient = self._gradients[index]
+            assert gradient is not None
+            back.gradient[index] = gradient.data_ptr()
             back.bias_gradient[index] = self._bias_gradients[index].data_ptr()
         self._backward_and_step(
             ctypes.byref(self._shape),
@@ -306,16 +331,33 @@ class CompiledNetwork(FusedNetwork):
             ctypes.byref(back),
             self.structs,
             self._scratch.data_ptr(),
-            THREADS or torch.get_num_threads(),
+            torch.get_num_threads(),
             rate,
             *betas,
             eps,
         )
 
-    def write_gradients(self) -> None:
-        """Write the gradients of the last step to ``.grad``."""
-        for index, layer in enumerate(self.layers):
-            layer.v.grad = self.v_gradients[index].float().clone()
-            layer.b.grad = self._bias_gradients[index].clone()
+    @torch.no_grad()
+    def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], rate: float) -> None:
+        for layer, v_gradient, g_gradient, b_gradient in zip(
+            self.layers, self.v_gradients, self.g_gradients, self._bias_gradients, strict=True
+        ):
+            layer.v.grad = self._dense_gradient(moments, rate) if v_gradient is None else v_gradient.clone()
+            layer.b.grad = b_gradient.clone()
             if layer.g is not None:
-                layer.g.grad = self.g_gradients[index].view_as(layer.g).clone()
+                layer.g.grad = g_gradient.view_as(layer.g).clone()
+
+    def _dense_gradient(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], rate: float) -> Tensor:
+        """Return the gradient of the dense hidden layer's v in the last step, found again from what the step left."""
+        layer, g_gradient = self.layers[-2], self.g_gradients[-2][:, None]
+        dense = self._room_back[1][0].float().t() @ self._room(len(self._q_gradient), True).flat.float()
+        if layer.g is None:
+            return dense
+
+        def before(parameter: nn.Parameter) -> Tensor:
+            state = moments(parameter)
+            return parameter + rate * state["exp_avg"] / state["exp_inf"]
+
+        v, g = before(layer.v), before(layer.g).view(-1, 1)
+        norm = v.norm(dim=1, keepdim=True)
+        return g / norm * dense - g * g_gradient / norm**2 * v
