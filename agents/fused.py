@@ -267,7 +267,6 @@ class FusedNetwork:
             if index > 0:
                 dy = aten.threshold_backward(dx, x, 0)
 
-
     def step(self, rate: float, betas: tuple[float, float], eps: float) -> None:
         """Make an Adamax step of everything, ``rate`` being without the bias of the first moment."""
         threads = torch.get_num_threads()

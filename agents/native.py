@@ -58,7 +58,12 @@ def load() -> ctypes.CDLL | str:
         return "there is no C compiler"
     try:
         version = subprocess.run([command, "--version"], capture_output=True, check=True, timeout=60).stdout  # noqa: S603
-        told = (*(path.read_bytes() for path in (*SOURCES, *HEADERS)), version, " ".join(FLAGS).encode(), _processor().encode())
+        told = (
+            *(path.read_bytes() for path in (*SOURCES, *HEADERS)),
+            version,
+            " ".join(FLAGS).encode(),
+            _processor().encode(),
+        )
         name = f"kernels-{hashlib.sha256(b'|'.join(told)).hexdigest()[:20]}.so"
         try:
             directory = _cache()
@@ -86,7 +91,10 @@ def _open(command: str, path: Path) -> ctypes.CDLL:
         os.close(descriptor)
         try:
             made = subprocess.run(  # noqa: S603 - the compiler of this machine on a file of this package
-                [command, *FLAGS, *map(str, SOURCES), "-o", unfinished, "-lm"], capture_output=True, text=True, timeout=300
+                [command, *FLAGS, *map(str, SOURCES), "-o", unfinished, "-lm"],
+                capture_output=True,
+                text=True,
+                timeout=300,
             )
             if made.returncode:
                 raise RuntimeError(f"{command} failed: {made.stderr.strip() or 'no message'}")

@@ -65,7 +65,7 @@ def _convolutions(network: QNetwork) -> list[_Convolution]:
     for index, (units, kernel, stride) in enumerate(network.spec.convolutions):
         if index == 0:
             channels, height, width = channels * stride**2, height // stride, width // stride
-            kernel, stride = kernel // stride, 1  # noqa: PLW2901 - as it is on blocks
+            kernel, stride = kernel // stride, 1
         down, across = (height - kernel) // stride + 1, (width - kernel) // stride + 1
         found.append(_Convolution(height, width, channels, kernel, stride, down, across, units))
         channels, height, width = units, down, across
@@ -265,10 +265,15 @@ class CompiledNetwork(FusedNetwork):
         given.batch, given.place_step = len(seen.places), seen.places.stride(0)
         given.flat, given.hidden, given.q_values = room.flat.data_ptr(), room.hidden.data_ptr(), q_values.data_ptr()
 
-    def _run(self, passes: list[tuple[Working, Seen, bool]]) -> tuple[list[Tensor], ctypes.Array[_Pass]]:
+    def _threads(self) -> int:
+        """Return the number of threads, for which there is then scratch."""
         threads = torch.get_num_threads()
-        if self._scratch.numel() < threads * self._shape.scratch + 64:
-            self._scratch = torch.empty(threads * self._shape.scratch + 64, dtype=torch.uint8)
+        if self._scratch.numel() < threads * self._shape.scratch:
+            self._scratch = torch.empty(threads * self._shape.scratch, dtype=torch.uint8)
+        return threads
+
+    def _run(self, passes: list[tuple[Working, Seen, bool]]) -> tuple[list[Tensor], ctypes.Array[_Pass]]:
+        threads = self._threads()
         structs = (_Pass * len(passes))()
         made = []
         for struct, (working, seen, keep) in zip(structs, passes, strict=True):
@@ -307,13 +312,17 @@ class CompiledNetwork(FusedNetwork):
         if self._room_back[0] != batch:
             groups = -(-batch // self.pair)
             words = [conv.down * conv.across * conv.units for conv in self.convolutions]
-            self._room_back = batch, [
-                torch.empty(batch, self.hidden, dtype=self.precision),
-                torch.empty(groups, self.hidden, dtype=torch.int32),
-                torch.empty(batch, self.flat),
-                *(torch.empty(groups, count, dtype=torch.int32) for count in words),
-            ]
+            self._room_back = (
+                batch,
+                [
+                    torch.empty(batch, self.hidden, dtype=self.precision),
+                    torch.empty(groups, self.hidden, dtype=torch.int32),
+                    torch.empty(batch, self.flat),
+                    *(torch.empty(groups, count, dtype=torch.int32) for count in words),
+                ],
+            )
         hidden, hidden_words, flat, *words_of = self._room_back[1]
+        threads = self._threads()
         back = _Back()
         back.q_gradient = self._q_gradient.data_ptr()
         back.hidden, back.hidden_words, back.flat = hidden.data_ptr(), hidden_words.data_ptr(), flat.data_ptr()
@@ -331,7 +340,7 @@ class CompiledNetwork(FusedNetwork):
             ctypes.byref(back),
             self.structs,
             self._scratch.data_ptr(),
-            torch.get_num_threads(),
+            threads,
             rate,
             *betas,
             eps,
@@ -339,6 +348,7 @@ class CompiledNetwork(FusedNetwork):
 
     @torch.no_grad()
     def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], rate: float) -> None:
+        """Write the gradients of the last step to ``.grad``, as :meth:`FusedNetwork.write_gradients`."""
         for layer, v_gradient, g_gradient, b_gradient in zip(
             self.layers, self.v_gradients, self.g_gradients, self._bias_gradients, strict=True
         ):
@@ -360,4 +370,5 @@ class CompiledNetwork(FusedNetwork):
 
         v, g = before(layer.v), before(layer.g).view(-1, 1)
         norm = v.norm(dim=1, keepdim=True)
-        return g / norm * dense - g * g_gradient / norm**2 * v
+        gradient: Tensor = g / norm * dense - g * g_gradient / norm**2 * v
+        return gradient

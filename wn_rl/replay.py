@@ -61,12 +61,12 @@ class DrawnMinibatch(Minibatch):
         return stacks.view(*self.places.shape, *self.ring.shape[1:])
 
     @property
-    def observations(self) -> Tensor:  # type: ignore[override]
+    def observations(self) -> Tensor:
         """uint8, shape (B, 4, 84, 84), oldest frame first."""
         return self._stacks[:, :-1]
 
     @property
-    def next_observations(self) -> Tensor:  # type: ignore[override]
+    def next_observations(self) -> Tensor:
         """The same one agent step later."""
         return self._stacks[:, 1:]
 
