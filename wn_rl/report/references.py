@@ -74,7 +74,7 @@ def public_curves(game: str) -> tuple[ReferenceCurve, ...]:
         frames, mean, low, high = (
             np.array([float(row[column]) for row in rows]) for column in ("frames_M", "mean_over_seeds", "min", "max")
         )
-        curves.append(ReferenceCurve(source, source.split()[0], game, frames * 1e6, mean, low, high))
+        curves.append(ReferenceCurve(source, source, game, frames * 1e6, mean, low, high))
     return tuple(curves)
 
 
