@@ -16,8 +16,19 @@ from wn_rl.report.statistics import Estimate
 if TYPE_CHECKING:
     from wn_rl.scoring import Score
 
-PER_RUN = ("seed", "run_dir", "game", "device", "num_threads", "emulator_threads")
-"""Configuration keys in which the runs of one group differ without harm."""
+PER_RUN = (
+    "seed",
+    "run_dir",
+    "game",
+    "device",
+    "num_threads",
+    "emulator_threads",
+    "checkpoint_seconds",
+    "checkpoint_period",
+    "journal",
+    "log_period",
+)
+"""Configuration keys in which the runs of one group differ without harm: what is kept or logged changes no weight."""
 STATISTICS = {
     "mean": statistics.mean,
     "median": statistics.median,

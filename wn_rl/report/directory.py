@@ -20,7 +20,9 @@ from wn_rl.runs import write_file
 INDEX = "index.html"
 MANIFEST = "files.json"
 """Lists what a report wrote, so that the next one into the same directory can take away what is no longer made."""
+LARGE = {"width": 4.0, "height": 2.9}
 SMALL = {"width": 3.7, "height": 2.6}
+"""Sizes of the page's figures, inches: narrow, so that their letters can be read on a phone."""
 
 
 def report_command(
@@ -119,7 +121,7 @@ def write_report(
         panel = curves.panel_of(game, runs, by, window)
         of_game = [run for run in runs if run.config.game == game]
         caption = curves.caption(of_game, [panel], window)
-        content.curves.append(_figure(game, f"scores-{game}", panel, caption, styles, files, len(files), {}))
+        content.curves.append(_figure(game, f"scores-{game}", panel, caption, styles, files, len(files), LARGE))
         bands.append((game, "test_score", panel))
         for quantity, inner in diagnostics_panels.panels_of(game, runs, by, events):
             name = f"{game}-{quantity.key.replace('/', '-')}"

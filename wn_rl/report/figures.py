@@ -30,8 +30,8 @@ OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which is lost on white."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (4, 1.2, 1, 1.2)), (0, (1.2, 1)), (0, (7, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "os^DvPX"
-INK, MUTED, GRID, PAPER = "#1b1c1e", "#74767a", "#e3e4e6", "#ffffff"
-"""Text and axes, references and captions, grid lines, background."""
+INK, MUTED, GRID, PAPER, BEHIND = "#1b1c1e", "#74767a", "#e3e4e6", "#ffffff", "#fefefe"
+"""Text and axes, references and captions, grid lines, background, and background of a legend over curves."""
 MARKED_POINTS = 7
 """Markers on a line."""
 MISSING = "figures need matplotlib, which is not installed: pip install matplotlib"
@@ -217,7 +217,10 @@ def _look() -> Iterator[None]:
         "ytick.color": INK,
         "axes.facecolor": "none",
         "figure.facecolor": PAPER,
-        "legend.frameon": False,
+        "legend.facecolor": BEHIND,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.7,
+        "legend.fancybox": False,
         "legend.fontsize": 7.5,
         "legend.handlelength": 2.8,
         "text.parse_math": False,  # a dollar in somebody's value is a dollar
@@ -232,7 +235,7 @@ def _look() -> Iterator[None]:
 
 def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes) -> None:
     end = max((float(curve.frames[-1]) for one in panel.series for curve in one.curves), default=0.0)
-    scale, unit = (1e6, "millions") if end >= 1e6 else (1e3, "thousands")
+    scale, unit = (1e6, "millions") if end >= 2e5 else (1e3, "thousands")
     if panel.level is not None:
         name, value = panel.level
         axes.axhline(value, color=MUTED, linewidth=0.9, linestyle=":", label=name)
@@ -268,17 +271,21 @@ def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes) -> None:
             markevery=(min(index * every // max(1, len(panel.series)), max(0, len(band.frames) - 1)), every),
             label=_legend_label(one),
         )
+    lowest = min((float(curve.values.min()) for one in panel.series for curve in one.curves), default=0.0)
+    if lowest >= 0 > axes.get_ylim()[0]:  # the band of a quantity that is never negative may be
+        axes.set_ylim(bottom=0)
     axes.set_title(panel.title)
     axes.set_xlabel(f"emulator frames ({unit})")
     axes.set_ylabel(panel.unit)
     axes.margins(x=0.02)
     handles, labels = axes.get_legend_handles_labels()
     ours = len(panel.series)
-    axes.legend(handles[-ours:] + handles[:-ours], labels[-ours:] + labels[:-ours], loc="best")
+    many: dict[str, Any] = {"ncols": 2, "fontsize": 6} if len(labels) > 7 else {}
+    axes.legend(handles[-ours:] + handles[:-ours], labels[-ours:] + labels[:-ours], loc="best", **many)
 
 
 def _legend_label(one: Series) -> str:
     label = plain(one.group)
-    label = label if len(label) <= 40 else f"{label[:39]}…"
+    label = label if len(label) <= 28 else f"{label[:27]}…"
     # matplotlib hides what begins with an underscore
     return f"{' ' if label.startswith('_') else ''}{label} (n = {len(one.curves)})"

@@ -55,15 +55,16 @@ def find_films(runs: Sequence[RunResult]) -> tuple[list[Film], list[str]]:
         for path in sorted(run.path.rglob("*.mp4")):
             if path.is_symlink() or not path.is_file():
                 continue
+            name = f"{run.path.resolve().name}/{path.relative_to(run.path)}"
             size = path.stat().st_size
             if size > LARGEST:
-                left_out.append(f"{path}: {_megabytes(size)}, more than the {_megabytes(LARGEST)} that a page takes")
+                left_out.append(f"{name}: {_megabytes(size)}, more than the {_megabytes(LARGEST)} that a page takes")
             elif total + size > LARGEST_TOTAL:
-                left_out.append(f"{path}: the films together would be more than {_megabytes(LARGEST_TOTAL)}")
+                left_out.append(f"{name}: the films together would be more than {_megabytes(LARGEST_TOTAL)}")
             else:
                 data = path.read_bytes()
                 if data[4:8] != b"ftyp":
-                    left_out.append(f"{path}: no MP4 file")
+                    left_out.append(f"{name}: no MP4 file")
                     continue
                 total += size
                 films.append(Film(run, path, data, _first_picture(data)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from wn_rl.report.figures import COLOURS, GRID, INK, MUTED, OTHER_COLOURS, PAPER
+from wn_rl.report.figures import BEHIND, COLOURS, GRID, INK, MUTED, OTHER_COLOURS, PAPER
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _NAMES = dict(
     zip(
-        (*COLOURS.values(), *OTHER_COLOURS, INK, MUTED, GRID, PAPER),
+        (*COLOURS.values(), *OTHER_COLOURS, INK, MUTED, GRID, BEHIND),
         ("vermillion", "blue", "green", "purple", "orange", "sky", "black", "ink", "muted", "grid", "paper"),
         strict=True,
     )
@@ -58,6 +58,6 @@ def inline(svg: bytes, number: int, title: str, *, below: float = 0.0) -> str:
 
 def _themed(value: str, number: int) -> str:
     value = re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: THEME.get(found[0].lower(), found[0]), value)
-    value = value.replace(f"fill: {THEME[PAPER]}", "fill: none")
-    value = value.replace("'DejaVu Sans', ", "").replace("'DejaVu Sans'", "system-ui, sans-serif")
+    value = value.replace(f"fill: {PAPER}", "fill: none")  # what is behind the figure is the page
+    value = re.sub(r"font-family: [^;]*", "font-family: inherit", value)
     return value.replace("url(#", f"url(#f{number}-")

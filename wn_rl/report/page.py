@@ -96,9 +96,9 @@ def render(content: Content) -> str:
     sections = [
         ("scores", "Scores", _scores(content)),
         ("curves", "Learning curves", _figures(content.curves, "figures")),
-        ("diagnostics", "Inside the networks", _diagnostics(content)),
+        ("diagnostics", "Diagnostics", _diagnostics(content)),
         ("films", "Films", _films(content)),
-        ("differences", "Differences between the configurations", _differences(content)),
+        ("differences", "Configurations", _differences(content)),
         ("runs", "Every run", _runs(content)),
         ("files", "Figures and numbers", _files(content)),
     ]
@@ -238,14 +238,24 @@ def _number_cell(value: float | None) -> Cell:
     return Cell(NONE) if value is None else Cell(points(value), value)
 
 
+def _reference_cell(value: float | None) -> Cell:
+    """Return a published number with the digits that it was published with."""
+    return Cell(NONE) if value is None else Cell(f"{value:,.10g}".replace("-", "−"), value)
+
+
 def _scores(content: Content) -> str:
     rows = group_rows(content.runs, content.by)
     heads = [
         ("game", False), (content.by, False), ("seeds", True), ("frames", True), ("best", True), ("final", True),
-        (f"last {LAST}", True), ("human-normalized", True), ("paper normal", True), ("paper wn", True),
-        ("Mnih 2015", True), ("random", True), ("human", True), ("N", True), ("each evaluation", False),
+        (f"last {LAST}", True), ("human %", True), ("paper normal", True), ("paper wn", True),
+        ("Mnih 2015", True), ("random", True), ("human", True), ("N", True),
     ]  # fmt: skip
-    table = _table("Scores by game and group", heads, [_group_cells(row) for row in rows])
+    cells = [_group_cells(row) for row in rows]
+    if len({run.test for run in content.runs}) > 1:
+        heads.append(("each evaluation", False))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(Cell("; ".join(dict.fromkeys(run.test for run in row.runs)), wrap=True))
+    table = _table("Scores by game and group", heads, cells)
     notes = _list([*warnings(rows), *(failure.message for failure in content.failures), *content.problems], "notes")
     return f"{notes}\n{table}\n{_explanations(rows)}"
 
@@ -253,7 +263,6 @@ def _scores(content: Content) -> str:
 def _group_cells(row: GroupRow) -> list[Cell]:
     frames = max(run.trained_frames for run in row.runs)
     emulators = sorted({run.config.num_envs for run in row.runs})
-    tests = list(dict.fromkeys(run.test for run in row.runs))
     published = row.published
     seeds = ", ".join(map(str, row.seeds))
     return [
@@ -265,13 +274,12 @@ def _group_cells(row: GroupRow) -> list[Cell]:
         _interval_cell(row.final),
         _interval_cell(row.last),
         Cell(NONE) if row.human is None else Cell(f"{100 * row.human:.1f}%".replace("-", "−"), row.human),
-        _number_cell(published.paper_normal if published else None),
-        _number_cell(published.paper_wn if published else None),
-        _number_cell(published.mnih if published else None),
-        _number_cell(row.random_score),
-        _number_cell(row.human_score),
+        _reference_cell(published.paper_normal if published else None),
+        _reference_cell(published.paper_wn if published else None),
+        _reference_cell(published.mnih if published else None),
+        _reference_cell(row.random_score),
+        _reference_cell(row.human_score),
         Cell(", ".join(map(str, emulators)), emulators[0]),
-        Cell("; ".join(tests), wrap=True),
     ]
 
 
@@ -282,15 +290,17 @@ def _explanations(rows: Sequence[GroupRow]) -> str:
     )
     counts = sorted({min(len(row.runs), 3) for row in rows})
     bands = "; ".join(f"{'n ≥ 3' if count == 3 else f'n = {count}'}: {meaning(count)}" for count in counts)
+    tests = list(dict.fromkeys(run.test for row in rows for run in row.runs))
     definitions = {
+        "evaluation": f"of each: {tests[0]}." if len(tests) == 1 else "see the last column; they are not all alike.",
         "best": f"the highest mean of a single evaluation of a run, of {many} evaluations: what the paper reports of "
         "its runs (the highest test score of all epochs). A highest of many is more than what the network scores when "
         "it is tested again.",
         "final": "the mean of the last evaluation of the training. Mnih et al. 2015 report 30 games of up to five "
         "minutes of the trained network; evaluate.py RUN --protocol nature plays those, and this page does not.",
         f"last {LAST}": f"the mean of the last {LAST} evaluations, less of a draw than the last alone.",
-        "small print": f"of each score: {bands}. Scores themselves are means over the seeds.",
-        "human-normalized": "the final score on the scale where random play is 0% and the human is 100%.",
+        **({"small print": f"below a score: {bands}. The score is the mean over seeds."} if counts[-1] > 1 else {}),
+        "human %": "human-normalized: the final score on the scale where random play is 0% and the human is 100%.",
         "random, human": "Wang et al. 2016 (arXiv 1511.06581, appendix); Mnih et al. 2015 have other human scores.",
         **SOURCES,
         "N": "emulators that stepped together in training; it changes results a little.",
@@ -341,7 +351,7 @@ def _films(content: Content) -> str:
 def _differences(content: Content) -> str:
     found = differences(content.runs, content.by)
     if not found:
-        return "<p>None: the runs differ in nothing but game, seed and machine.</p>"
+        return "<p>None: the runs differ in nothing but game and seed.</p>"
     groups = groups_of(content.runs, content.by)
     heads = "".join(f'<th scope="col" class="wide">{_escape(group)}</th>' for group in groups)
     rows = []
@@ -350,7 +360,7 @@ def _differences(content: Content) -> str:
         rows.append(f'<tr><th scope="row"><code>{_escape(key)}</code></th>{cells}</tr>')
     label = "Configuration keys that differ, by group"
     return (
-        "<p>Keys whose values are not the same in all runs, beside game, seed and machine; several values in a cell "
+        "<p>Keys whose values are not the same in all runs, beside game and seed; several values in a cell "
         "stand for runs of one group that differ.</p>"
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table aria-label="{label}">'
         f'<thead><tr><th scope="col">key</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -381,7 +391,7 @@ def _runs(content: Content) -> str:
                 Cell(str(run.config.num_envs), run.config.num_envs),
                 Cell(NONE) if wall is None else Cell(duration(wall), wall),
                 Cell(NONE) if speed is None else Cell(f"{speed:,.0f}", speed),
-                Cell(run.text("device") or NONE, wrap=True),
+                Cell(run.text("device") or NONE),
                 Cell(run.text("precision") or run.config.precision),
             ]
         )

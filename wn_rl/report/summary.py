@@ -8,11 +8,13 @@ from dataclasses import dataclass, fields
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
 from wn_rl.report.bands import Interval, interval
-from wn_rl.report.comparison import PER_RUN, apart, differing_keys
+from wn_rl.report.comparison import apart, differing_keys
 from wn_rl.report.curves import games_of, groups_of
 from wn_rl.report.published import PUBLISHED, Published
 from wn_rl.report.results import RunResult
 
+EACH_ITS_OWN = ("seed", "run_dir", "game")
+"""Configuration keys that are no difference worth a line."""
 LAST = 5
 """Evaluations at the end of a run whose mean is less of a draw than the last alone."""
 
@@ -83,14 +85,14 @@ def group_rows(runs: Sequence[RunResult], by: str) -> list[GroupRow]:
 
 
 def differences(runs: Sequence[RunResult], by: str) -> list[tuple[str, dict[str, list[str]]]]:
-    """Return the configuration keys, beside seed, game and machine, whose values are not the same in all runs.
+    """Return the configuration keys, beside seed and game, whose values are not the same in all runs.
 
     Returns:
         (key, values by group as text, each once and in order of appearance), keys in the configuration's order.
     """
     found = []
     for key in (entry.name for entry in fields(TrainConfig)):
-        if key in PER_RUN or len({str(getattr(run.config, key)) for run in runs}) < 2:
+        if key in EACH_ITS_OWN or len({str(getattr(run.config, key)) for run in runs}) < 2:
             continue
         values: dict[str, list[str]] = {group: [] for group in groups_of(runs, by)}
         for run in runs:
