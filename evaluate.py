@@ -91,6 +91,8 @@ def main(arguments: Sequence[str]) -> int:
     wanted = cli.parse(EvaluateArguments, arguments)
     changes = {key: value for key in protocols.SETTINGS if (value := getattr(wanted, key)) is not None}
     _check(wanted, changes)
+    if "smooth" in cli.given_flags(arguments) and wanted.report is None and wanted.curves is None:
+        raise UsageError("--smooth belongs to --curves and --report")
     if wanted.report is not None or wanted.curves is not None:
         _check_plays_nothing(cli.given_flags(arguments))
         from wn_rl.report import comparison, directory

@@ -190,26 +190,30 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def write_file(file: Path, content: str | bytes) -> None:
-    """Replace a file's content at once; text is written as UTF-8.
+def write_file(file: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Replace a file's content at once; see :func:`write_atomically`.
 
     Raises:
         WnRlError: it cannot be written; what was there before still is.
     """
     try:
-        write_atomically(file, content)
+        write_atomically(file, content, sync=sync)
     except OSError as error:
         raise WnRlError(f"cannot write {file}: {error.strerror}") from None
 
 
-def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replace a file's content at once: a reader sees the old or the new; text is written as UTF-8."""
+def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Replace a file's content at once: a reader sees the old or the new; text is written as UTF-8.
+
+    Without ``sync`` nobody waits for the disk: for what can be made again, since a power cut may lose it.
+    """
     temporary = file.with_name(f".{file.name}.writing")
     try:
         with open(temporary, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
         os.replace(temporary, file)
     except OSError:
         temporary.unlink(missing_ok=True)

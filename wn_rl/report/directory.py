@@ -20,9 +20,9 @@ from wn_rl.runs import write_file
 INDEX = "index.html"
 MANIFEST = "files.json"
 """Lists what a report wrote, so that the next one into the same directory can take away what is no longer made."""
-LARGE = {"width": 4.0, "height": 2.9}
-SMALL = {"width": 3.7, "height": 2.6}
-"""Sizes of the page's figures, inches: narrow, so that their letters can be read on a phone."""
+LARGE = (4.0, 2.9)
+SMALL = (3.7, 2.6)
+"""Sizes of the page's figures, width and height in inches: narrow, so that their letters can be read on a phone."""
 
 
 def report_command(
@@ -58,15 +58,16 @@ def report_command(
         cli.complain(failure.message)
     if not runs:
         return failures[0].exit_code if len(failures) == 1 else 1
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     if curves_file is not None:
         curves.write_curves(runs, curves_file, by, window)
-        print(f"wrote {curves_file}: {len(runs)} runs")
+        print(f"wrote {curves_file}: {count}")
     problems: list[str] = []
     if report is not None:
         problems = write_report(runs, failures, report, by=by, window=window)
         for problem in problems:
             cli.complain(problem)
-        print(f"wrote {report / INDEX}: {len(runs)} runs")
+        print(f"wrote {report / INDEX}: {count}")
     return 1 if failures or problems else 0
 
 
@@ -155,10 +156,10 @@ def _figure(
     styles: Mapping[str, Style],
     files: dict[str, str | bytes],
     number: int,
-    size: Mapping[str, float],
+    size: tuple[float, float],
 ) -> page.PageFigure:
     """Draw a figure into ``files`` and return what the page shows of it."""
-    drawing: Drawing = figures.draw([panel], styles, caption, **size)
+    drawing: Drawing = figures.draw([panel], styles, caption, width=size[0], height=size[1])
     svg = drawing.render("svg")
     files[f"figures/{name}.svg"] = svg
     files[f"figures/{name}.png"] = drawing.render("png")
@@ -183,8 +184,8 @@ def _write(directory: Path, files: Mapping[str, str | bytes], index: str) -> Non
     except OSError as error:
         raise WnRlError(f"cannot write to {directory}: {error.strerror}") from None
     for name, value in files.items():
-        write_file(directory / name, value)
-    write_file(directory / MANIFEST, json.dumps({"files": list(files)}, indent=1) + "\n")
+        write_file(directory / name, value, sync=False)
+    write_file(directory / MANIFEST, json.dumps({"files": list(files)}, indent=1) + "\n", sync=False)
     write_file(directory / INDEX, index)
     for name in before - files.keys():
         (directory / name).unlink(missing_ok=True)

@@ -228,7 +228,9 @@ def _look() -> Iterator[None]:
         "svg.hashsalt": "wn_rl",
         "pdf.fonttype": 42,
     }
-    with mpl.rc_context({**mpl.rcParamsDefault, "backend": "agg", **look}), warnings.catch_warnings():
+    # From matplotlib's own defaults, so that nobody's matplotlibrc changes a figure.
+    settings: Any = {**dict(mpl.rcParamsDefault), "backend": "agg", **look}
+    with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 

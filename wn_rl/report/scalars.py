@@ -26,7 +26,7 @@ def read_scalars(directory: Path) -> dict[str, Curve]:
     """
     if not has_events(directory):
         return {}
-    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a cut-off last record is no news of a run that goes on
     unwanted = dict.fromkeys(("histograms", "images", "audio", "compressedHistograms"), 1)
