@@ -97,6 +97,7 @@ def test_groups_differ_without_colour() -> None:
     assert (styles["standard"].colour, styles["wn"].colour) == ("#D55E00", "#0072B2")
     assert len({style.colour for style in list(styles.values())[:7]}) == 7
     assert figures.in_order({"wn", "bn", "standard"}) == ["standard", "bn", "wn"]
+    assert figures.in_order({"10", "9", "1e-05", "None", "nan"}) == ["1e-05", "9", "10", "None", "nan"]
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,16 @@ def test_each_figure_is_there_as_png_and_svg_beside_the_page(report: Path) -> No
     assert float(last["low"]) < float(last["mean"]) < float(last["high"])
 
 
+def test_every_file_and_column_has_its_place_in_the_documentation(report: Path) -> None:
+    documented = (ROOT / "docs" / "report.md").read_text(encoding="utf-8").splitlines()
+    for file in (report / "data").iterdir():
+        (line,) = (line for line in documented if line.startswith(f"| `data/{file.name}` |"))
+        header = file.read_text(encoding="utf-8").splitlines()[0].split(",")
+        for column in header:
+            name = column.removesuffix("_low").removesuffix("_high")
+            assert f"`{name}`" in line or name == "output_init", (file.name, column)
+
+
 HOSTILE = "_</script><img src=x onerror=alert(1)>$\\frac{\x07\"'&"
 
 

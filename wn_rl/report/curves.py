@@ -43,7 +43,9 @@ def write_curves(runs: Sequence[RunResult], out: Path, by: str = "param", window
     """
     kind = file_format(out)
     panels = [panel_of(game, runs, by, window) for game in games_of(runs)]
-    drawing = figures.draw(panels, figures.styles_of(groups_of(runs, by)), caption(runs, panels, window))
+    width = 4.4 if len(panels) == 1 else 3.5  # a row of three is as wide as a page
+    styles = figures.styles_of(groups_of(runs, by))
+    drawing = figures.draw(panels, styles, caption(runs, panels, window), width=width, height=0.7 * width + 0.3)
     write_file(out, drawing.render(kind))
 
 

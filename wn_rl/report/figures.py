@@ -120,8 +120,16 @@ def styles_of(groups: Sequence[str]) -> dict[str, Style]:
 
 
 def in_order(groups: set[str]) -> list[str]:
-    """Return group labels in the order of every table and legend: the baseline first."""
-    return sorted(groups, key=lambda group: (group != "standard", group))
+    """Return group labels in the order of every table and legend: the baseline first, numbers by size, then words."""
+
+    def key(group: str) -> tuple[bool, float, str]:
+        try:
+            number = float(group)
+        except ValueError:
+            number = math.inf
+        return group != "standard", number if number == number else math.inf, group
+
+    return sorted(groups, key=key)
 
 
 def check_installed() -> None:
@@ -141,8 +149,8 @@ def draw(
     styles: Mapping[str, Style],
     caption: str,
     *,
-    width: float = 4.4,
-    height: float = 3.1,
+    width: float,
+    height: float,
     columns: int = 3,
 ) -> Drawing:
     """Draw panels side by side, in rows of ``columns``, with the caption below, inside the figure.
@@ -282,6 +290,9 @@ def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes) -> None:
     axes.margins(x=0.02)
     handles, labels = axes.get_legend_handles_labels()
     ours = len(panel.series)
+    if len(labels) > 3:  # room for a legend that would hide the curves
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.08 * min(len(labels), 7) * (high - low))
     many: dict[str, Any] = {"ncols": 2, "fontsize": 6} if len(labels) > 7 else {}
     axes.legend(handles[-ours:] + handles[:-ours], labels[-ours:] + labels[:-ours], loc="best", **many)
 
