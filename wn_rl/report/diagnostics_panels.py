@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wn_rl.report.bands import Curve
+from wn_rl.report.bands import Array, Curve
 from wn_rl.report.curves import groups_of
 from wn_rl.report.figures import Panel, Series
 from wn_rl.report.results import RunResult
@@ -110,7 +110,7 @@ def _thinned(curve: Curve, longest: float) -> Curve:
     return binned(curve.frames, curve.values, longest, FINE_BINS) or curve
 
 
-def binned(frames: np.ndarray, values: np.ndarray, longest: float, count: int) -> Curve | None:
+def binned(frames: Array, values: Array, longest: float, count: int) -> Curve | None:
     """Return the mean of ``values`` in each of ``count`` stretches of (0, longest] that has any, at its middle.
 
     None where there are no values. A value at the very end belongs to the last stretch, one at 0 to the first.
@@ -119,8 +119,8 @@ def binned(frames: np.ndarray, values: np.ndarray, longest: float, count: int) -
         return None
     bins = np.clip(np.ceil(frames * (count / longest)).astype(np.int64) - 1, 0, count - 1)
     found, place = np.unique(bins, return_inverse=True)
-    means = np.bincount(place, values) / np.bincount(place)
-    return Curve((found + 0.5) * (longest / count), means)
+    means: Array = np.bincount(place, values) / np.bincount(place)
+    return Curve((found.astype(np.float64) + 0.5) * (longest / count), means)
 
 
 def panels_of(
