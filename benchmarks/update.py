@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import agents.dqn
+import agents.passes
 from agents.dqn import DQN
 from agents.fused import FusedNetwork
 from wn_rl import cli
@@ -100,16 +101,20 @@ def variants(config: TrainConfig, replay: Replay) -> dict[str, Callable[[int], N
                 patch.stop()
         return patched
 
+    operations = mock.patch.object(agents.passes, "unsupported", return_value="switched off")
     autograd = mock.patch.object(agents.dqn, "_fuse", return_value=None)
     pixels = mock.patch.object(FirstConvolution, "packs", return_value=False)
     found = {"everything on": made(config)}
     if config.compile == "on":
-        found["frames packed by torch"] = made(config, mock.patch.object(FusedNetwork, "packed", torchs_packing))
+        packing = mock.patch.object(FusedNetwork, "packed", torchs_packing)
+        found["passes of torch's operations"] = made(config, operations)
+        found["the same, frames packed by torch"] = made(config, operations, packing)
         found["autograd, Adamax through torch.compile"] = made(config, autograd)
         found["the same, and pixels instead of blocks"] = made(config, autograd, pixels)
         found["autograd, torch's Adamax"] = made(replace(config, compile="off"))
     if config.precision == "bfloat16":
         found["float32"] = made(replace(config, precision="float32"))
+        found["float32, passes of torch's operations"] = made(replace(config, precision="float32"), operations)
         found["float32, autograd, torch's Adamax, pixels"] = made(
             replace(config, precision="float32", compile="off"), pixels
         )

@@ -161,6 +161,15 @@ def test_trimming_keeps_what_a_rebuild_needs(tmp_path: Path) -> None:
         after.state(0)
 
 
+def test_a_place_that_no_run_can_have_is_refused() -> None:
+    """Two emulators, 5 agent steps: with an episode a step each resets every other time, so 6 vector steps at most."""
+    loop = {"agent_steps": 5, "journal": "00"}
+    assert Mark.of(loop | {"rows": 6}, 2) == Mark(6, "00")
+    for rows in (7, 10**12, -1):
+        with pytest.raises(ValueError, match="are not 5 agent steps"):
+            Mark.of(loop | {"rows": rows}, 2)
+
+
 def test_50_million_actions_fit_into_40_mb(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.bin", 16, 0)
     journal.create()

@@ -209,7 +209,7 @@ class _Run:
             loop, run = saved.training["loop"], saved.training["run"]
             if loop["agent_steps"] != saved.agent_steps:
                 raise ValueError("two counters of agent steps differ")
-            history = self.journal.open(Mark(int(loop["rows"]), str(loop["journal"])))
+            history = self.journal.open(Mark.of(loop, self.config.num_envs))
             self.loop.rebuild(history, on_progress)
             self._first_row_before = self.loop.first_row_kept
             if self.loop.agent_steps != saved.agent_steps:

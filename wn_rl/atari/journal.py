@@ -11,10 +11,10 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,20 @@ class Mark:
 
     rows: int
     digest: str
+
+    @classmethod
+    def of(cls, loop: Mapping[str, Any], num_envs: int) -> Mark:
+        """Return the place that a checkpoint's loop state names.
+
+        Raises:
+            ValueError: no run of so many agent steps has so many vector steps, so reading them could exhaust memory.
+            KeyError: it names none.
+        """
+        rows, steps = int(loop["rows"]), int(loop["agent_steps"])
+        # An emulator's steps that only reset are never two in a row.
+        if not 0 <= rows * num_envs <= 2 * steps + num_envs:
+            raise ValueError(f"{rows:,} vector steps of {num_envs:,} emulators are not {steps:,} agent steps")
+        return cls(rows, str(loop["journal"]))
 
 
 @dataclass(frozen=True)
@@ -387,6 +401,8 @@ def _read_chunks(
         kind, row, steps, count, payload_bytes, previous = _CHUNK.unpack(header)
         if kind != _CHUNK_MAGIC or not 0 < count * num_envs <= MAX_CHUNK_BYTES:
             raise ValueError("a chunk has no valid header")
+        if row + count > mark.rows:  # each place that a checkpoint names is the end of a chunk
+            raise ValueError("a chunk goes beyond the checkpoint's place")
         if payload_bytes > size - file.tell():
             raise ValueError("it ends before the checkpoint's place")
         arrays, payload = file.read(_STATE_BYTES * num_envs), file.read(payload_bytes)

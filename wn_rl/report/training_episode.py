@@ -55,7 +55,10 @@ def training_episode(directory: Path, which: str) -> TrainingEpisode:
     if "rows" not in loop:
         raise CheckpointError(f"{saved.path} was written by an earlier version, which kept no journal")
     sticky = config.sticky_actions > 0
-    mark = Mark(int(loop["rows"]), str(loop["journal"]))
+    try:
+        mark = Mark.of(loop, config.num_envs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{saved.path} is damaged: {error}") from None
     history = read_history(files.journal, config.num_envs, config.reseed_period if sticky else 0, mark)
     rows = {int(float(row["frames"])): (number, row) for number, row in enumerate(read_rows(files.episodes), 1)}
     found: list[tuple[int, float, PlayedEpisode]] = []
