@@ -36,6 +36,10 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
 
 
+def _storages(tree: Any) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in _tensors(tree)}
+
+
 class _Notes(TorchDispatchMode):
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         super().__init__()
@@ -50,8 +54,11 @@ class _Notes(TorchDispatchMode):
         if func in WAITS or self._boolean_index(func, args):
             raise RuntimeError(f"{func} waits for the device")
         drawn = [value for value in kwargs.values() if isinstance(value, torch.Generator)]
-        if any(not any(generator is known for known in self.generators) for generator in drawn):
+        if any(not any(generator._cdata == known._cdata for known in self.generators) for generator in drawn):
             raise RuntimeError(f"{func} draws from a generator that is not registered")
+        if func is aten.native_batch_norm.default:  # its schema does not say that it writes running statistics
+            for tensor in _tensors(args[3:5]):
+                self._keep(tensor)
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -60,10 +67,8 @@ class _Notes(TorchDispatchMode):
         flat, spec = tree_flatten((args, kwargs))
         result = func(*args, **kwargs)
         results = tree_flatten(result)[0]
-        inputs = {id(leaf) for leaf in flat}
-        for leaf in results:
-            if isinstance(leaf, Tensor) and id(leaf) not in inputs:
-                self.made.add(leaf.untyped_storage()._cdata)
+        # A result that shares memory with an argument is a view of it, or the argument itself.
+        self.made |= _storages(results) - _storages(flat)
         self.kept.append((flat, results))
         self.steps.append((func, flat, spec, results))
         return result
