@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from agents.dqn import DQN
 from agents.graphs import WARM_UPS, GraphStepper, Repeated
@@ -341,6 +344,45 @@ def test_work_that_reads_from_the_device_is_refused_by_the_recorder() -> None:
     ):
         with pytest.raises(RuntimeError):
             TapeRecorder().record(work, [])  # type: ignore[arg-type]
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses an operation that has tensors of two devices, or reads a number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_iter((args, kwargs, result)) if isinstance(leaf, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{func} has tensors on {' and '.join(sorted(devices))}")
+        return result
+
+
+@pytest.mark.parametrize("param", names())
+def test_no_work_crosses_from_host_to_device(param: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch's meta device, where tensors have no values: nothing can be read, and nothing may come from the host."""
+    meta = torch.device("meta")
+    kind = torch.Generator
+    # The meta device has neither generators nor autocast.
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": kind())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    agent = DQN(configured(param=param), ACTIONS, meta, static=True)
+    replay = Replay(60, N, device=meta, staged=True)
+    rng = np.random.default_rng(0)
+    replay.start(rng.integers(0, 256, (N, 84, 84), np.uint8))
+    zeros = np.zeros(N)
+    for _ in range(6):
+        replay.add(zeros, zeros, zeros, rng.integers(0, 256, (N, 84, 84), np.uint8), zeros)
+    stepper = GraphStepper(agent, replay, None)
+    agent.copy_target()
+    with OneDevice():
+        stepper._act()
+        stepper._update()
+        agent.copy_target()
+        with pytest.raises(RuntimeError, match=r"tensors on cpu and meta"):
+            torch.zeros(2).to(meta)
+        with pytest.raises(RuntimeError):
+            agent._sums.sum().item()
 
 
 def test_recording_leaves_no_trace_and_repeating_goes_on() -> None:
