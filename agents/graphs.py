@@ -32,6 +32,8 @@ WARM_UPS = 3
 what must not be chosen or allocated while recording. torch's documentation takes as many."""
 
 Work = Callable[[], None]
+_FAILED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose recording failed: torch's allocator goes on asking them whether memory is theirs."""
 
 
 class Recorder(Protocol):
@@ -84,6 +86,7 @@ class CudaRecorder:
                 work()
         except Exception:
             # torch leaves its stream current when the end of a recording fails, and a generator waiting for that end.
+            _FAILED.append(graph)
             torch.cuda.set_stream(current)
             for generator, state in zip(generators, states, strict=True):
                 fresh = torch.Generator(generator.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,119 +15,16 @@ from torch.utils._pytree import tree_iter
 
 from agents.dqn import DQN
 from agents.graphs import WARM_UPS, GraphStepper, Repeated
+from tests.sides import ACTIONS, CPU, N, Sides, configured
 from tests.tape import TapeRecorder
-from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
-from wn_rl.host_replay import HostReplay
 from wn_rl.parameterizations import names
 from wn_rl.replay import Replay
-from wn_rl.stepping import PlainStepper, Stepper
-
-CPU = torch.device("cpu")
-ACTIONS = 4
-N = 3
-
-
-def configured(**changes: Any) -> TrainConfig:
-    values = {
-        "game": "breakout",
-        "hidden_units": 16,
-        "batch_size": 8,
-        "num_envs": N,
-        "init_samples": 16,
-        "num_threads": 1,
-    }
-    config = resolve(replace(load("paper"), **(values | changes)))
-    return replace(config, device="cpu", precision=changes.get("precision", "float32"), compile="off")
-
-
-class Sides:
-    """Three ways on the same frames with the same seeds: plain, static as it is, and static with a recorder."""
-
-    def __init__(self, recorder: TapeRecorder | None = None, *, host: bool = False, **changes: Any) -> None:
-        self.config = configured(**changes)
-        self.recorder = recorder or TapeRecorder()
-        self.agents = [DQN(self.config, ACTIONS, CPU, static=static) for static in (False, True, True)]
-        self.plain, self.as_it_is, self.recorded = self.agents
-
-        def static_replay() -> Replay:
-            return HostReplay(60, N, device=CPU, seed=5) if host else Replay(60, N, seed=5, staged=True)
-
-        self.replays = [Replay(60, N, seed=5), static_replay(), static_replay()]
-        self.stepper = GraphStepper(self.recorded, self.replays[2], self.recorder)
-        self.steppers: list[Stepper] = [
-            PlainStepper(self.plain, self.replays[0], self.config.batch_size),
-            GraphStepper(self.as_it_is, self.replays[1], None),
-            self.stepper,
-        ]
-        self.rng = np.random.default_rng(0)
-        first = self.frames()
-        for replay in self.replays:
-            replay.start(first)
-        for _ in range(10):
-            self.store()
-        x = self.replays[0].sample(16, torch.Generator().manual_seed(1)).observations
-        for agent in self.agents:
-            agent.initialize(x)
-
-    def frames(self) -> Any:
-        return self.rng.integers(0, 256, (N, 84, 84), np.uint8)
-
-    def store(self) -> None:
-        row = (
-            self.rng.integers(0, ACTIONS, N),
-            self.rng.normal(size=N),
-            self.rng.random(N) < 0.2,
-            self.frames(),
-            self.rng.random(N) < 0.2,
-        )
-        for replay in self.replays:
-            replay.add(*row)
-
-    def act(self, epsilon: float) -> list[list[int]]:
-        """Actions of all three, the first emulator's greedy unless all are random."""
-        values = np.array([1.0 if epsilon == 1.0 else 0.0, epsilon, epsilon], np.float32)
-        return [stepper.act(values).tolist() for stepper in self.steppers]
-
-    def update(self) -> None:
-        for stepper in self.steppers:
-            stepper.update()
-
-    def copy_target(self) -> None:
-        for agent in self.agents:
-            agent.copy_target()
-
-    def go_on_from_plain(self) -> None:
-        """Give the static agents the plain one's state; rounding would else grow from update to update."""
-        weights = copy.deepcopy(self.plain.q_network.state_dict())
-        for agent in self.agents[1:]:
-            agent.load_state_dict(weights, copy.deepcopy(self.plain.state_dict()))
-
-    def assert_recorded_is_as_it_is(self) -> None:
-        for name, expected in self.as_it_is.q_network.state_dict().items():
-            assert torch.equal(self.recorded.q_network.state_dict()[name], expected), name
-        for name, expected in self.as_it_is.target_network.state_dict().items():
-            assert torch.equal(self.recorded.target_network.state_dict()[name], expected), name
-        assert self.as_it_is.updates == self.recorded.updates == self.plain.updates
-        for generators in zip(
-            [replay.generator.get_state() for replay in self.replays],
-            [agent.generator.get_state() for agent in self.agents],
-            strict=True,
-        ):
-            assert torch.equal(generators[0], self.replays[0].generator.get_state())
-            assert torch.equal(generators[1], self.plain.generator.get_state())
-
-    def assert_as_plain(self, before: dict[str, Tensor], tolerance: float) -> None:
-        """After one update from ``before``: the weights, to a fraction of how far the update moved them."""
-        for name, expected in self.plain.q_network.state_dict().items():
-            found = self.as_it_is.q_network.state_dict()[name]
-            moved = float((expected - before[name]).norm())
-            assert float((found - expected).norm()) <= tolerance * moved + 1e-6, name
 
 
 @pytest.mark.parametrize(("param", "host"), [("standard", True), ("wn", False)])
 def test_same_actions_and_minibatches_update_by_update(param: str, host: bool) -> None:
-    sides = Sides(host=host, param=param)
+    sides = Sides(recorder := TapeRecorder(), host=host, param=param)
     drawn: list[list[Tensor]] = [[], [], []]
     for numbers, agent in zip(drawn, sides.agents, strict=True):
         original = agent.work_of_update
@@ -157,8 +53,8 @@ def test_same_actions_and_minibatches_update_by_update(param: str, host: bool) -
         assert torch.equal(ours, theirs)
     assert sides.stepper.updating.recorded
     assert sides.stepper.acting.recorded
-    assert sides.recorder.recordings == 2
-    assert sides.recorder.repetitions == 16 - WARM_UPS + 7 - WARM_UPS
+    assert recorder.recordings == 2
+    assert recorder.repetitions == 16 - WARM_UPS + 7 - WARM_UPS
     expected = sides.plain.read_statistics()
     for agent in sides.agents[1:]:
         found = agent.read_statistics()
@@ -170,7 +66,7 @@ def test_same_actions_and_minibatches_update_by_update(param: str, host: bool) -
 @pytest.mark.parametrize(("param", "statistics"), [*((name, "running") for name in names()), ("bn", "batch")])
 def test_every_parameterization_can_be_recorded(param: str, statistics: str) -> None:
     """Running statistics, power iteration and projection happen in the recorded update too."""
-    sides = Sides(param=param, target_statistics=statistics, joint_batches=statistics == "batch")
+    sides = Sides(TapeRecorder(), param=param, target_statistics=statistics, joint_batches=statistics == "batch")
     for step in range(WARM_UPS + 4):
         before = copy.deepcopy(sides.plain.q_network.state_dict())
         sides.update()
@@ -185,7 +81,7 @@ def test_every_parameterization_can_be_recorded(param: str, statistics: str) -> 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop_mnih"])
 def test_other_optimizers_can_be_recorded(optimizer: str) -> None:
-    sides = Sides(param="wn", optimizer=optimizer, optimizer_eps=0.01, loss_reduction="mean")
+    sides = Sides(TapeRecorder(), param="wn", optimizer=optimizer, optimizer_eps=0.01, loss_reduction="mean")
     for _ in range(WARM_UPS + 3):
         before = copy.deepcopy(sides.plain.q_network.state_dict())
         sides.update()
@@ -197,7 +93,7 @@ def test_other_optimizers_can_be_recorded(optimizer: str) -> None:
 
 def test_bfloat16_is_rounded_at_every_repetition() -> None:
     """A weight that autocast had rounded once and kept would stay what it was."""
-    sides = Sides(param="wn", precision="bfloat16")
+    sides = Sides(TapeRecorder(), param="wn", precision="bfloat16")
     for step in range(WARM_UPS + 5):
         sides.update()
         sides.assert_recorded_is_as_it_is()
@@ -207,27 +103,27 @@ def test_bfloat16_is_rounded_at_every_repetition() -> None:
 
 
 def test_a_watched_update_is_not_repeated_but_made_as_it_is() -> None:
-    sides = Sides(param="wn")
+    sides = Sides(recorder := TapeRecorder(), param="wn")
     for _ in range(WARM_UPS + 2):
         sides.update()
     sides.go_on_from_plain()
-    made = sides.recorder.repetitions
+    made = recorder.repetitions
     for agent in sides.agents:
         agent.watch_next_update()
     sides.update()
-    assert sides.recorder.repetitions == made
+    assert recorder.repetitions == made
     for agent in sides.agents[1:]:
         assert agent.watched_update() == pytest.approx(sides.plain.watched_update(), rel=1e-3)
         assert agent.gradient_norm() == pytest.approx(sides.plain.gradient_norm(), rel=1e-3)
     sides.update()
-    assert sides.recorder.repetitions == made + 1
+    assert recorder.repetitions == made + 1
     sides.assert_recorded_is_as_it_is()
 
 
 @pytest.mark.parametrize("param", ["wn", "bn"])
 def test_state_is_loaded_under_a_recording(param: str) -> None:
     """Back to a state in the middle: what follows is what followed, to the last bit, with no new recording."""
-    sides = Sides(param=param)
+    sides = Sides(recorder := TapeRecorder(), param=param)
     agent, replay = sides.recorded, sides.replays[2]
 
     def go_on() -> tuple[Any, ...]:
@@ -254,7 +150,7 @@ def test_state_is_loaded_under_a_recording(param: str) -> None:
     for name, value in first[1].items():
         assert torch.equal(value, second[1][name]), name
     assert first[2] == second[2]
-    assert sides.recorder.recordings == 2
+    assert recorder.recordings == 2
     # A new agent that takes the state over goes the same way, and so does one of the plain kind, but for rounding.
     other = DQN(sides.config, ACTIONS, CPU, static=True)
     other.load_state_dict(weights, copy.deepcopy(state))
@@ -279,7 +175,7 @@ def test_nothing_of_a_static_agent_leaves_its_place() -> None:
         return [tensor.data_ptr() for tensor in (*tensors, agent._sums, agent._offending)]
 
     for param in names():
-        sides = Sides(param=param)
+        sides = Sides(TapeRecorder(), param=param)
         made, replay, stepper = sides.as_it_is, sides.replays[1], sides.steppers[1]
         stepper.update()
         before = places(made)
@@ -294,7 +190,7 @@ def test_nothing_of_a_static_agent_leaves_its_place() -> None:
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_loss_that_is_not_finite_comes_with_the_next_actions(recorded: bool) -> None:
-    sides = Sides(param="wn")
+    sides = Sides(TapeRecorder(), param="wn")
     agent, replay, stepper = sides.agents[1 + recorded], sides.replays[1 + recorded], sides.steppers[1 + recorded]
     epsilon = np.full(N, 0.5, np.float32)
     for _ in range(WARM_UPS + 2):
