@@ -73,7 +73,12 @@ def parse_num_envs(text: str) -> int:
     Raises:
         ValueError: it is neither.
     """
-    return AUTO if text.strip() == "auto" else parse_count(text)
+    if text.strip() == "auto":
+        return AUTO
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor auto") from None
 
 
 def is_auto(value: object) -> bool:

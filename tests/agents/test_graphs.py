@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from agents.dqn import DQN
-from agents.graphs import WARM_UPS, GraphStepper, Repeated
+from agents.graphs import WARM_UPS, CudaRecorder, GraphStepper, Repeated
 from tests.sides import ACTIONS, CPU, N, Sides, configured
 from tests.tape import TapeRecorder
 from wn_rl.errors import NonFiniteLossError
@@ -240,6 +241,95 @@ def test_work_that_reads_from_the_device_is_refused_by_the_recorder() -> None:
     ):
         with pytest.raises(RuntimeError):
             TapeRecorder().record(work, [])  # type: ignore[arg-type]
+
+
+class StandIn:
+    """The parts of torch.cuda that the recorder calls, noting the calls; ``fails``: the end of a recording raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> None:
+        self.calls: list[str] = []
+        self.stream = "default"
+        stand_in = self
+
+        class Stream:
+            def __init__(self, device: torch.device) -> None:
+                assert device == CPU
+
+            def wait_stream(self, other: object) -> None:
+                stand_in.calls.append("recording stream waits")
+
+        class Default:
+            def wait_stream(self, other: Stream) -> None:
+                stand_in.calls.append("default stream waits")
+
+        class Graph:
+            def register_generator_state(self, generator: torch.Generator) -> None:
+                assert isinstance(generator, torch.Generator)
+                stand_in.calls.append("generator registered")
+
+            def replay(self) -> None:
+                stand_in.calls.append("replay")
+
+        @contextlib.contextmanager
+        def on(stream: Stream) -> Iterator[None]:
+            stand_in.stream = "recording"
+            yield
+            stand_in.stream = "default"
+
+        @contextlib.contextmanager
+        def recording(graph: Graph, *, stream: Stream) -> Iterator[None]:
+            stand_in.stream = "recording"
+            stand_in.calls.append("recording")
+            yield
+            if fails:  # as torch: the stream stays current
+                raise RuntimeError("operation failed due to a previous error during capture")
+            stand_in.stream = "default"
+
+        default = Default()
+        parts = {"Stream": Stream, "CUDAGraph": Graph, "graph": recording, "stream": on}
+        for name, part in parts.items():
+            monkeypatch.setattr(torch.cuda, name, part)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: default)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", "default"))
+
+
+def test_cuda_recorder_warms_up_and_records_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = StandIn(monkeypatch, fails=False)
+    seen = []
+    repeated = Repeated("work", lambda: seen.append(cuda.stream), CudaRecorder(CPU), [torch.Generator()])
+    for _ in range(WARM_UPS + 2):
+        repeated()
+    assert seen == ["recording"] * (WARM_UPS + 1)
+    assert cuda.calls == [
+        *["recording stream waits", "default stream waits"] * WARM_UPS,
+        "generator registered",
+        "recording",
+        "replay",
+        "replay",
+    ]
+    assert cuda.stream == "default"
+
+
+def test_a_failed_recording_gives_stream_and_generators_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Generator(torch.Generator):  # a CPU's has no state that a graph could take
+        def graphsafe_set_state(self, state: torch.Generator) -> None:
+            self.given = state.get_state()
+
+    cuda = StandIn(monkeypatch, fails=True)
+    generator = Generator()
+    generator.manual_seed(4)
+    before = generator.get_state()
+    seen = []
+    repeated = Repeated("work", lambda: seen.append(cuda.stream), CudaRecorder(CPU), [generator])
+    for _ in range(WARM_UPS + 2):
+        repeated()
+    assert torch.equal(generator.given, before)
+    assert seen == [*["recording"] * (WARM_UPS + 1), "default", "default"], "done as it is, on the stream of before"
+    assert capsys.readouterr().err.startswith(
+        "work cannot be recorded as a CUDA graph and runs slower: operation failed"
+    )
 
 
 class OneDevice(TorchDispatchMode):
