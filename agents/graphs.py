@@ -78,7 +78,8 @@ class CudaRecorder:
         """Return the replay of a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        states = [generator.get_state() for generator in generators]
+        touched = [*generators, *torch.cuda.default_generators]  # torch registers the default one by itself
+        states = [generator.get_state() for generator in touched]
         for generator in generators:
             graph.register_generator_state(generator)
         try:
@@ -88,7 +89,7 @@ class CudaRecorder:
             # torch leaves its stream current when the end of a recording fails, and a generator waiting for that end.
             _FAILED.append(graph)
             torch.cuda.set_stream(current)
-            for generator, state in zip(generators, states, strict=True):
+            for generator, state in zip(touched, states, strict=True):
                 fresh = torch.Generator(generator.device)
                 fresh.set_state(state)
                 generator.graphsafe_set_state(fresh)
