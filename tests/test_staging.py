@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def test_numbers_come_back_in_an_array_of_their_own() -> None:
 
 
 def parts(batch: Minibatch) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(batch).items() if value is not None}
+    return {entry.name: getattr(batch, entry.name) for entry in fields(Minibatch)}
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -86,4 +86,5 @@ class HostReplay(Replay):
     def transitions(self, numbers: Tensor) -> Minibatch:
         """Return the transitions with these numbers in tensors of their own on the device."""
         batch = self._gather(numbers.cpu())
-        return replace(batch, **{name: value.to(self.destination) for name, value in vars(batch).items()})
+        values = {entry.name: getattr(batch, entry.name) for entry in fields(Minibatch)}
+        return Minibatch(**{name: value.to(self.destination) for name, value in values.items()})
