@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agents import native
+from agents import native, passes
 from agents.flat import FlatOptimizer
 from agents.fused import FusedAdamax, FusedNetwork, Working, unsupported
 from agents.graphs import CudaRecorder, GraphStepper
@@ -71,7 +71,9 @@ def _fuse(network: QNetwork, config: TrainConfig) -> FusedNetwork | None:
     if isinstance(library, str):
         print(f"updates take the plain path: {library}", file=sys.stderr)
         return None
-    return FusedNetwork(network, library, precision=torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    kind = FusedNetwork if passes.unsupported(network, library, precision) else passes.CompiledNetwork
+    return kind(network, library, precision=precision)
 
 
 class DQN:
@@ -267,8 +269,7 @@ class DQN:
         fused.refresh()
         if self._working_target is None:
             self._working_target = fused.working_copy(fold(copy.deepcopy(self.target_network)))
-        next_q_values, _ = fused.forward(self._working_target, batch.next_observations)
-        q_values, seen = fused.forward(fused.working, batch.observations)
+        next_q_values, q_values, seen = fused.compare(self._working_target, batch)
         losses, td_error, q_value = self._compare(batch, q_values, next_q_values)
         self._check(losses.sum(), batch)
         # The Huber loss's derivative by the Q-value of the action taken; the other actions' do not enter the loss.

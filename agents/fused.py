@@ -10,7 +10,7 @@ the Adamax step and writes the next working weights.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from wn_rl.networks import FirstConvolution, QNetwork
 from wn_rl.parameterizations.base import entry_of
 from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
+from wn_rl.replay import Minibatch
 
 aten = torch.ops.aten
 
@@ -97,17 +98,22 @@ class FusedNetwork:
         self.block, *others = (stride for _, _, stride in network.spec.convolutions)
         self.strides = [1, *others]
         self.layers = [self._layer(module) for module in (*network.convolutions, network.hidden, network.output)]
-        self.working = Working([self._weight_like(layer) for layer in self.layers], [])
-        self.working.biases = [torch.empty(len(weight), dtype=weight.dtype) for weight in self.working.weights]
-        self.g_gradients = [torch.zeros(len(weight)) for weight in self.working.weights]
-        # A gradient that stands in another order than v needs a place of its own.
-        self.v_gradients = [None if layer.order is None else torch.zeros_like(layer.v) for layer in self.layers]
-        self._norms = [torch.zeros(len(weight)) for weight in self.working.weights]
+        self.structs = (native.LayerStruct * len(self.layers))()
+        self._prepare()
+        self.g_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
+        self._norms = [torch.zeros(len(layer.v)) for layer in self.layers]
         self._trained = [p for layer in self.layers for p in (layer.v, layer.g, layer.b) if p is not None]
         self._versions: list[int] = []
-        self.structs = (native.LayerStruct * len(self.layers))()
         for index, layer in enumerate(self.layers):
             self._describe(self.structs[index], index, layer)
+
+    def _prepare(self) -> None:
+        """Make room for working weights and gradients."""
+        self._rows = torch.empty(0)
+        self.working = Working([self._weight_like(layer) for layer in self.layers], [])
+        self.working.biases = [torch.empty(len(weight), dtype=weight.dtype) for weight in self.working.weights]
+        # A gradient that stands in another order than v needs a place of its own.
+        self.v_gradients = [None if layer.order is None else torch.zeros_like(layer.v) for layer in self.layers]
 
     def _layer(self, module: nn.Module) -> _Layer:
         g: Tensor | None = None
@@ -137,22 +143,26 @@ class FusedNetwork:
         return torch.empty(layer.v.shape, dtype=dtype)
 
     def _describe(self, struct: Any, index: int, layer: _Layer) -> None:  # noqa: ANN401 - ctypes sets its fields
-        weight = self.working.weights[index]
-        struct.units, struct.inputs = len(weight), layer.v[0].numel()
+        struct.units, struct.inputs = len(layer.v), layer.v[0].numel()
         struct.normalized, struct.low, struct.factor = layer.g is not None, layer.low, layer.factor
         addresses = {
-            "place": layer.order,
             "v": layer.v,
             "g": layer.g,
             "b": layer.b,
             "g_gradient": self.g_gradients[index],
             "v_gradient": self.v_gradients[index],
             "norm": self._norms[index],
-            "work": weight,
-            "bias": self.working.biases[index],
         }
-        for name, tensor in addresses.items():
+        for name, tensor in (addresses | self._arrangement(struct, index, layer)).items():
             setattr(struct, name, None if tensor is None else tensor.data_ptr())
+
+    def _arrangement(self, struct: Any, index: int, layer: _Layer) -> dict[str, Tensor | None]:  # noqa: ANN401 - see above
+        """Set where working weights and their gradients have their elements; returns the tensors to point at."""
+        struct.unit_step = struct.gradient_unit_step = struct.inputs
+        struct.low_gradient = layer.low
+        struct.low_kept = layer.low and layer.order is None
+        weight, bias = self.working.weights[index], self.working.biases[index]
+        return {"place": layer.order, "gradient_place": layer.order, "work": weight, "bias": bias}
 
     def refresh(self) -> None:
         """Make the working weights anew if somebody else has changed what is trained."""
@@ -213,14 +223,19 @@ class FusedNetwork:
         seen.append(x)
         return torch.addmm(working.biases[-1], x, working.weights[-1].t()), seen
 
+    def compare(self, target: Working, batch: Minibatch) -> tuple[Tensor, Tensor, Any]:
+        """Return the Q-values of the target network and of this one, and what its layers saw."""
+        next_q_values, _ = self.forward(target, batch.next_observations)
+        return (next_q_values, *self.forward(self.working, batch.observations))
+
     def q_values(self, observations: Tensor) -> Tensor:
         """Return Q-values, float32 (B, actions), of uint8 observations."""
         self.refresh()
         return self.forward(self.working, observations)[0]
 
     @torch.no_grad()
-    def backward(self, seen: Sequence[Tensor], q_gradient: Tensor) -> None:
-        """Leave the working weights' gradients in :attr:`layers`, given the loss's by the Q-values, (B, actions)."""
+    def backward(self, seen: Any, q_gradient: Tensor) -> None:  # noqa: ANN401 - what forward returned
+        """Leave the working weights' gradients for :meth:`step`, given the loss's by the Q-values, (B, actions)."""
         *inputs, flat, hidden = seen
         weights, layers = self.working.weights, self.layers
         layers[-1].weight_gradient = q_gradient.t() @ hidden
@@ -252,6 +267,35 @@ class FusedNetwork:
             if index > 0:
                 dy = aten.threshold_backward(dx, x, 0)
 
+    def step(self, rate: float, betas: tuple[float, float], eps: float) -> None:
+        """Make an Adamax step of everything, ``rate`` being without the bias of the first moment."""
+        threads = torch.get_num_threads()
+        longest = max(layer.v[0].numel() for layer in self.layers)
+        if self._rows.numel() < threads * longest:
+            self._rows = torch.empty(threads * longest)
+        for struct, layer in zip(self.structs, self.layers, strict=True):
+            assert layer.weight_gradient is not None
+            assert layer.bias_gradient is not None
+            struct.gradient, struct.bias_gradient = layer.weight_gradient.data_ptr(), layer.bias_gradient.data_ptr()
+        rows = self._rows.data_ptr()
+        self.library.step_layers(self.structs, len(self.layers), threads, rows, longest, rate, *betas, eps)
+
+    def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], rate: float) -> None:
+        """Write the gradients of the last step to ``.grad``.
+
+        Args:
+            moments: returns a parameter's, by torch's names, as they are after the step.
+            rate: that of the step.
+        """
+        for layer, v_gradient, g_gradient in zip(self.layers, self.v_gradients, self.g_gradients, strict=True):
+            assert layer.weight_gradient is not None
+            assert layer.bias_gradient is not None
+            # Without a place of its own it was completed in the place of the working weight's.
+            layer.v.grad = (layer.weight_gradient if v_gradient is None else v_gradient).float()
+            layer.b.grad = layer.bias_gradient.float()
+            if layer.g is not None:
+                layer.g.grad = g_gradient.view_as(layer.g).clone()
+
 
 def _arranged(module: nn.Conv2d, weight: Tensor) -> Tensor:
     """Return a convolution's weight as (units, k, k, channels) of its working one."""
@@ -273,8 +317,7 @@ class FusedAdamax(CompiledAdamax):
         self._fused = fused
         self._bound = False
         self._made = False
-        self._longest = max(layer.v[0].numel() for layer in fused.layers)
-        self._rows = torch.empty(0)
+        self._rate = 0.0
 
     def _bind(self) -> None:
         """Tell the compiled pass where the moments are."""
@@ -297,40 +340,14 @@ class FusedAdamax(CompiledAdamax):
             self._bind()
         self._steps += 1
         (group,) = self.param_groups
-        (beta1, beta2), threads = group["betas"], torch.get_num_threads()
-        if self._rows.numel() < threads * self._longest:
-            self._rows = torch.empty(threads * self._longest)
-        for struct, layer in zip(fused.structs, fused.layers, strict=True):
-            assert layer.weight_gradient is not None
-            assert layer.bias_gradient is not None
-            struct.gradient, struct.bias_gradient = layer.weight_gradient.data_ptr(), layer.bias_gradient.data_ptr()
-        rate = group["lr"] / (1 - beta1**self._steps)
-        fused.library.step_layers(
-            fused.structs,
-            len(fused.layers),
-            threads,
-            self._rows.data_ptr(),
-            self._longest,
-            rate,
-            beta1,
-            beta2,
-            group["eps"],
-        )
+        self._rate = group["lr"] / (1 - group["betas"][0] ** self._steps)
+        fused.step(self._rate, group["betas"], group["eps"])
         self._made = True
 
     def write_gradients(self) -> None:
         """Write the gradients of the last step to ``.grad``; none are there before the first."""
-        if not self._made:
-            return
-        fused = self._fused
-        for layer, v_gradient, g_gradient in zip(fused.layers, fused.v_gradients, fused.g_gradients, strict=True):
-            assert layer.weight_gradient is not None
-            assert layer.bias_gradient is not None
-            # A dense layer's was completed in the place of the working weight's.
-            layer.v.grad = (layer.weight_gradient if v_gradient is None else v_gradient).float()
-            layer.b.grad = layer.bias_gradient.float()
-            if layer.g is not None:
-                layer.g.grad = g_gradient.view_as(layer.g).clone()
+        if self._made:
+            self._fused.write_gradients(self._moments, self._rate)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load torch's state dict."""

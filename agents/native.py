@@ -1,4 +1,4 @@
-"""The C functions of ``kernels.c``, compiled on first use where there is a compiler."""
+"""The C functions of ``kernels.c`` and ``passes.c``, compiled on first use where there is a compiler."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from pathlib import Path
 
 from wn_rl.errors import one_line
 
-SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "passes.c"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "passes.h"))
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 """No ``-ffast-math``: a number that is not finite must stay one."""
 Pointer = ctypes.c_void_p
 
 
 class LayerStruct(ctypes.Structure):
-    """``Layer`` of ``kernels.c``, field by field; addresses of contiguous tensors, which the owner keeps alive."""
+    """``Layer`` of ``kernels.h``, field by field; addresses of contiguous tensors, which the owner keeps alive."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("units", "inputs", "normalized", "low")),
+        *((name, ctypes.c_int64) for name in ("units", "inputs", "normalized", "low", "low_gradient", "low_kept")),
+        *((name, ctypes.c_int64) for name in ("unit_step", "gradient_unit_step", "back_unit_step", "back_pair")),
         ("factor", ctypes.c_float),
-        *((name, Pointer) for name in ("place", "v", "v_mean", "v_max", "g", "g_mean", "g_max")),
+        *((name, Pointer) for name in ("place", "back_place", "gradient_place")),
+        *((name, Pointer) for name in ("v", "v_mean", "v_max", "g", "g_mean", "g_max")),
         *((name, Pointer) for name in ("b", "b_mean", "b_max", "g_gradient", "v_gradient", "norm")),
-        *((name, Pointer) for name in ("work", "bias", "gradient", "bias_gradient")),
+        *((name, Pointer) for name in ("work", "bias", "back", "gradient", "bias_gradient")),
     )
 
 
@@ -55,7 +58,12 @@ def load() -> ctypes.CDLL | str:
         return "there is no C compiler"
     try:
         version = subprocess.run([command, "--version"], capture_output=True, check=True, timeout=60).stdout  # noqa: S603
-        told = (SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode())
+        told = (
+            *(path.read_bytes() for path in (*SOURCES, *HEADERS)),
+            version,
+            " ".join(FLAGS).encode(),
+            _processor().encode(),
+        )
         name = f"kernels-{hashlib.sha256(b'|'.join(told)).hexdigest()[:20]}.so"
         try:
             directory = _cache()
@@ -83,7 +91,10 @@ def _open(command: str, path: Path) -> ctypes.CDLL:
         os.close(descriptor)
         try:
             made = subprocess.run(  # noqa: S603 - the compiler of this machine on a file of this package
-                [command, *FLAGS, str(SOURCE), "-o", unfinished, "-lm"], capture_output=True, text=True, timeout=300
+                [command, *FLAGS, *map(str, SOURCES), "-o", unfinished, "-lm"],
+                capture_output=True,
+                text=True,
+                timeout=300,
             )
             if made.returncode:
                 raise RuntimeError(f"{command} failed: {made.stderr.strip() or 'no message'}")
@@ -97,4 +108,10 @@ def _open(command: str, path: Path) -> ctypes.CDLL:
     library.pack.argtypes = (Pointer, *[integer] * 9, Pointer)
     for function in (library.renew_layers, library.step_layers, library.pack):
         function.restype = None
+    for name in ("float32", "bfloat16"):
+        if hasattr(library, f"forward_{name}"):  # where the processor has the vectors for it
+            forward, step = getattr(library, f"forward_{name}"), getattr(library, f"backward_and_step_{name}")
+            forward.argtypes = (Pointer, Pointer, integer, Pointer, integer)
+            step.argtypes = (*[Pointer] * 5, integer, *[real] * 4)
+            forward.restype = step.restype = None
     return library

@@ -252,7 +252,7 @@ def test_code_is_compiled_once_and_where_it_can_be_written(tmp_path: Path, monke
         # A source that does not compile says so in one line.
         broken = tmp_path / "broken.c"
         broken.write_text("int f( {")
-        monkeypatch.setattr(native, "SOURCE", broken)
+        monkeypatch.setattr(native, "SOURCES", (broken,))
         native.load.cache_clear()
         problem = native.load()
         assert isinstance(problem, str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,38 @@ class Minibatch:
     next_observations: Tensor
     terminals: Tensor
     numbers: Tensor | None = None
+
+
+class DrawnMinibatch(Minibatch):
+    """A minibatch whose frames are still in the ring: they are copied together when somebody looks at them.
+
+    Attributes:
+        ring: uint8, shape (any, 84, 84), the frames of the replay; they change with the next vector step.
+        places: int64, shape (B, 5): those of each transition, both observations together, oldest first.
+    """
+
+    ring: Tensor
+    places: Tensor
+
+    def __init__(self, ring: Tensor, places: Tensor, **others: Tensor) -> None:
+        """Join them; ``others`` are the other fields by name."""
+        for name, value in {"ring": ring, "places": places, **others}.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def _stacks(self) -> Tensor:
+        stacks = self.ring.index_select(0, self.places.flatten())
+        return stacks.view(*self.places.shape, *self.ring.shape[1:])
+
+    @property
+    def observations(self) -> Tensor:
+        """uint8, shape (B, 4, 84, 84), oldest frame first."""
+        return self._stacks[:, :-1]
+
+    @property
+    def next_observations(self) -> Tensor:
+        """The same one agent step later."""
+        return self._stacks[:, 1:]
 
 
 class Replay:
@@ -282,7 +315,8 @@ class Replay:
         else:
             place = self._newest % self._ring
             entries = torch.arange(place * self.num_envs, (place + 1) * self.num_envs, device=self.device)
-        return self._stacks(entries, self._offsets[:-1], self._needed_age[:-1])
+        places = self._places(entries, self._offsets[:-1], self._needed_age[:-1])
+        return self._frames.index_select(0, places.flatten()).view(*places.shape, *self._frames.shape[1:])
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Minibatch:
         """Draw ``batch_size`` transitions uniformly, with replacement.
@@ -314,22 +348,20 @@ class Replay:
 
     def _gather(self, numbers: Tensor) -> Minibatch:
         entries = self._entry_of[numbers % len(self._entry_of)]
-        frames = self._stacks(entries, self._offsets, self._needed_age)
-        return Minibatch(
-            observations=frames[:, :-1],
+        return DrawnMinibatch(
+            self._frames,
+            self._places(entries, self._offsets, self._needed_age),
             actions=self._actions[entries].long(),
             rewards=self._rewards[entries],
-            next_observations=frames[:, 1:],
             terminals=self._terminals[entries],
             numbers=numbers,
         )
 
-    def _stacks(self, entries: Tensor, offsets: Tensor, needed_age: Tensor) -> Tensor:
-        """Gather the frames at ``offsets`` rows from each entry; those from before its episode are black."""
+    def _places(self, entries: Tensor, offsets: Tensor, needed_age: Tensor) -> Tensor:
+        """Return where the frames at ``offsets`` rows from each entry are; those from before its episode are black."""
         black = len(self._frames) - 1
         places = (entries[:, None] + offsets * self.num_envs) % black
-        places = places.masked_fill_(self._age[entries][:, None] < needed_age, black)
-        return self._frames.index_select(0, places.flatten()).view(*places.shape, *self._frames.shape[1:])
+        return places.masked_fill_(self._age[entries][:, None] < needed_age, black)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the generator and :meth:`checksum`: the frames are made anew from the journal."""

@@ -1,0 +1,616 @@
+/* The forward and backward pass, once for each precision: included by passes.c with LOW defined as 0 or 1.
+ *
+ * The unit of data is a *word* of four bytes: a float, or two bfloat16 that are multiplied and added as a pair. Sums run
+ * over channels forward, over units on the way back to a layer's input, over pixels and observations for a weight's
+ * gradient; so a pair is two channels, two units, or the same value of two observations. Vectors lie along what is left.
+ */
+
+/* acc + a * b for a vector of words: pairs are multiplied and summed. */
+static inline __m512 NAME(multiply_add)(__m512 acc, int32_t a, __m512i b) {
+#if LOW
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_set1_epi32(a)), _mm512_castsi512_ps(b), acc);
+#endif
+}
+
+static inline __m512 NAME(multiply_add_vectors)(__m512 acc, __m512i a, __m512i b) {
+#if LOW
+    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), acc);
+#endif
+}
+
+/* Store 16 values as elements. */
+static inline void NAME(store)(Element *out, __m512 values) {
+#if LOW
+    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(values));
+#else
+    _mm512_storeu_ps(out, values);
+#endif
+}
+
+/* Store 16 values of two observations, n and n + 1, as words that pair them; where words hold one, `next` is the second's. */
+static inline void NAME(store_words)(int32_t *out, int32_t *next, __m512 first, __m512 second) {
+#if LOW
+    (void)next;
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+    _mm512_storeu_ps(out, first);
+    if (next) _mm512_storeu_ps(next, second);
+#endif
+}
+
+/* One value of two observations as a word. */
+static inline void NAME(store_word)(int32_t *out, int32_t *next, Element first, Element second) {
+#if LOW
+    (void)next;
+    *out = (int32_t)((uint32_t)first | (uint32_t)second << 16);
+#else
+    memcpy(out, &first, 4);
+    if (next) memcpy(next, &second, 4);
+#endif
+}
+
+static inline Element NAME(element)(float value) {
+#if LOW
+    return rounded(value);
+#else
+    return value;
+#endif
+}
+
+/* Sums for `count` pixels of each of two observations and `vectors` * 16 units, over lines of `length` words. */
+ALWAYS_INLINE void NAME(tile)(const int count, const int vectors, const int32_t *const *at, int64_t lines,
+                              int64_t pitch, int64_t length, const int32_t *weight, int64_t units, float *const *out) {
+    __m512 sum[12][4];
+    UNROLL for (int p = 0; p < 2 * count; p++) UNROLL for (int v = 0; v < vectors; v++) sum[p][v] = _mm512_setzero_ps();
+    for (int64_t line = 0; line < lines; line++) {
+        const int64_t start = line * pitch;
+        for (int64_t w = 0; w < length; w++) {
+            __m512i b[4];
+            UNROLL for (int v = 0; v < vectors; v++) b[v] = _mm512_loadu_si512(weight + 16 * v);
+            UNROLL for (int p = 0; p < 2 * count; p++) {
+                const int32_t a = at[p][start + w];
+                UNROLL for (int v = 0; v < vectors; v++) sum[p][v] = NAME(multiply_add)(sum[p][v], a, b[v]);
+            }
+            weight += units;
+        }
+    }
+    UNROLL for (int p = 0; p < 2 * count; p++) {
+        UNROLL for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[p] + 16 * v, sum[p][v]);
+    }
+}
+
+/* Tiles of `count` pixels from number `from` on; returns the first pixel that is left over. */
+ALWAYS_INLINE int64_t NAME(tiles)(const int count, const int vectors, int64_t from, int64_t to, const Window *window,
+                                  const int32_t *first, const int32_t *second, const int32_t *weight, int64_t units,
+                                  float *out, float *out_second) {
+    for (; from + count <= to; from += count) {
+        const int32_t *at[12];
+        float *places[12];
+        for (int p = 0; p < count; p++) {
+            const int64_t y = (from + p) / window->across, x = (from + p) % window->across;
+            const int64_t offset = y * window->down_step + x * window->across_step;
+            at[2 * p] = first + offset;
+            at[2 * p + 1] = second + offset;
+            places[2 * p] = out + (from + p) * units;
+            places[2 * p + 1] = out_second + (from + p) * units;
+        }
+        NAME(tile)(count, vectors, at, window->lines, window->pitch, window->length, weight, units, places);
+    }
+    return from;
+}
+
+/* The window's sums over two observations at all places: float32 (down * across, units) each. */
+static void NAME(convolve)(const Window *window, const int32_t *first, const int32_t *second, const int32_t *weight,
+                           int64_t units, float *out, float *out_second) {
+    const int64_t pixels = window->down * window->across;
+    int64_t u = 0, p;
+#define AT first, second, weight + u, units, out + u, out_second + u
+    for (; u + 64 <= units; u += 64) {
+        p = NAME(tiles)(3, 4, 0, pixels, window, AT);
+        NAME(tiles)(1, 4, p, pixels, window, AT);
+    }
+    for (; u + 32 <= units; u += 32) {
+        p = NAME(tiles)(5, 2, 0, pixels, window, AT);
+        NAME(tiles)(1, 2, p, pixels, window, AT);
+    }
+    for (; u < units; u += 16) {
+        p = NAME(tiles)(6, 1, 0, pixels, window, AT);
+        NAME(tiles)(1, 1, p, pixels, window, AT);
+    }
+#undef AT
+}
+
+/* The convolutions for observations n and n + 1 (the same one twice where there is no second). */
+static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, uint8_t *scratch) {
+    const int64_t second = n + 1 < pass->batch ? n + 1 : n;
+    const Convolution *conv = &shape->convolution[0];
+    const int64_t strip = conv->width * conv->channels;
+    Element *in = (Element *)scratch, *in_second = in + shape->largest;
+    Element *out = in_second + shape->largest, *out_second = out + shape->largest;
+    float *sums = (float *)(out_second + shape->largest), *sums_second = sums + shape->largest;
+    const int64_t width = conv->width * shape->block, height = conv->height * shape->block;
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *frames[MOST_FRAMES];
+        for (int64_t f = 0; f < shape->stack; f++)
+            frames[f] = pass->frames + pass->places[(i ? second : n) * pass->place_step + f] * width * height;
+        for (int64_t y = 0; y < conv->height; y++)
+            pack_strip(frames, y * shape->block * width, shape->stack, width, shape->block, LOW,
+                       (i ? in_second : in) + y * strip);
+    }
+    const int64_t group = n / PAIR, pair = second > n;
+    if (pass->seen[0]) {
+        const int64_t size = conv->height * strip;
+        int32_t *words = pass->seen[0] + group * size, *next = pair ? words + size : NULL;
+        for (int64_t i = 0; i < size; i += 16) {
+#if LOW
+            __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(in + i)));
+            __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(in_second + i)));
+            if (!pair) high = _mm512_setzero_si512();
+            _mm512_storeu_si512(words + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+            _mm512_storeu_ps(words + i, _mm512_loadu_ps(in + i));
+            if (next) _mm512_storeu_ps(next + i, _mm512_loadu_ps(in_second + i));
+#endif
+        }
+        (void)next;
+    }
+    for (int64_t l = 0; l < shape->convolutions; l++) {
+        conv = &shape->convolution[l];
+        const int64_t channel_words = conv->channels / PAIR, pixels = conv->down * conv->across;
+        const Window window = {.down = conv->down,
+                               .across = conv->across,
+                               .down_step = conv->stride * conv->width * channel_words,
+                               .across_step = conv->stride * channel_words,
+                               .lines = conv->kernel,
+                               .pitch = conv->width * channel_words,
+                               .length = conv->kernel * channel_words};
+        NAME(convolve)(&window, (const int32_t *)in, (const int32_t *)in_second, pass->weight[l], conv->units, sums,
+                       sums_second);
+        const int last = l == shape->convolutions - 1;
+        const int64_t size = pixels * conv->units;
+        int32_t *words = NULL, *next = NULL;
+        if (pass->seen[l + 1]) {
+            words = pass->seen[l + 1] + group * size;
+            next = pair ? words + size : NULL;
+        }
+        /* What a dense layer sees stands channel after channel. */
+        Element *flat = last ? (Element *)pass->flat + n * size : NULL;
+        Element *flat_second = last ? (Element *)pass->flat + second * size : NULL;
+        for (int64_t p = 0; p < pixels; p++) {
+            for (int64_t u = 0; u < conv->units; u += 16) {
+                const int64_t i = p * conv->units + u;
+                const __m512 bias = _mm512_loadu_ps(pass->bias[l] + u), zero = _mm512_setzero_ps();
+                /* In this order a number that is not one stays so; zero is added to a zero so that it has no sign. */
+                __m512 a = _mm512_add_ps(_mm512_max_ps(zero, _mm512_add_ps(_mm512_loadu_ps(sums + i), bias)), zero);
+                __m512 b =
+                    _mm512_add_ps(_mm512_max_ps(zero, _mm512_add_ps(_mm512_loadu_ps(sums_second + i), bias)), zero);
+                if (!last) {
+                    NAME(store)(out + i, a);
+                    NAME(store)(out_second + i, b);
+                    if (words)
+                        NAME(store_words)(words + i, next ? next + i : NULL, a, pair ? b : zero);
+                } else {
+                    _mm512_storeu_ps(sums + i, a);
+                    _mm512_storeu_ps(sums_second + i, b);
+                }
+            }
+        }
+        if (last) {
+            for (int64_t u = 0; u < conv->units; u++) {
+                for (int64_t p = 0; p < pixels; p++) {
+                    const int64_t i = u * pixels + p;
+                    const Element a = NAME(element)(sums[p * conv->units + u]);
+                    const Element b = NAME(element)(sums_second[p * conv->units + u]);
+                    flat[i] = a;
+                    flat_second[i] = b;
+                    if (words) NAME(store_word)(words + i, next ? next + i : NULL, a, pair ? b : 0);
+                }
+            }
+        }
+        Element *swapped = in;
+        in = out;
+        out = swapped;
+        swapped = in_second;
+        in_second = out_second;
+        out_second = swapped;
+    }
+}
+
+/* `units` x `count` dot products along `words` words. */
+ALWAYS_INLINE void NAME(dots)(const int units, const int count, const int32_t *weight, const int32_t *x, int64_t words,
+                              const float *bias, float *out, int64_t out_step) {
+    __m512 sum[4][6];
+    UNROLL for (int u = 0; u < units; u++) UNROLL for (int n = 0; n < count; n++) sum[u][n] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < words; k += 16) {
+        __m512i a[4];
+        UNROLL for (int u = 0; u < units; u++) a[u] = _mm512_loadu_si512(weight + u * words + k);
+        UNROLL for (int n = 0; n < count; n++) {
+            const __m512i b = _mm512_loadu_si512(x + n * words + k);
+            UNROLL for (int u = 0; u < units; u++) sum[u][n] = NAME(multiply_add_vectors)(sum[u][n], a[u], b);
+        }
+    }
+    UNROLL for (int u = 0; u < units; u++) {
+        UNROLL for (int n = 0; n < count; n++) {
+            const float value = _mm512_reduce_add_ps(sum[u][n]) + bias[u];
+            out[n * out_step + u] = value < 0.0f ? 0.0f : value;
+        }
+    }
+}
+
+/* The dense hidden layer's units [from, from + 16) for all observations: six of these stay in the nearest cache. */
+static void NAME(dense)(const Shape *shape, const Pass *pass, int64_t from) {
+    const int64_t words = shape->flat / PAIR;
+    const int32_t *weight = (const int32_t *)pass->dense + from * words, *x = (const int32_t *)pass->flat;
+    for (int64_t n = 0; n < pass->batch;) {
+        const int64_t count = n + 6 <= pass->batch ? 6 : n + 2 <= pass->batch ? 2 : 1;
+        for (int64_t u = 0; u < 16; u += 4) {
+            const float *bias = pass->dense_bias + from + u;
+            float *out = pass->hidden + n * shape->hidden + from + u;
+            if (count == 6)
+                NAME(dots)(4, 6, weight + u * words, x + n * words, words, bias, out, shape->hidden);
+            else if (count == 2)
+                NAME(dots)(4, 2, weight + u * words, x + n * words, words, bias, out, shape->hidden);
+            else
+                NAME(dots)(4, 1, weight + u * words, x + n * words, words, bias, out, shape->hidden);
+        }
+        n += count;
+    }
+}
+
+/* Q-values of `count` networks' passes. */
+void NAME(forward)(const Shape *shape, const Pass *passes, int64_t count, uint8_t *scratch, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        uint8_t *mine = scratch + THREAD * shape->scratch;
+        for (int64_t i = 0; i < count; i++) {
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t n = 0; n < passes[i].batch; n += 2) NAME(convolutions)(shape, &passes[i], n, mine);
+        }
+#pragma omp barrier
+        for (int64_t i = 0; i < count; i++) {
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t u = 0; u < shape->hidden; u += 16) NAME(dense)(shape, &passes[i], u);
+        }
+#pragma omp barrier
+        for (int64_t i = 0; i < count; i++) {
+            const Pass *pass = &passes[i];
+#pragma omp for schedule(static) nowait
+            for (int64_t n = 0; n < pass->batch; n++) {
+                for (int64_t action = 0; action < shape->actions; action++) {
+                    const float *h = pass->hidden + n * shape->hidden, *w = pass->output + action * shape->hidden;
+                    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                    for (int64_t u = 0; u < shape->hidden; u++) sum += h[u] * w[u];
+                    pass->q_values[n * shape->actions + action] = sum + pass->output_bias[action];
+                }
+            }
+        }
+    }
+}
+
+/* The gradient by the dense hidden layer's sums, of observations n and n + 1. */
+static void NAME(hidden_gradient)(const Shape *shape, const Pass *pass, const Back *back, int64_t n) {
+    const int64_t pair = n + 1 < pass->batch, hidden = shape->hidden;
+    int32_t *words = back->hidden_words + n / PAIR * hidden, *next = pair ? words + hidden : NULL;
+    const __m512 zero = _mm512_setzero_ps();
+    for (int64_t u = 0; u < hidden; u += 16) {
+        __m512 sum[2] = {zero, zero};
+        for (int64_t i = 0; i < 1 + pair; i++) {
+            for (int64_t action = 0; action < shape->actions; action++) {
+                const __m512 slope = _mm512_set1_ps(back->q_gradient[(n + i) * shape->actions + action]);
+                sum[i] = _mm512_fmadd_ps(slope, _mm512_loadu_ps(pass->output + action * hidden + u), sum[i]);
+            }
+            /* Nothing passes where the unit was at rest; a unit that is not a number was not. */
+            const __m512 h = _mm512_loadu_ps(pass->hidden + (n + i) * hidden + u);
+            sum[i] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(h, zero, _CMP_NLE_UQ), sum[i]);
+            NAME(store)((Element *)back->hidden + (n + i) * hidden + u, sum[i]);
+        }
+        NAME(store_words)(words + u, next ? next + u : NULL, sum[0], sum[1]);
+    }
+}
+
+/* Sums for `count` observations and 32 inputs over the units of the dense layer. */
+ALWAYS_INLINE void NAME(dense_tile)(const int count, const int32_t *weight, int64_t step, const int32_t *hidden,
+                                    int64_t words, float *out, int64_t out_step) {
+    __m512 sum[8][2];
+    UNROLL for (int n = 0; n < count; n++) sum[n][0] = sum[n][1] = _mm512_setzero_ps();
+    for (int64_t w = 0; w < words; w++) {
+        const __m512i b0 = _mm512_loadu_si512(weight + w * step), b1 = _mm512_loadu_si512(weight + w * step + 16);
+        UNROLL for (int n = 0; n < count; n++) {
+            const int32_t a = hidden[n * words + w];
+            sum[n][0] = NAME(multiply_add)(sum[n][0], a, b0);
+            sum[n][1] = NAME(multiply_add)(sum[n][1], a, b1);
+        }
+    }
+    UNROLL for (int n = 0; n < count; n++) {
+        _mm512_storeu_ps(out + n * out_step, sum[n][0]);
+        _mm512_storeu_ps(out + n * out_step + 16, sum[n][1]);
+    }
+}
+
+/* The gradient by 32 inputs of the dense layer, from `from` on, for all observations. */
+static void NAME(flat_gradient)(const Shape *shape, const Pass *pass, const Back *back, int64_t from, uint8_t *scratch) {
+    const int64_t words = shape->hidden / PAIR;
+    const int32_t *weight, *hidden = (const int32_t *)back->hidden;
+    int64_t step;
+#if LOW
+    const Element *rows = (const Element *)pass->dense + from;
+    int32_t *tile = (int32_t *)scratch;
+    const __m512i low = _mm512_loadu_si512(FIRST_OF_PAIRS), high = _mm512_loadu_si512(LAST_OF_PAIRS);
+    for (int64_t w = 0; w < words; w++) {
+        const __m512i a = _mm512_loadu_si512(rows + 2 * w * shape->flat);
+        const __m512i b = _mm512_loadu_si512(rows + (2 * w + 1) * shape->flat);
+        _mm512_storeu_si512(tile + 32 * w, _mm512_permutex2var_epi16(a, low, b));
+        _mm512_storeu_si512(tile + 32 * w + 16, _mm512_permutex2var_epi16(a, high, b));
+    }
+    weight = tile;
+    step = 32;
+#else
+    (void)scratch;
+    weight = (const int32_t *)pass->dense + from;
+    step = shape->flat;
+#endif
+    int64_t n = 0;
+    float *out = back->flat + from;
+    for (; n + 8 <= pass->batch; n += 8)
+        NAME(dense_tile)(8, weight, step, hidden + n * words, words, out + n * shape->flat, shape->flat);
+    for (; n < pass->batch; n++)
+        NAME(dense_tile)(1, weight, step, hidden + n * words, words, out + n * shape->flat, shape->flat);
+}
+
+/* The gradients by the sums of every convolution, from the dense layer's inputs down, of observations n and n + 1. */
+static void NAME(way_back)(const Shape *shape, const Pass *pass, const Back *back, int64_t n, uint8_t *scratch) {
+    const int64_t pair = n + 1 < pass->batch, second = n + pair, group = n / PAIR;
+    const __m512 zero = _mm512_setzero_ps();
+    Element *in = (Element *)scratch, *in_second = in + shape->largest;
+    float *sums = (float *)(in_second + shape->largest), *sums_second = sums + shape->largest;
+    for (int64_t l = shape->convolutions - 1; l >= 0; l--) {
+        const Convolution *conv = &shape->convolution[l];
+        const int64_t pixels = conv->down * conv->across, units = conv->units, size = pixels * units;
+        const int64_t border = l ? conv->kernel / conv->stride - 1 : 0, wide = conv->across + 2 * border;
+        int32_t *words = back->words[l] + group * size, *next = pair ? words + size : NULL;
+        if (l == shape->convolutions - 1) {
+            const Element *flat = (const Element *)pass->flat + n * size, *flat_second = flat + pair * size;
+            const float *given = back->flat + n * size, *given_second = given + pair * size;
+            for (int64_t u = 0; u < units; u++) {
+                for (int64_t p = 0; p < pixels; p++) {
+                    const int64_t i = u * pixels + p;
+                    sums[p * units + u] = flat[i] != 0 ? given[i] : 0.0f;
+                    sums_second[p * units + u] = flat_second[i] != 0 ? given_second[i] : 0.0f;
+                }
+            }
+        }
+        if (border) {
+            memset(in, 0, (conv->down + 2 * border) * wide * units * sizeof(Element));
+            memset(in_second, 0, (conv->down + 2 * border) * wide * units * sizeof(Element));
+        }
+        for (int64_t p = 0; p < pixels; p++) {
+            const int64_t at = ((p / conv->across + border) * wide + p % conv->across + border) * units;
+            for (int64_t u = 0; u < units; u += 16) {
+                const __m512 a = _mm512_loadu_ps(sums + p * units + u), b = _mm512_loadu_ps(sums_second + p * units + u);
+                if (l) {
+                    NAME(store)(in + at + u, a);
+                    NAME(store)(in_second + at + u, b);
+                }
+                NAME(store_words)(words + p * units + u, next ? next + p * units + u : NULL, a, pair ? b : zero);
+            }
+        }
+        if (!l) return;
+        /* The input's gradient: for each place within a stride, a convolution of stride 1 with every stride-th weight. */
+        const int64_t s = conv->stride, taps = conv->kernel / s, unit_words = units / PAIR, channels = conv->channels;
+        const Window window = {.down = conv->height / s,
+                               .across = conv->width / s,
+                               .down_step = wide * unit_words,
+                               .across_step = unit_words,
+                               .lines = taps,
+                               .pitch = wide * unit_words,
+                               .length = taps * unit_words};
+        const int32_t *seen = pass->seen[l] + group * conv->height * conv->width * channels;
+        const int32_t *seen_second = seen + (LOW ? 0 : pair * conv->height * conv->width * channels);
+        float *made = sums_second + shape->largest, *made_second = made + shape->largest;
+        for (int64_t y = 0; y < s; y++) {
+            for (int64_t x = 0; x < s; x++) {
+                const int32_t *weight = back->weight[l] + (y * s + x) * taps * taps * unit_words * channels;
+                NAME(convolve)(&window, (const int32_t *)in, (const int32_t *)in_second, weight, channels, made,
+                               made_second);
+                for (int64_t p = 0; p < window.down * window.across; p++) {
+                    const int64_t to = ((p / window.across * s + y) * conv->width + p % window.across * s + x) * channels;
+                    for (int64_t c = 0; c < channels; c += 16) {
+                        const __m512i see = _mm512_loadu_si512(seen + to + c);
+#if LOW
+                        const __mmask16 on = _mm512_test_epi32_mask(see, _mm512_set1_epi32(0xffff));
+                        const __mmask16 on_second = _mm512_test_epi32_mask(see, _mm512_set1_epi32((int32_t)0xffff0000));
+                        (void)seen_second;
+#else
+                        const __m512i see_second = _mm512_loadu_si512(seen_second + to + c);
+                        const __mmask16 on = _mm512_test_epi32_mask(see, see);
+                        const __mmask16 on_second = _mm512_test_epi32_mask(see_second, see_second);
+#endif
+                        _mm512_storeu_ps(sums + to + c, _mm512_maskz_loadu_ps(on, made + p * channels + c));
+                        _mm512_storeu_ps(sums_second + to + c,
+                                         _mm512_maskz_loadu_ps(on_second, made_second + p * channels + c));
+                    }
+                }
+            }
+        }
+    }
+    (void)second;
+}
+
+/* Add to `rows` * `vectors` * 16 sums of products: of words x[i] (i < rows) and vectors of g, at `count` places a line. */
+ALWAYS_INLINE void NAME(outer)(const int rows, const int vectors, float *sums, int64_t sums_step, int fresh,
+                               const int32_t *x, int64_t groups, int64_t x_group, int64_t lines, int64_t x_line,
+                               int64_t count, int64_t x_step, const int32_t *g, int64_t g_step) {
+    __m512 sum[8][4];
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < vectors; v++)
+            sum[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * sums_step + 16 * v);
+    }
+    for (int64_t group = 0; group < groups; group++) {
+        for (int64_t line = 0; line < lines; line++) {
+            const int32_t *at = x + group * x_group + line * x_line;
+            for (int64_t p = 0; p < count; p++) {
+                __m512i b[4];
+                UNROLL for (int v = 0; v < vectors; v++) b[v] = _mm512_loadu_si512(g + 16 * v);
+                UNROLL for (int i = 0; i < rows; i++) {
+                    const int32_t a = at[i];
+                    UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = NAME(multiply_add)(sum[i][v], a, b[v]);
+                }
+                at += x_step;
+                g += g_step;
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int v = 0; v < vectors; v++) _mm512_storeu_ps(sums + i * sums_step + 16 * v, sum[i][v]);
+    }
+}
+
+/* The gradient of a convolution's weights at one place of its kernel; the bias's too with the first. */
+static void NAME(kernel_gradient)(const Shape *shape, const Pass *pass, const Back *back, int64_t l, int64_t tap) {
+    const Convolution *conv = &shape->convolution[l];
+    const int64_t groups = (pass->batch + PAIR - 1) / PAIR, units = conv->units, channels = conv->channels;
+    const int64_t pixels = conv->down * conv->across, area = conv->height * conv->width * channels;
+    const int64_t fit = NEAREST / 4 / (pixels * units), chunk = fit > 1 ? fit : 1; /* so much of g stays near */
+    const int64_t line = conv->stride * conv->width * channels, step = conv->stride * channels;
+    float *sums = back->gradient[l] + tap * channels * units;
+    for (int64_t from = 0; from < groups; from += chunk) {
+        const int64_t count = from + chunk < groups ? chunk : groups - from;
+        const int32_t *x = pass->seen[l] + from * area + (tap / conv->kernel * conv->width + tap % conv->kernel) * channels;
+        const int32_t *g = back->words[l] + from * pixels * units;
+#define REST units, from == 0, x + c, count, area, conv->down, line, conv->across, step, g + u, units
+        int64_t u = 0;
+        for (; u + 64 <= units; u += 64) {
+            for (int64_t c = 0; c < channels; c += 4) NAME(outer)(4, 4, sums + c * units + u, REST);
+        }
+        for (; u + 32 <= units; u += 32) {
+            for (int64_t c = 0; c < channels; c += 8) NAME(outer)(8, 2, sums + c * units + u, REST);
+        }
+        for (; u < units; u += 16) {
+            for (int64_t c = 0; c < channels; c += 8) NAME(outer)(8, 1, sums + c * units + u, REST);
+        }
+#undef REST
+    }
+    if (tap == 0) {
+        for (int64_t u = 0; u < units; u += 16) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t i = 0; i < groups * pixels; i++)
+                sum = NAME(multiply_add)(sum, ONE, _mm512_loadu_si512(back->words[l] + i * units + u));
+            _mm512_storeu_ps(back->bias_gradient[l] + u, sum);
+        }
+    }
+}
+
+/* The gradient of 8 units of the dense layer, and at once their step, so that it never leaves the cache. */
+static void NAME(dense_step)(const Shape *shape, const Pass *pass, const Back *back, const Layer *layer, int64_t from,
+                             float *rows, const Adamax *adamax) {
+    const int64_t groups = (pass->batch + PAIR - 1) / PAIR, flat = shape->flat, hidden = shape->hidden;
+    const int32_t *seen = pass->seen[shape->convolutions];
+    for (int64_t k = 0; k < flat;) {
+        const int vectors = k + 64 <= flat ? 4 : 1;
+        /* What the step will read comes near while the gradient is computed. */
+        for (int64_t u = 0; u < 8; u++) {
+            for (int64_t i = k; i < k + 16 * vectors; i += 16) {
+                const int64_t at = (from + u) * flat + i;
+                __builtin_prefetch(layer->v + at, 1, 2);
+                __builtin_prefetch(layer->v_mean + at, 1, 2);
+                __builtin_prefetch(layer->v_max + at, 1, 2);
+            }
+        }
+        for (int64_t u = 0; u < 8; u += 4) {
+            float *sums = rows + u * flat + k;
+            const int32_t *x = back->hidden_words + from + u;
+            if (vectors == 4)
+                NAME(outer)(4, 4, sums, flat, 1, x, 1, 0, 1, 0, groups, hidden, seen + k, flat);
+            else
+                NAME(outer)(4, 1, sums, flat, 1, x, 1, 0, 1, 0, groups, hidden, seen + k, flat);
+        }
+        k += 16 * vectors;
+    }
+    for (int64_t u = 0; u < 8; u++) {
+        float sum = 0.0f;
+        for (int64_t n = 0; n < pass->batch; n++) {
+            const Element value = ((const Element *)back->hidden)[n * hidden + from + u];
+#if LOW
+            sum += widened(value);
+#else
+            sum += value;
+#endif
+        }
+        ((float *)layer->bias_gradient)[from + u] = sum;
+        step_unit(layer, from + u, rows + u * flat, adamax);
+    }
+}
+
+/* A thread's share of the gradients by the convolutions' sums, then their weights, and of the dense layer's steps. */
+static void NAME(work)(const Shape *shape, const Pass *pass, const Back *back, const Layer *dense, Queue *queue,
+                       uint8_t *scratch, const Adamax *adamax) {
+    const int64_t backs = (pass->batch + 1) / 2, steps = shape->hidden / 8;
+    int64_t kernels = 0, one;
+    for (int64_t l = 0; l < shape->convolutions; l++)
+        kernels += shape->convolution[l].kernel * shape->convolution[l].kernel;
+    while (THREAD % 2 && (one = TAKE(next_dense)) < steps)
+        NAME(dense_step)(shape, pass, back, dense, one * 8, (float *)scratch, adamax);
+    for (;;) {
+        if (LEFT(next_back, backs)) {
+            if ((one = TAKE(next_back)) >= backs) continue;
+            NAME(way_back)(shape, pass, back, one * 2, scratch);
+            __atomic_fetch_add(&queue->done_back, 1, __ATOMIC_RELEASE);
+        } else if (!LEFT(done_back, backs) && LEFT(next_kernel, kernels)) {
+            if ((one = TAKE(next_kernel)) >= kernels) continue;
+            int64_t l = 0;
+            for (int64_t taps; one >= (taps = shape->convolution[l].kernel * shape->convolution[l].kernel); l++)
+                one -= taps;
+            NAME(kernel_gradient)(shape, pass, back, l, one);
+        } else if (LEFT(next_dense, steps)) {
+            if ((one = TAKE(next_dense)) < steps)
+                NAME(dense_step)(shape, pass, back, dense, one * 8, (float *)scratch, adamax);
+        } else if (!LEFT(next_kernel, kernels)) {
+            return;
+        } else {
+            _mm_pause(); /* another thread has the last of what kernels need */
+        }
+    }
+}
+
+/* From the gradient by the Q-values to the next weights. */
+void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *back, const Layer *layers,
+                             uint8_t *scratch, int64_t threads, float rate, float beta1, float beta2, float eps) {
+    const Adamax adamax = {rate, beta1, beta2, eps};
+    const Layer *dense = &layers[shape->convolutions], *output = dense + 1;
+    Queue queue = {0, 0, 0, 0};
+#pragma omp parallel num_threads(threads)
+    {
+        uint8_t *mine = scratch + THREAD * shape->scratch;
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t action = 0; action < shape->actions; action++) {
+            float *row = (float *)output->gradient + action * shape->hidden, bias = 0.0f;
+            memset(row, 0, shape->hidden * sizeof(float));
+            for (int64_t n = 0; n < pass->batch; n++) {
+                const float slope = back->q_gradient[n * shape->actions + action];
+                const float *h = pass->hidden + n * shape->hidden;
+                for (int64_t u = 0; u < shape->hidden; u++) row[u] += slope * h[u];
+                bias += slope;
+            }
+            ((float *)output->bias_gradient)[action] = bias;
+        }
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < pass->batch; n += 2) NAME(hidden_gradient)(shape, pass, back, n);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t k = 0; k < shape->flat; k += 32) NAME(flat_gradient)(shape, pass, back, k, mine);
+        NAME(work)(shape, pass, back, dense, &queue, mine, &adamax);
+#pragma omp barrier
+        for (int64_t l = 0; l < shape->convolutions + 2; l++) {
+            if (l == shape->convolutions) continue;
+#pragma omp for schedule(static) nowait
+            for (int64_t unit = 0; unit < layers[l].units; unit++)
+                step_gathered(&layers[l], unit, (float *)mine, &adamax);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+"""The compiled passes against torch's operations: values, gradients and steps, for shapes of every kind."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from agents import native, passes
+from agents.dqn import DQN
+from agents.fused import FusedAdamax, FusedNetwork
+from agents.passes import CompiledNetwork
+from wn_rl.config import TrainConfig, load, resolve
+from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
+from wn_rl.parameterizations import fold
+from wn_rl.parameterizations.base import entry_of
+from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
+from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+
+CPU = torch.device("cpu")
+LIBRARY = native.load()
+PRECISIONS = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(
+            isinstance(LIBRARY, str) or not hasattr(LIBRARY, f"forward_{name}"),
+            reason=f"no compiler, or no vectors of 512 bits for {name}",
+        ),
+        id=name,
+    )
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+]
+
+
+def by_hand(network: QNetwork, observations: Tensor, precision: torch.dtype) -> tuple[Tensor, float]:
+    """Q-values in float64 where only weights and what a layer sees are rounded, and how large the sums of sizes are.
+
+    Derivatives pass the rounding as if it were not there.
+    """
+
+    def low(x: Tensor) -> Tensor:
+        return x + (x.to(precision).double() - x).detach()
+
+    def weight_of(layer: nn.Module) -> Tensor:
+        if isinstance(entry_of(layer), WeightNormalization):
+            v, g = (tensor.double() for tensor in direction_and_scale(layer))
+            return (g.view(-1, 1) * v.flatten(1) / v.flatten(1).norm(dim=1, keepdim=True)).view_as(v)
+        assert isinstance(layer.weight, Tensor)
+        return layer.weight.double()
+
+    x = observations.double()
+    for index, (layer, (_, _, stride)) in enumerate(zip(network.convolutions, network.spec.convolutions, strict=True)):
+        weight = weight_of(layer) / 255 if index == 0 else weight_of(layer)
+        x = low(torch.conv2d(x, low(weight), layer.bias.double(), stride).relu())
+    hidden = (x.flatten(1) @ low(weight_of(network.hidden)).t() + network.hidden.bias.double()).relu()
+    weight = weight_of(network.output)
+    size = float((hidden @ weight.abs().t()).detach().max()) + 1e-3
+    return hidden @ weight.t() + network.output.bias.double(), size
+
+
+def gradient(network: QNetwork) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> QNetworkSpec:
+    """Small networks that the passes can compute; the first layer's blocks are 4 × 4 pixels of 1 to 4 frames."""
+    layers = [(draw(st.sampled_from([16, 32, 48])), 4 * draw(st.integers(1, 2)), 4)]
+    size = draw(st.integers(5, 9))
+    down = size - layers[0][1] // 4 + 1
+    for _ in range(draw(st.integers(0, 2))):
+        choices = [
+            (kernel, stride)
+            for kernel in (1, 2, 3, 4)
+            for stride in (1, 2)
+            if kernel <= down and kernel % stride == 0 == down % stride and (down - kernel) % stride == 0
+        ]
+        kernel, stride = draw(st.sampled_from(choices))
+        layers.append((draw(st.sampled_from([16, 64, 80])), kernel, stride))
+        down = (down - kernel) // stride + 1
+    spec = QNetworkSpec(
+        draw(st.integers(1, 18)),
+        draw(st.sampled_from(["standard", "wn"])),
+        observation_shape=(draw(st.integers(1, 4)), 4 * size, 4 * size),
+        convolutions=tuple(layers),
+        hidden_units=draw(st.sampled_from([16, 48])),
+    )
+    # The dense layer's inputs are taken 32 at a time.
+    wide = spec.flat_features() % 32 == 0
+    return spec if wide else replace(spec, convolutions=(*layers[:-1], (64, *layers[-1][1:])))
+
+
+def both(spec: QNetworkSpec, precision: torch.dtype) -> tuple[CompiledNetwork, FusedNetwork]:
+    assert not isinstance(LIBRARY, str)
+    network = build_q_network(spec, seed=1)
+    assert passes.unsupported(network, LIBRARY, precision) == ""
+    return (
+        CompiledNetwork(network, LIBRARY, precision=precision),
+        FusedNetwork(copy.deepcopy(network), LIBRARY, precision=precision),
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@given(spec=networks(), batch=st.integers(1, 13), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_values_gradients_and_steps_are_those_of_torch(
+    precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int
+) -> None:
+    compiled, plain = both(spec, precision)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (2 * batch, *spec.observation_shape), dtype=torch.uint8, generator=generator)
+    nothing = torch.zeros(batch)
+    minibatch = Minibatch(x[:batch], nothing, nothing, x[batch:], nothing)
+    slopes = torch.randn(batch, spec.num_actions, generator=generator)
+    optimizer = FusedAdamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
+    compiled.refresh()
+    target = compiled.working_copy(fold(copy.deepcopy(compiled.network)))
+    *found, seen = compiled.compare(target, minibatch)
+    network = copy.deepcopy(compiled.network)
+    for ours, frames in zip(found, (x[batch:], x[:batch]), strict=True):
+        expected, size = by_hand(network, frames, precision)
+        assert float((ours - expected).abs().max()) < (1e-5 if precision is torch.float32 else 3e-3) * size
+    (expected * slopes).sum().backward()
+    compiled.backward(seen, slopes)
+    optimizer.step()
+    optimizer.write_gradients()
+    whole = float(gradient(network).norm())
+    for ours, theirs in zip(compiled.network.parameters(), network.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        # A scale's gradient is a sum that may nearly cancel, so an error counts against the whole gradient too.
+        bound = 2e-5 * float(theirs.grad.norm()) + 5e-6 * whole if precision is torch.float32 else 1e-2 * whole
+        assert float((ours.grad - theirs.grad).norm()) < bound
+    if precision is torch.float32:
+        steps = FusedAdamax(plain, 1e-3, (0.5, 0.999), 1e-8)
+        plain.refresh()
+        plain.backward(plain.compare(plain.working_copy(fold(copy.deepcopy(plain.network))), minibatch)[2], slopes)
+        steps.step()
+        for ours, theirs in zip(compiled.network.parameters(), plain.network.parameters(), strict=True):
+            # The first step of Adamax is the sign of a gradient, so one that is nearly zero may go either way.
+            assert float((ours - theirs).abs().median()) < 1e-6
+    # The next passes see the step: the working weights are those of what was trained.
+    expected, size = by_hand(compiled.network, x, precision)
+    assert float((compiled.q_values(x) - expected).abs().max()) < (1e-5 if precision is torch.float32 else 3e-3) * size
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_result_depends_on_the_number_of_threads(precision: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(1)  # the initialization is torch's
+            agent = made(precision)
+            torch.set_num_threads(count)
+            for number in range(3):
+                agent.update(drawn(number))
+            found.append([parameter.detach().clone() for parameter in agent.q_network.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -> None:
+    first, second = made(precision), made(precision)
+    for number in range(3):
+        batch = drawn(number)
+        copied = Minibatch(
+            batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.terminals, batch.numbers
+        )
+        assert isinstance(batch, DrawnMinibatch)
+        first.update(batch)
+        second.update(copied)
+    for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_can() -> None:
+    network = build_q_network(QNetworkSpec(4, "wn"), seed=0)
+    if isinstance(LIBRARY, str) or not hasattr(LIBRARY, "forward_float32"):
+        pytest.skip("no compiler, or no vectors of 512 bits")
+    assert passes.unsupported(network, LIBRARY, torch.float32) == ""
+    assert isinstance(made(torch.float32)._fused, CompiledNetwork)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_units": 20}, "multiple"),
+        ({"convolutions": ((32, 8, 4), (24, 4, 2))}, "channels"),
+        ({"convolutions": ((32, 8, 4), (64, 5, 2))}, "stride"),
+        ({"convolutions": ((32, 8, 4), (64, 4, 2), (32, 4, 2))}, "stride"),
+        ({"convolutions": tuple([(32, 8, 4)] + [(32, 1, 1)] * 8)}, "9 convolutions"),
+        ({"observation_shape": (65, 84, 84)}, "frames"),
+    ],
+)
+def test_what_the_passes_cannot_compute_is_said(changes: dict[str, object], reason: str) -> None:
+    if isinstance(LIBRARY, str) or not hasattr(LIBRARY, "forward_float32"):
+        pytest.skip("no compiler, or no vectors of 512 bits")
+    network = build_q_network(QNetworkSpec(4, **changes), seed=0)  # type: ignore[arg-type]
+    assert reason in passes.unsupported(network, LIBRARY, torch.float32)
+
+
+def made(precision: torch.dtype) -> DQN:
+    values: dict[str, object] = {"game": "breakout", "param": "wn", "hidden_units": 64, "compile": "on"}
+    name = "bfloat16" if precision is torch.bfloat16 else "float32"
+    config: TrainConfig = resolve(replace(load("paper"), **values, precision=name, batch_size=9))  # type: ignore[arg-type]
+    agent = DQN(replace(config, device="cpu"), 4, CPU)
+    agent.initialize(drawn(0).observations)
+    return agent
+
+
+def drawn(seed: int) -> Minibatch:
+    """A minibatch of an odd size from a replay of noise."""
+    generator = np.random.default_rng(0)
+    replay = Replay(60, 2, seed=seed)
+    replay.start(generator.integers(0, 256, (2, 84, 84), np.uint8))
+    for step in range(50):
+        shown = generator.integers(0, 256, (2, 84, 84), np.uint8)
+        replay.add(generator.integers(0, 4, 2), np.ones(2), np.zeros(2, bool), shown, np.full(2, step % 7 == 6))
+    return replay.sample(9)
