@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agents import native, passes
+from agents.flat import FlatOptimizer
 from agents.fused import FusedAdamax, FusedNetwork, Working, unsupported
+from agents.graphs import CudaRecorder, GraphStepper
 from agents.optimizers import make_optimizer
 from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
@@ -23,7 +25,8 @@ from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold, initialize_from_data, project
 from wn_rl.parameterizations.api import treated_layers
 from wn_rl.parameterizations.weight_norm import defer
-from wn_rl.replay import Minibatch
+from wn_rl.replay import Minibatch, Replay
+from wn_rl.stepping import PlainStepper, Stepper
 from wn_rl.training import Statistics
 
 
@@ -79,18 +82,23 @@ class DQN:
     The network is in evaluation mode but for the update, so entries with batch statistics act on running ones.
     """
 
-    def __init__(self, config: TrainConfig, num_actions: int, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, num_actions: int, device: torch.device, *, static: bool | None = None
+    ) -> None:
         """Build the agent.
 
         Args:
             config: a resolved configuration (``learning_rate``, ``data_dependent_init`` and ``weight_init`` set).
             num_actions: of the environment.
             device: where the networks live.
+            static: keep every tensor of an update in its place and read nothing back, so that the update can be
+                recorded; None: on a GPU.
         """
         assert config.learning_rate is not None
         assert config.weight_init is not None
         self.config = config
         self.device = device
+        self.static = device.type == "cuda" if static is None else static
         spec = QNetworkSpec(
             num_actions,
             config.param,
@@ -103,13 +111,23 @@ class DQN:
         self.q_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target_network.requires_grad_(False)
-        compiled = config.compile == "on"
+        compiled = config.compile == "on" and not self.static
         self._fused = _fuse(self.q_network, config) if compiled else None
         self._deferred = defer(self.q_network) if compiled and self._fused is None else []
         self.optimizer: torch.optim.Optimizer
         if self._fused is not None:
             betas = (config.adam_beta1, config.adam_beta2)
             self.optimizer = FusedAdamax(self._fused, config.learning_rate, betas, config.optimizer_eps)
+        elif self.static:
+            self.optimizer = FlatOptimizer(
+                config.optimizer,
+                self.q_network.parameters(),
+                learning_rate=config.learning_rate,
+                eps=config.optimizer_eps,
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                rmsprop_decay=config.rmsprop_decay,
+            )
         else:
             self.optimizer = make_optimizer(
                 config.optimizer,
@@ -137,8 +155,23 @@ class DQN:
         self._restored_gradient_norm = math.nan
         self._offending = torch.full((config.batch_size,), -1, dtype=torch.int64, device=device)
 
+    def stepper(self, replay: Replay) -> Stepper:
+        """Return what acts and updates with ``replay``: on a GPU as CUDA graphs.
+
+        A subclass with an update of its own is given minibatches on every device.
+        """
+        if self.static and type(self).update is DQN.update and type(self).act is DQN.act:
+            return GraphStepper(self, replay, CudaRecorder(self.device) if self.device.type == "cuda" else None)
+        return PlainStepper(self, replay, self.config.batch_size)
+
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        # The cache of rounded weights brings nothing to one pass, and a recorded pass must not find them in it.
+        return torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.config.precision == "bfloat16",
+            cache_enabled=False if self.static else None,
+        )
 
     @torch.no_grad()
     def q_values(self, observations: Tensor) -> Tensor:
@@ -159,7 +192,11 @@ class DQN:
             q_values = torch.zeros(len(epsilon), self.q_network.spec.num_actions, device=self.device)
         else:
             q_values = self.q_values(observations)
-        return epsilon_greedy(q_values, torch.from_numpy(epsilon).to(self.device), self.generator)
+        return self.epsilon_greedy(q_values, torch.from_numpy(epsilon).to(self.device))
+
+    def epsilon_greedy(self, q_values: Tensor, epsilon: Tensor) -> Tensor:
+        """Return :func:`epsilon_greedy` actions, int64 (B,), drawn from the agent's generator."""
+        return epsilon_greedy(q_values, epsilon, self.generator)
 
     def initialize(self, observations: Tensor) -> None:
         """Initialize the network from replayed observations, if its parameterization asks for it, then the target.
@@ -206,15 +243,25 @@ class DQN:
 
     def update(self, batch: Minibatch) -> None:
         """Make one optimizer step on a minibatch; nothing is read back from the device."""
-        before = diagnostics.weights(self.q_network) if self._watching else None
+        self.counted(lambda: self.work_of_update(batch))
+
+    def work_of_update(self, batch: Minibatch) -> None:
+        """Do what an update does on the device; :meth:`counted` does what it does on the host."""
         losses, td_error, q_value = self._step(batch) if self._fused is None else self._fused_step(self._fused, batch)
+        with torch.no_grad():
+            self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
+
+    def counted(self, work: Callable[[], None]) -> None:
+        """Count an update that ``work`` makes, and watch it where that was asked for."""
+        before = diagnostics.weights(self.q_network) if self._watching else None
+        work()
+        if isinstance(self.optimizer, FlatOptimizer):
+            self.optimizer.show_gradients()
         if before is not None:
             self._watched = diagnostics.effective_learning_rate_tags(before, self.q_network)
             self._watching = False
         self.updates += 1
         self._summed_updates += 1
-        with torch.no_grad():
-            self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
 
     @torch.no_grad()
     def _fused_step(self, fused: FusedNetwork, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,9 +291,12 @@ class DQN:
         losses, td_error, q_value = self.td_loss(batch)
         loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
         self._check(loss, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        if isinstance(self.optimizer, FlatOptimizer):
+            self.optimizer.minimize(loss)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
         if self.parameterization.projects:
             project(self.q_network)
         if switch_mode:
@@ -257,17 +307,21 @@ class DQN:
     def _check(self, loss: Tensor, batch: Minibatch) -> None:
         """Note the first minibatch whose loss is not finite; on a CPU stop before it spoils the weights.
 
-        On a GPU nothing may be read back here; :meth:`read_statistics` tells of it.
+        On a GPU nothing may be read back here; the next actions tell of it (:class:`agents.graphs.GraphStepper`).
         """
         if batch.numbers is None:
             return
-        if self.device.type == "cpu":
+        if not self.static:
             if not math.isfinite(loss.item()):
                 self._offending.copy_(batch.numbers)
                 raise NonFiniteLossError(f"the loss of update {self.updates + 1:,} is {loss.item()}")
             return
         known = loss.isfinite() | (self._offending[0] >= 0)
         self._offending.copy_(torch.where(known, self._offending, batch.numbers))
+
+    def has_offending(self) -> Tensor:
+        """Return on the device whether a loss was not finite, bool, shape (1,)."""
+        return self._offending[:1] >= 0
 
     def offending_transitions(self) -> Tensor | None:
         """Return the numbers in replay of the first minibatch whose loss was not finite, int64 (B,); None: none."""
@@ -280,16 +334,29 @@ class DQN:
             q_values = self.target_network(observations)
             return q_values
         if self._plain_target is None:
-            self._plain_target = fold(copy.deepcopy(self.target_network))
-            if self.config.precision == "bfloat16":
-                self._plain_target.round_weights(torch.bfloat16)
+            self._plain_target = self._folded_target()
         q_values = self._plain_target(observations)
         return q_values
+
+    def _folded_target(self) -> QNetwork:
+        plain = fold(copy.deepcopy(self.target_network))
+        if self.config.precision == "bfloat16":
+            plain.round_weights(torch.bfloat16)
+        return plain
+
+    def _target_changed(self) -> None:
+        """Make anew what was computed from the target network's weights; a static agent does so in its place."""
+        if self.static and self._plain_target is not None:
+            self._plain_target.load_state_dict(self._folded_target().state_dict())
+            return
+        self._plain_target = self._working_target = None
+        if self.static and self._folds_target:
+            self._plain_target = self._folded_target()
 
     def copy_target(self) -> None:
         """Copy the Q-network, buffers included, to the target network."""
         self.target_network.load_state_dict(self.q_network.state_dict())
-        self._plain_target = self._working_target = None
+        self._target_changed()
 
     def is_finite(self) -> bool:
         """Return whether every weight is a finite number; waits for the device."""
@@ -301,6 +368,11 @@ class DQN:
             self.optimizer.write_gradients()
         gradients = [parameter.grad for parameter in self.q_network.parameters() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else self._restored_gradient_norm
+
+    @property
+    def watching(self) -> bool:
+        """Whether the next update is watched."""
+        return self._watching
 
     def watch_next_update(self) -> None:
         """Measure the effective learning rate of the next update, which then waits for the device."""
@@ -341,7 +413,7 @@ class DQN:
         """Restore the Q-network's weights and what :meth:`state_dict` returned."""
         self.q_network.load_state_dict(weights)
         self.target_network.load_state_dict(state["target_network"])
-        self._plain_target = self._working_target = None
+        self._target_changed()
         self.optimizer.load_state_dict(
             {
                 "state": {int(key): copy.deepcopy(value) for key, value in state.get("optimizer", {}).items()},

@@ -27,14 +27,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.dqn import DQN
+from agents.graphs import GraphStepper
 from wn_rl import cli
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, make_atari
-from wn_rl.config import Count, TrainConfig, load, resolve
+from wn_rl.config import Count, EnvCount, TrainConfig, load, resolve
 from wn_rl.errors import WnRlError
 from wn_rl.evaluation import environment_options
-from wn_rl.machine import cores, device_name, keep_freed_memory, resolve_device
+from wn_rl.machine import cores, device_name, keep_freed_memory, resolve_device, set_float32_precision
 from wn_rl.replay import Replay
 from wn_rl.runs import versions
+from wn_rl.stepping import Stepper
 from wn_rl.training import TrainingLoop
 
 WARM_UP = 2_000
@@ -51,13 +53,13 @@ class Arguments:
     """Parameterization of ours; SB3 trains a plain network."""
     batch_size: Count = 32
     """Transitions per update, on both sides."""
-    num_envs: Count = 16
-    """Emulators of ours."""
+    num_envs: EnvCount = 16
+    """Emulators of ours; auto: what train.py takes."""
     replay_capacity: Count = 100_000
     """Agent steps in the replay, on both sides."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """Of ours."""
     num_threads: Count = 0
     """Threads of our arithmetic; 0: what train.py takes."""
@@ -67,6 +69,8 @@ class Arguments:
     """Segments of each side."""
     seconds: float = 60.0
     """Length of a segment."""
+    learners: bool = False
+    """Time the learner alone at minibatches of 32 and of 64 as well."""
     peer: bool = True
     """Measure Stable-Baselines3 too."""
     out: str = "docs/results/benchmarks/throughput.json"
@@ -103,20 +107,22 @@ class Ours:
         )
         self.agent = DQN(config, self.env.num_actions, self.device)
         replay = Replay(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
-        self.loop = TrainingLoop(config, self.env, self.agent, replay)
+        self.loop = TrainingLoop(config, self.env, self.agent, replay, stepper=self.agent.stepper(replay))
         self.loop.start()
         started = time.perf_counter()
         while self.agent.updates < 50:
             self.loop.vector_step()
         self.first_updates_seconds = time.perf_counter() - started
 
-    def run(self, seconds: float) -> dict[str, float]:
+    def run(self, seconds: float) -> dict[str, Any]:
         """Train for so long; return agent steps and updates per second."""
         steps, updates = self.loop.agent_steps, self.agent.updates
         self.agent.read_statistics()
+        watched = GpuWatch(self.device)
         started, busy = time.perf_counter(), time.process_time()
         while time.perf_counter() - started < seconds:
             self.loop.vector_step()
+            watched.look()
         wait(self.device)
         took = time.perf_counter() - started
         busy = time.process_time() - busy
@@ -128,6 +134,7 @@ class Ours:
             "updates_per_second": (self.agent.updates - updates) / took,
             "loss": found.loss,
             "cpu_utilisation": busy / took / cores(),
+            "gpu_utilisation": watched.mean(),
         }
 
     def split(self, seconds: float) -> dict[str, float]:
@@ -150,13 +157,17 @@ class Ours:
             setattr(owner, name, timed)
             undo.append((owner, name))
 
-        watch(self.agent, "act", "act")
+        graphs = isinstance(self.loop.stepper, GraphStepper)
+        watch(self.loop.stepper if graphs else self.agent, "act", "act")
         watch(self.env, "send", "emulators: send")
         watch(self.env, "recv", "emulators: wait")
-        watch(self.loop.replay, "sample", "gather")
         watch(self.loop.replay, "add", "store")
-        watch(self.agent.optimizer, "step", "optimizer")
-        watch(self.agent, "update", "forward and backward", ["optimizer"])
+        if graphs:  # one graph holds all of it
+            watch(self.loop.stepper, "update", "update, sampling included")
+        else:
+            watch(self.loop.replay, "sample", "gather")
+            watch(self.agent.optimizer, "step", "optimizer")
+            watch(self.agent, "update", "forward and backward", ["optimizer"])
         watch(self.agent, "copy_target", "target copy")
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
@@ -169,12 +180,51 @@ class Ours:
 
     def learner_alone(self, seconds: float) -> float:
         """Return updates per second without emulators, sampling included."""
-        updates, started = self.agent.updates, time.perf_counter()
-        while time.perf_counter() - started < seconds:
-            for _ in range(10):
-                self.agent.update(self.loop.replay.sample(self.config.batch_size))
-            wait(self.device)
-        return (self.agent.updates - updates) / (time.perf_counter() - started)
+        return updates_per_second(self.agent, self.loop.stepper, seconds)
+
+    def learner_with(self, batch_size: int, seconds: float) -> float:
+        """Return updates per second of a new agent with another minibatch, on the same replay, without emulators."""
+        agent = DQN(replace(self.config, batch_size=batch_size), self.env.num_actions, self.device)
+        agent.initialize(self.loop.replay.sample(self.config.init_samples).observations)
+        stepper = agent.stepper(self.loop.replay)
+        updates_per_second(agent, stepper, 0.0)  # compiles, or records
+        return updates_per_second(agent, stepper, seconds)
+
+
+class GpuWatch:
+    """The GPU's utilisation as its driver tells it, about once a second."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start; nothing is measured on a CPU, or without the package that asks the driver (nvidia-ml-py)."""
+        self._device = device
+        self._seen: list[int] = []
+        self._next = 0.0
+        self._possible = device.type == "cuda"
+
+    def look(self) -> None:
+        """Ask the driver, if a second has passed."""
+        if not self._possible or time.perf_counter() < self._next:
+            return
+        self._next = time.perf_counter() + 1.0
+        try:
+            self._seen.append(torch.cuda.utilization(self._device))
+        except (ImportError, RuntimeError):
+            self._possible = False
+
+    def mean(self) -> float | None:
+        """Return the share of time in which the GPU had work, from 0 to 1; None: not measured."""
+        return statistics.mean(self._seen) / 100 if self._seen else None
+
+
+def updates_per_second(agent: DQN, stepper: Stepper, seconds: float) -> float:
+    """Return updates per second without emulators, sampling included; makes at least ten."""
+    wait(agent.device)
+    updates, started = agent.updates, time.perf_counter()
+    while agent.updates == updates or time.perf_counter() - started < seconds:
+        for _ in range(10):
+            stepper.update()
+        wait(agent.device)
+    return (agent.updates - updates) / (time.perf_counter() - started)
 
 
 def wait(device: torch.device) -> None:
@@ -282,6 +332,7 @@ def main(words: Sequence[str]) -> int:
     arguments = cli.parse(Arguments, words)
     keep_freed_memory()
     config = configure(arguments)
+    set_float32_precision(config.precision)
     ours_threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(ours_threads)
     ours = Ours(config)
@@ -289,9 +340,9 @@ def main(words: Sequence[str]) -> int:
         f"ours: the first 50 updates took {ours.first_updates_seconds:.1f} s with warm-up and compilation", flush=True
     )
     peer = best_peer(arguments, config.device) if arguments.peer else None
-    segments: dict[str, list[dict[str, float]]] = {"ours": [], "sb3": []}
+    segments: dict[str, list[dict[str, Any]]] = {"ours": [], "sb3": []}
     for turn in range(arguments.segments):
-        sides: list[tuple[str, int, Callable[[float], dict[str, float]]]] = [("ours", ours_threads, ours.run)]
+        sides: list[tuple[str, int, Callable[[float], dict[str, Any]]]] = [("ours", ours_threads, ours.run)]
         if peer is not None:
             sides.append(("sb3", peer[1], peer[0].run))
         for name, threads, run in sides if turn % 2 == 0 else reversed(sides):
@@ -303,6 +354,8 @@ def main(words: Sequence[str]) -> int:
     part = arguments.seconds / 3
     split = ours.split(part)
     learner = ours.learner_alone(part)
+    peak = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
+    learners = {size: ours.learner_with(size, part) for size in (32, 64)} if arguments.learners else {}
     emulators, bare = emulators_alone(config, part)
     speed = statistics.median(segment["agent_steps_per_second"] for segment in segments["ours"])
     learner_steps = learner * config.update_period
@@ -323,16 +376,23 @@ def main(words: Sequence[str]) -> int:
         "emulators_alone_agent_steps_per_second": emulators,
         "bare_ale_loop_agent_steps_per_second": bare,
         "learner_alone_updates_per_second": learner,
+        "learner_alone_by_minibatch": learners,
         "bound_agent_steps_per_second": bound,
         "of_the_bound": speed / bound,
         "time_split": split,
         "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if config.device == "cuda" else None,
+        "peak_device_memory_bytes": peak,
     }
     print(f"\nours {speed:.0f} agent steps/s = {speed * FRAME_SKIP:.0f} frames/s")
     print(f"that is {100 * speed / bound:.0f}% of the bound from its parts, {bound:.0f} agent steps/s")
     print(f"emulators alone {emulators:.0f} agent steps/s ({100 * emulators / bare:.0f}% of ale-py's bare loop)")
     print(f"learner alone {learner:.1f} updates/s")
+    for size, made in learners.items():
+        print(f"learner alone with a minibatch of {size}: {made:.1f} updates/s")
+    if peak is not None:
+        used = [segment["gpu_utilisation"] for segment in segments["ours"] if segment["gpu_utilisation"] is not None]
+        told = f"{100 * statistics.mean(used):.0f}%" if used else "not measured (nvidia-ml-py is missing)"
+        print(f"GPU utilisation {told}; peak memory on the device {peak / 1e9:.2f} GB")
     print(
         "time: " + ", ".join(f"{name} {100 * share:.0f}%" for name, share in sorted(split.items(), key=lambda e: -e[1]))
     )

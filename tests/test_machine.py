@@ -9,9 +9,18 @@ import pytest
 import torch
 
 from agents.dqn import DQN
+from wn_rl import machine
 from wn_rl.config import load, resolve
-from wn_rl.errors import WnRlError
-from wn_rl.machine import check_memory, free_bytes, plan_memory
+from wn_rl.errors import UsageError, WnRlError
+from wn_rl.machine import (
+    MemoryPlan,
+    check_memory,
+    free_bytes,
+    place_replay,
+    plan_memory,
+    resolve_device,
+    set_float32_precision,
+)
 from wn_rl.networks import QNetworkSpec
 from wn_rl.replay import Replay
 from wn_rl.trainer import train
@@ -45,3 +54,59 @@ def test_the_plan_counts_what_a_run_allocates() -> None:
     assert plan.working_bytes == sum(plan.on_device.values()) + sum(plan.on_host.values()) - replay_bytes
     if free_bytes(torch.device("cpu")) is not None:
         check_memory(replace(config, replay_capacity=1000), plan_memory(config, 7_056_000, 1000), torch.device("cpu"))
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("free", "on_host"),
+    [
+        # The replay takes 7 GB, the rest 1 GB and CUDA's context 0.6 GB.
+        (8.7 * GB, False),
+        (8.6 * GB, False),
+        (8.5 * GB, True),
+        (1.6 * GB, True),
+        (1.5 * GB, False),  # nor does the rest fit: the check that follows says so
+        (None, False),
+    ],
+)
+def test_a_replay_that_is_too_much_for_the_gpu_goes_to_the_host(free: float | None, on_host: bool) -> None:
+    plan = MemoryPlan({"replay_capacity": 7 * GB, "batch_size": GB // 2, "hidden_units": GB // 2}, {"num_envs": 30})
+    placed = place_replay(plan, None if free is None else int(free))
+    assert placed.replay_on_host == on_host
+    assert placed.working_bytes == plan.working_bytes == GB + 30
+    assert sum(placed.on_device.values()) == (GB if on_host else 8 * GB)
+    assert sum(placed.on_host.values()) == (7 * GB + 30 if on_host else 30)
+
+
+def test_what_does_not_fit_on_the_host_either_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(replace(load("paper"), game="breakout"))
+    plan = MemoryPlan({"replay_capacity": 7 * GB, "batch_size": GB}, {"num_envs": 30})
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 4 * GB)
+    placed = place_replay(plan, 4 * GB)
+    with pytest.raises(WnRlError, match=r"replay_capacity 1,000,000 needs 7\.0 GB, and 3\.2 GB are left for it on cpu"):
+        check_memory(config, placed, torch.device("cuda"))
+
+
+def test_precision_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(replace(load("quick"), game="breakout"))
+    with pytest.raises(UsageError, match="--precision tf32 needs a GPU"):
+        resolve_device(replace(config, precision="tf32", device="cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for computes, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=computes: answer)
+        assert resolve_device(replace(config, device="cuda")).precision == expected
+    assert resolve_device(replace(config, precision="tf32", device="cuda")).precision == "tf32"
+    assert resolve_device(replace(config, device="cuda")).compile == "off"
+
+
+def test_tf32_is_on_where_it_was_asked_for_and_nowhere_else() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for precision, expected in (("tf32", True), ("float32", False), ("bfloat16", False)):
+            set_float32_precision(precision)
+            assert torch.backends.cuda.matmul.allow_tf32 is expected
+            assert torch.backends.cudnn.allow_tf32 is expected
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

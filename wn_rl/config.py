@@ -54,6 +54,48 @@ Count = Annotated[
 ]
 
 
+class _Auto(int):
+    """A whole number that is not chosen yet; only :data:`AUTO` is one."""
+
+    def __repr__(self) -> str:
+        return "auto"
+
+    __str__ = __repr__
+
+
+AUTO = _Auto(0)
+"""``num_envs: auto`` until :func:`wn_rl.machine.resolve_device` chooses. Nothing may compute with it before."""
+
+
+def parse_num_envs(text: str) -> int:
+    """Return :data:`AUTO` for ``auto``, else as :func:`parse_count`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text.strip() == "auto":
+        return AUTO
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor auto") from None
+
+
+def is_auto(value: object) -> bool:
+    """Return whether ``value`` is :data:`AUTO` or a copy of it; a 0 is not."""
+    return isinstance(value, _Auto)
+
+
+EnvCount = Annotated[
+    int,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N|auto",
+        instance_from_str=lambda words: parse_num_envs(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 Options = Annotated[
     dict[str, Any],
     PrimitiveConstructorSpec(
@@ -118,15 +160,17 @@ class TrainConfig:
     """Seed of everything random. On a CPU with the same number of threads the same seed gives the same weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network and the replay live; auto takes a GPU where there is one."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """Arithmetic of the hidden layers; weights, output layer and loss are always float32. auto: bfloat16 on a CPU with
-    AVX512-BF16 or AMX, else float32."""
+    AVX512-BF16 or AMX and on a GPU that computes in it, else float32. tf32: on a GPU, float32 whose factors are rounded
+    to 10 bits."""
     compile: Literal["auto", "on", "off"] = "auto"
     """On a CPU, compile adamax's step to machine code, and for standard and wn what is around it, which makes updates
     quicker and takes a second once, some 20 s for the other parameterizations. auto: for networks of at least half a
     million parameters where there is a C++ compiler."""
-    num_envs: Count = 16
-    """Emulators that step together. All of them act on the same network, so N changes results a little."""
+    num_envs: EnvCount = 16
+    """Emulators that step together. All of them act on the same network, so N changes results a little. auto: chosen
+    from cores and device; the number chosen is what the run's config.yaml says."""
     num_threads: Count = 0
     """Threads of the network's arithmetic on a CPU; 0: all cores."""
     emulator_threads: Count = 0
@@ -311,6 +355,8 @@ def coerce(key: str, value: object) -> Any:  # noqa: ANN401 - the type is that o
         if not isinstance(value, Mapping):
             raise wrong
         return {str(name): _as_float(rate, wrong) for name, rate in value.items()}
+    if key == "num_envs" and value == "auto":
+        return AUTO
     if hint is bool:
         if not isinstance(value, bool):
             raise wrong
@@ -431,7 +477,7 @@ def validate(config: TrainConfig) -> None:
     """
     for key, (low, high) in _COUNT_RANGES.items():
         value = getattr(config, key)
-        if not low <= value <= high:
+        if not low <= value <= high and not (key == "num_envs" and is_auto(value)):
             raise UsageError(f"{key} must be from {low:,} to {high:,}, not {value:,}")
     for key, bounds in _FLOAT_RANGES.items():
         value = getattr(config, key)
@@ -457,7 +503,7 @@ def validate(config: TrainConfig) -> None:
 def resolve(config: TrainConfig, *, param_in_file: bool = False) -> TrainConfig:
     """Return the configuration with names made canonical and every choice of "the default" made.
 
-    Device and precision are resolved where torch is loaded, in the training.
+    Device, precision and ``num_envs: auto`` are resolved where torch is loaded, in the training.
 
     Args:
         config: as the user gave it.
@@ -536,6 +582,7 @@ def import_parameterization(reference: str) -> None:
 def to_yaml(config: TrainConfig) -> str:
     """Return the configuration as a YAML file that ``--config`` reads back to the same values."""
     values = {name: getattr(config, name) for name in _FIELDS}
+    values["num_envs"] = "auto" if is_auto(config.num_envs) else config.num_envs
     values["param_layers"] = None if config.param_layers is None else list(config.param_layers)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -551,5 +598,7 @@ def from_mapping(values: Mapping[str, object]) -> TrainConfig:
     if missing := [key for key in _FIELDS if key not in values]:
         raise UsageError(f"the configuration key '{missing[0]}' is missing")
     config = replace(TrainConfig(), **{key: coerce(key, value) for key, value in values.items()})
+    if is_auto(config.num_envs):
+        raise UsageError("num_envs is 'auto', not the number that was chosen")
     validate(config)
     return config

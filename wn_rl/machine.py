@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from wn_rl.config import TrainConfig
+from wn_rl.config import TrainConfig, is_auto, validate
 from wn_rl.errors import UsageError, WnRlError
 from wn_rl.networks import QNetworkSpec
 
@@ -29,6 +29,11 @@ INIT_SAMPLE_BYTES = 400_000
 """Memory of one observation in the data-dependent initialization (measured: 275 kB, without the gathering)."""
 WORTH_COMPILING = 500_000
 """Parameters from which a compiled optimizer step pays for its compilation."""
+MOST_ENVS = {"cpu": 64, "cuda": 512}
+"""Emulators that ``num_envs: auto`` chooses at most."""
+ENVS_PER_CORE = {"cpu": 8, "cuda": 16}
+"""Emulators that ``num_envs: auto`` chooses for a core: enough that the emulators' threads seldom wait for the slowest,
+and on a GPU that the wait for its actions, which hardly grows with N, is short beside a step."""
 COPIES_OF_WEIGHTS = 8
 """Network, target, gradient, two of the optimizer, and what is being saved."""
 
@@ -66,9 +71,15 @@ class MemoryPlan:
     on_host: dict[str, int]
 
     @property
+    def replay_on_host(self) -> bool:
+        """Whether the replay was moved to host memory, see :func:`place_replay`."""
+        return "replay_capacity" in self.on_host
+
+    @property
     def working_bytes(self) -> int:
         """Everything but the replay."""
-        return sum(self.on_device.values()) + sum(self.on_host.values()) - self.on_device["replay_capacity"]
+        replay = (self.on_host if self.replay_on_host else self.on_device)["replay_capacity"]
+        return sum(self.on_device.values()) + sum(self.on_host.values()) - replay
 
 
 def plan_memory(config: TrainConfig, replay_bytes: int, parameters: int) -> MemoryPlan:
@@ -90,6 +101,21 @@ def plan_memory(config: TrainConfig, replay_bytes: int, parameters: int) -> Memo
         "evaluation_envs": config.evaluation_envs * EMULATOR_BYTES,
     }
     return MemoryPlan(on_device, on_host)
+
+
+def place_replay(plan: MemoryPlan, free: int | None) -> MemoryPlan:
+    """Return the plan of a run on a GPU with the replay in host memory, if it alone is too much for the GPU.
+
+    Args:
+        plan: with the replay on the device.
+        free: bytes that can still be allocated on the GPU; None: not known, so nothing is moved.
+    """
+    needed = sum(plan.on_device.values()) + CONTEXT_BYTES
+    replay = plan.on_device["replay_capacity"]
+    if free is None or needed <= free or needed - replay > free:
+        return plan
+    on_device = {key: value for key, value in plan.on_device.items() if key != "replay_capacity"}
+    return MemoryPlan(on_device, plan.on_host | {"replay_capacity": replay})
 
 
 def check_memory(config: TrainConfig, plan: MemoryPlan, device: torch.device) -> None:
@@ -130,17 +156,61 @@ def pick_device(wanted: str) -> Literal["cpu", "cuda"]:
 
 
 def resolve_device(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with ``device``, ``precision`` and ``compile`` decided by this machine.
+    """Return the configuration with ``device``, ``precision``, ``compile`` and ``num_envs`` decided by this machine.
 
     Raises:
-        UsageError: a GPU or a compiled step was asked for and cannot be had here.
+        UsageError: a GPU, TF32 or a compiled step was asked for and cannot be had here, or a key does not fit the
+            number of emulators.
     """
     device = pick_device(config.device)
     precision = config.precision
     if precision == "auto":
-        fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        precision = "bfloat16" if fast else "float32"
-    return replace(config, device=device, precision=precision, compile=_resolve_compile(config, device))
+        precision = "bfloat16" if _computes_in_bfloat16(device) else "float32"
+    if precision == "tf32" and device == "cpu":
+        raise UsageError("--precision tf32 needs a GPU; use --precision float32 or auto")
+    num_envs = choose_num_envs(config, cores(), device) if is_auto(config.num_envs) else config.num_envs
+    compiles = _resolve_compile(config, device)
+    resolved = replace(config, device=device, precision=precision, compile=compiles, num_envs=num_envs)
+    validate(resolved)  # what auto stood for must fit the other keys
+    return resolved
+
+
+def _computes_in_bfloat16(device: str) -> bool:
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_num_envs(config: TrainConfig, usable_cores: int, device: Literal["cpu", "cuda"]) -> int:
+    """Return what ``num_envs: auto`` stands for: :data:`ENVS_PER_CORE`, at most :data:`MOST_ENVS`.
+
+    Fewer where the replay or the random play before the first update would be shorter than one vector step.
+
+    Args:
+        config: its replay and ``learning_starts``.
+        usable_cores: that may step emulators.
+        device: where the network is.
+    """
+    wanted = min(ENVS_PER_CORE[device] * usable_cores, MOST_ENVS[device])
+    return max(min(wanted, config.replay_capacity, config.learning_starts - 1), 1)
+
+
+def describe_num_envs(config: TrainConfig) -> str:
+    """Return in one line what ``num_envs: auto`` chose and from what; ``config`` is resolved."""
+    each, most = ENVS_PER_CORE[config.device], MOST_ENVS[config.device]
+    return (
+        f"num_envs auto: {config.num_envs} emulators, since there are {cores()} cores ({each} a core with the network "
+        f"on {config.device}, {most} at most, and fewer than learning_starts); --num-envs {config.num_envs} repeats it"
+    )
+
+
+def set_float32_precision(precision: str) -> None:
+    """Let GPUs round the factors of float32 products to TF32 where ``precision`` is ``tf32``, and nowhere else.
+
+    By default torch lets convolutions do so and products of matrices not. The setting is the process's.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:

@@ -282,6 +282,11 @@ class QNetwork(nn.Module):
             kind = observations.device.type
             low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.precision
             return first.packed(observations).to(low)
+        if observations.device.type == "cuda":
+            # Channels last is what tensor cores take; whole numbers up to 255 are exact in bfloat16, then divided.
+            on = torch.is_autocast_enabled("cuda") and self.precision == torch.float32
+            low = torch.get_autocast_dtype("cuda") if on else self.precision
+            return observations.to(low, memory_format=torch.channels_last) / 255
         return observations.to(self.precision) / 255
 
     def q_values(self, features: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wn_rl.errors import UsageError
+from wn_rl.staging import Staging
 
 Array = NDArray[Any]
 
@@ -84,7 +85,13 @@ class Replay:
     ``entry_of`` maps number → entry, and those of the last ``capacity // N`` rows form one range of numbers. Four
     rows more than that are kept for the three older frames of the oldest stack and for the newest frame, so every
     transition in the range is whole, each is drawn with the same probability, and no draw is ever rejected.
+
+    On a GPU what a vector step adds comes in one asynchronous copy, and what changes from step to step, the range that
+    can be drawn and the place of the newest row, is read there: sampling asks the host for nothing and can be recorded.
     """
+
+    resident = True
+    """Whether the frames are where minibatches are made, so that sampling is device work alone."""
 
     def __init__(
         self,
@@ -95,6 +102,7 @@ class Replay:
         seed: int = 0,
         frame_shape: tuple[int, int] = (84, 84),
         stack_size: int = 4,
+        staged: bool | None = None,
     ) -> None:
         """Allocate the ring.
 
@@ -105,6 +113,7 @@ class Replay:
             seed: of the generator that draws minibatches.
             frame_shape: height and width of a frame.
             stack_size: frames per observation.
+            staged: send what a step adds in one copy and keep its place on the device; None: on a GPU.
 
         Raises:
             UsageError: the capacity is smaller than one vector step.
@@ -125,6 +134,7 @@ class Replay:
         self._rewards = torch.zeros(entries, dtype=torch.float32, device=self.device)
         self._terminals = torch.zeros(entries, dtype=torch.bool, device=self.device)
         self._entry_of = torch.zeros(entries, dtype=torch.int64, device=self.device)
+        self._staging = self._make_staging(frame_shape) if staged or (staged is None and self._on_gpu) else None
         # Frames back from the newest of the next observation, and the age below which each is not of this episode.
         self._offsets = torch.arange(1 - stack_size, 2, device=self.device)
         self._needed_age = torch.clamp(-self._offsets, min=0).to(torch.uint8)
@@ -133,6 +143,27 @@ class Replay:
         self._stored = 0
         self._newest_age = np.zeros(num_envs, np.uint8)
         self._row_sums = np.zeros(self._ring, np.uint32)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _make_staging(self, frame_shape: tuple[int, int]) -> Staging:
+        n = self.num_envs
+        # First and one past the last number that can be drawn, and the entry of the newest row's first emulator.
+        self._place = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self._slots = torch.arange(n, device=self.device)
+        fields: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "frames": (torch.uint8, (n, *frame_shape)),
+            "age": (torch.uint8, (n,)),
+            "actions": (torch.uint8, (n,)),
+            "rewards": (torch.float32, (n,)),
+            "terminals": (torch.bool, (n,)),
+            "numbers": (torch.int64, (n,)),
+            "entries": (torch.int64, (n,)),
+            "place": (torch.int64, (3,)),
+        }
+        return Staging(fields, self.device)
 
     def __len__(self) -> int:
         """The number of transitions that can be drawn."""
@@ -213,6 +244,9 @@ class Replay:
         terminals = np.asarray(terminals, bool)
         for part in (actions, rewards, terminals):
             self._row_sums[place] = zlib.crc32(np.ascontiguousarray(part).data, int(self._row_sums[place]))
+        if self._staging is not None:
+            self._stage(self._staging, row, actions, rewards, terminals, next_frames, np.asarray(is_reset, bool))
+            return
         self._actions[row] = torch.as_tensor(actions, device=self.device)
         self._rewards[row] = torch.as_tensor(rewards, device=self.device)
         self._terminals[row] = torch.as_tensor(terminals, device=self.device)
@@ -225,6 +259,14 @@ class Replay:
         self._observe(next_frames, is_reset)
 
     def _observe(self, frames: Array, is_reset: Array) -> None:
+        row, frames = self._next_row(frames, is_reset)
+        self._frames[row] = torch.as_tensor(frames, device=self.device)
+        self._age[row] = torch.as_tensor(self._newest_age, device=self.device)
+        if self._staging is not None:
+            self._place.copy_(torch.tensor([*self.drawable, row.start]))
+
+    def _next_row(self, frames: Array, is_reset: Array) -> tuple[slice, Array]:
+        """Go to the next row: (the entries that it takes, its frames as one block of memory)."""
         self._newest += 1
         place = self._newest % self._ring
         row = slice(place * self.num_envs, (place + 1) * self.num_envs)
@@ -232,13 +274,47 @@ class Replay:
         self._newest_age = np.where(is_reset, 0, np.minimum(self._newest_age + 1, self.stack_size - 1)).astype(np.uint8)
         frames = np.ascontiguousarray(frames)
         self._row_sums[place] = zlib.crc32(self._newest_age.data, zlib.crc32(frames.data))
-        self._frames[row] = torch.as_tensor(frames, device=self.device)
-        self._age[row] = torch.as_tensor(self._newest_age, device=self.device)
+        return row, frames
+
+    def _stage(
+        self,
+        staging: Staging,
+        row: slice,
+        actions: Array,
+        rewards: Array,
+        terminals: Array,
+        frames: Array,
+        is_reset: Array,
+    ) -> None:
+        """Do the rest of :meth:`add` without waiting for the device."""
+        fields = staging.begin()
+        fields["actions"][:], fields["rewards"][:], fields["terminals"][:] = actions, rewards, terminals
+        # As many numbers as emulators whatever happened: those of resets are taken back by the next real transitions,
+        # which come before anybody may draw them.
+        order = np.argsort(is_reset, kind="stable")
+        fields["numbers"][:] = (self._stored + np.arange(self.num_envs)) % len(self._entry_of)
+        fields["entries"][:] = row.start + order
+        self._stored += int((~is_reset).sum())
+        next_row, frames = self._next_row(frames, is_reset)
+        fields["frames"][:], fields["age"][:] = frames, self._newest_age
+        fields["place"][:] = (*self.drawable, next_row.start)
+        staging.send()
+        sent = staging.device
+        self._actions[row] = sent["actions"]
+        self._rewards[row] = sent["rewards"]
+        self._terminals[row] = sent["terminals"]
+        self._entry_of.index_copy_(0, sent["numbers"], sent["entries"])
+        self._frames[next_row] = sent["frames"]
+        self._age[next_row] = sent["age"]
+        self._place.copy_(sent["place"])
 
     def observations(self) -> Tensor:
         """Return the newest observation of every emulator: uint8, shape (N, 4, 84, 84)."""
-        place = self._newest % self._ring
-        entries = torch.arange(place * self.num_envs, (place + 1) * self.num_envs, device=self.device)
+        if self._staging is not None:
+            entries = self._place[2] + self._slots
+        else:
+            place = self._newest % self._ring
+            entries = torch.arange(place * self.num_envs, (place + 1) * self.num_envs, device=self.device)
         places = self._places(entries, self._offsets[:-1], self._needed_age[:-1])
         return self._frames.index_select(0, places.flatten()).view(*places.shape, *self._frames.shape[1:])
 
@@ -252,14 +328,25 @@ class Replay:
         Raises:
             UsageError: the replay holds no transition yet.
         """
+        return self.transitions(self.draw(batch_size, generator))
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return the numbers that :meth:`sample` draws, int64, shape (B,)."""
+        low: int | Tensor
+        high: int | Tensor
         low, high = self.drawable
         if high == low:
             raise UsageError("the replay is empty: learning_starts must be larger than num_envs")
+        if self._staging is not None:
+            low, high = self._place[0], self._place[1]
         uniform = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=generator or self.generator)
-        return self.transitions(low + (uniform * (high - low)).long())
+        return low + (uniform * (high - low)).long()
 
     def transitions(self, numbers: Tensor) -> Minibatch:
         """Return the transitions with these numbers (int64, shape (B,)), each within :attr:`drawable`."""
+        return self._gather(numbers)
+
+    def _gather(self, numbers: Tensor) -> Minibatch:
         entries = self._entry_of[numbers % len(self._entry_of)]
         return DrawnMinibatch(
             self._frames,

@@ -22,7 +22,7 @@ from wn_rl import checkpoint, diagnostics
 from wn_rl.atari.env import FRAME_SIDE, FRAME_SKIP, STACK_SIZE, make_atari
 from wn_rl.atari.games import find_game
 from wn_rl.atari.journal import Journal, Mark
-from wn_rl.config import TrainConfig, to_yaml, validate
+from wn_rl.config import TrainConfig, is_auto, to_yaml, validate
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError, WnRlError
 from wn_rl.evaluation import (
     EvaluationInterrupted,
@@ -32,14 +32,19 @@ from wn_rl.evaluation import (
     environment_options,
     evaluate,
 )
+from wn_rl.host_replay import HostReplay
 from wn_rl.machine import (
     LIBRARY_BYTES,
     MemoryPlan,
     check_memory,
+    describe_num_envs,
     device_name,
+    free_bytes,
     keep_freed_memory,
+    place_replay,
     plan_memory,
     resolve_device,
+    set_float32_precision,
 )
 from wn_rl.networks import MAX_ACTIONS, QNetworkSpec
 from wn_rl.parameterizations import resolve
@@ -88,7 +93,9 @@ class _Signals:
 class _Run:
     """One run in one process: the loop, its directory and its dashboards."""
 
-    def __init__(self, config: TrainConfig, make_agent: MakeAgent, directory: RunDirectory) -> None:
+    def __init__(
+        self, config: TrainConfig, make_agent: MakeAgent, directory: RunDirectory, *, replay_on_host: bool = False
+    ) -> None:
         self.config = config
         self.directory = directory
         self.device = torch.device(config.device)
@@ -96,10 +103,11 @@ class _Run:
             config.game, config.num_envs, num_threads=config.emulator_threads, **environment_options(config)
         )
         agent = make_agent(config, self.env.num_actions, self.device)
-        replay = Replay(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
+        kind = HostReplay if replay_on_host else Replay
+        replay = kind(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
         reseed_period = config.reseed_period if config.sticky_actions > 0 else 0
         self.journal = Journal(directory.journal, config.num_envs, reseed_period)
-        self.loop = TrainingLoop(config, self.env, agent, replay, self.journal)
+        self.loop = TrainingLoop(config, self.env, agent, replay, self.journal, agent.stepper(replay))
         self.held_out: Tensor | None = None
         self.evaluated_at = 0
         self.logged_at = 0
@@ -214,7 +222,10 @@ class _Run:
             self._first_row_before = self.loop.first_row_kept
             if self.loop.agent_steps != saved.agent_steps:
                 raise ValueError(f"the journal holds {self.loop.agent_steps:,} agent steps, not {saved.agent_steps:,}")
-            self.loop.replay.load_state_dict(saved.training["replay"], same_device=saved.config.device == device)
+            drawn = saved.training["replay"]["generator"]
+            # A replay in host memory draws with another kind of generator than one on a GPU.
+            same = saved.config.device == device and len(drawn) == len(self.loop.replay.generator.get_state())
+            self.loop.replay.load_state_dict(saved.training["replay"], same_device=same)
             self.evaluated_at = int(run["evaluated_at"])
             self.logged_at, self.points = int(run["logged_at"]), int(run["points"])
             self.unlogged = [FinishedEpisode(int(f), float(r), int(n)) for f, r, n in run["unlogged"].tolist()]
@@ -267,15 +278,15 @@ class _Run:
         if agent.updates == 0:
             return None
         if self.held_out is None:
-            generator = torch.Generator(self.device).manual_seed(self.config.seed)
+            generator = torch.Generator(replay.generator.device).manual_seed(self.config.seed)
             self.held_out = replay.sample(HELD_OUT_STATES, generator).observations.clone()
         return agent.q_values(self.held_out)
 
     def diagnose(self) -> dict[str, float]:
         """Return the diagnostics of the network on the held-out states, by tag; after :meth:`q_values_held_out`."""
         assert self.held_out is not None
-        generator = torch.Generator(self.device).manual_seed(self.loop.agent_steps)
         replay, size = self.loop.replay, self.config.batch_size
+        generator = torch.Generator(replay.generator.device).manual_seed(self.loop.agent_steps)
         minibatches = [replay.sample(size, generator).observations for _ in range(NOISE_MINIBATCHES)]
         return diagnostics.collect(self.loop.agent.q_network, self.held_out, minibatches)
 
@@ -318,7 +329,9 @@ def train(
         WnRlError: what a user can mend; everything saved before is kept.
     """
     # Where a run lies is no part of it: its config.yaml repeats it in a directory of its own.
+    chosen = is_auto(config.num_envs)
     config = replace(resolve_device(config), run_dir=None)
+    set_float32_precision(config.precision)
     torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
     keep_freed_memory()
     memory = plan_memory(
@@ -326,17 +339,21 @@ def train(
         Replay.expected_bytes(config.replay_capacity, config.num_envs),
         QNetworkSpec(MAX_ACTIONS, hidden_units=config.hidden_units).count_parameters(),
     )
-    check_memory(config, memory, torch.device(config.device))
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        memory = place_replay(memory, free_bytes(device))
+    check_memory(config, memory, device)
     files = RunDirectory(directory)
     _refuse_finished(config, files, resume)
-    run = _Run(config, make_agent, files)
+    run = _Run(config, make_agent, files, replay_on_host=memory.replay_on_host)
     try:
         if resume is None:
             files.create(to_yaml(config))
         with files.locked():
             if resume is not None:
                 _check_newest(resume, files)
-            return _train_locked(run, memory, resume, quiet=quiet)
+            notes = [describe_num_envs(config)] if chosen else []
+            return _train_locked(run, memory, resume, notes, quiet=quiet)
     finally:
         run.env.close()
 
@@ -347,12 +364,16 @@ def _refuse_finished(config: TrainConfig, files: RunDirectory, resume: checkpoin
         raise UsageError(f"{files.path} is finished at frame {frames:,}: raise --frames to go on")
 
 
-def _train_locked(run: _Run, memory: MemoryPlan, resume: checkpoint.Checkpoint | None, *, quiet: bool) -> int:
+def _train_locked(
+    run: _Run, memory: MemoryPlan, resume: checkpoint.Checkpoint | None, notes: list[str], *, quiet: bool
+) -> int:
     config, files, loop = run.config, run.directory, run.loop
     progress = Progress(config.frames, resume.agent_steps * FRAME_SKIP if resume else 0, quiet=quiet)
     dashboard: Dashboard | None = None
     try:
         with _Signals() as signals:
+            for note in notes:
+                progress.say(note)
             _describe(run, memory, progress)
             if resume is None:
                 run.journal.create()
@@ -435,7 +456,12 @@ def _describe(run: _Run, memory: MemoryPlan, progress: Progress) -> None:
         f"{config.replay_capacity:,} agent steps; writing to {files.path}"
     )
     replay_gb, working_gb = run.loop.replay.nbytes / 1e9, (memory.working_bytes + LIBRARY_BYTES) / 1e9
-    where = "memory" if config.device == "cpu" else "GPU memory"
+    where = "memory" if config.device == "cpu" or memory.replay_on_host else "GPU memory"
+    if memory.replay_on_host:
+        progress.say(
+            f"the GPU has no room for a replay of {replay_gb:.1f} GB: it is kept in host memory, which is slower; "
+            "lower --replay-capacity to have it on the GPU"
+        )
     progress.say(
         f"at most {replay_gb:.2f} GB of {where} for the replay, about {working_gb:.1f} GB of memory for the rest"
     )
@@ -662,6 +688,8 @@ def _check_resumable(saved: checkpoint.Checkpoint) -> None:
 
 
 def _canonical(config: TrainConfig, key: str, value: Any) -> Any:  # noqa: ANN401 - the type is that of the key
+    if key == "num_envs" and is_auto(value):
+        return config.num_envs  # what was chosen for this run
     if key == "game":
         return find_game(value).name
     if key == "param_options":

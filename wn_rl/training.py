@@ -18,6 +18,7 @@ from wn_rl.atari.rebuild import PlayedAgain, play_again
 from wn_rl.config import TrainConfig
 from wn_rl.networks import QNetwork
 from wn_rl.replay import Minibatch, Replay
+from wn_rl.stepping import PlainStepper, Stepper
 
 TRAINING_STREAM = 0
 """Label that keeps training's random numbers apart from evaluation's (stream 1)."""
@@ -41,6 +42,9 @@ class Agent(Protocol):
     @property
     def q_network(self) -> QNetwork:
         """The network that acts and that a checkpoint carries."""
+
+    def stepper(self, replay: Replay) -> Stepper:
+        """Return what acts and updates with ``replay`` in the quickest way that there is on the agent's device."""
 
     def act(self, observations: Tensor, epsilon: NDArray[np.float32]) -> Tensor:
         """Return ε-greedy actions on the device."""
@@ -138,14 +142,24 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, config: TrainConfig, env: AtariVector, agent: Agent, replay: Replay, journal: Journal | None = None
+        self,
+        config: TrainConfig,
+        env: AtariVector,
+        agent: Agent,
+        replay: Replay,
+        journal: Journal | None = None,
+        stepper: Stepper | None = None,
     ) -> None:
-        """Join the parts; :meth:`start` or :meth:`rebuild` begins. Without a journal a run cannot be resumed."""
+        """Join the parts; :meth:`start` or :meth:`rebuild` begins. Without a journal a run cannot be resumed.
+
+        Without a ``stepper`` the agent's own methods act and update.
+        """
         self.config = config
         self.env = env
         self.agent = agent
         self.replay = replay
         self.journal = journal
+        self.stepper = stepper or PlainStepper(agent, replay, config.batch_size)
         self.agent_steps = 0
         self.rows = 0
         self._ended = np.zeros(env.num_envs, bool)
@@ -214,8 +228,7 @@ class TrainingLoop:
         """Step every emulator once, make the updates owed, and return the episodes that ended."""
         plays = ~self._ended  # the others are reset by this step
         numbers = self.agent_steps + np.cumsum(plays)
-        actions = self.agent.act(self.replay.observations(), epsilon_at(self.config, numbers)).cpu().numpy()
-        actions = np.where(plays, actions, 0)
+        actions = np.where(plays, self.stepper.act(epsilon_at(self.config, numbers)), 0)
         self.env.send(actions)
         reseeded = self._due_for_a_seed()
         if self.journal is not None:
@@ -224,7 +237,7 @@ class TrainingLoop:
         first, last = self.agent_steps + 1, int(numbers[-1])
         for _, event in owed(self.config, first, last):
             if event is Event.UPDATE:
-                self.agent.update(self.replay.sample(self.config.batch_size))
+                self.stepper.update()
             elif event is Event.TARGET_COPY:
                 self.agent.copy_target()
             else:
