@@ -64,7 +64,7 @@ class EvaluateArguments:
     param_options: Options = field(default_factory=dict)
     """Its options, for a Stable-Baselines3 file."""
     by: str = "param"
-    """Configuration key whose values are compared where several checkpoints are scored."""
+    """Configuration key whose values are compared where several checkpoints are scored or runs are drawn."""
     json: str | None = None
     """Write every episode's score and length, and how they were played, to this file."""
     csv: str | None = None
@@ -85,6 +85,13 @@ class EvaluateArguments:
     replay_episode: str | None = None
     """Play nothing new: --video shows an episode of a run's training again, best, longest or its number in
     episodes.csv, without the Q-values, which nobody kept."""
+    report: str | None = None
+    """Play nothing: write one HTML page about runs into this directory, with figures and CSV files beside it. Needs no
+    checkpoints."""
+    curves: str | None = None
+    """Play nothing: draw the learning curves of runs, FILE.png, .svg or .pdf."""
+    smooth: Count = 5
+    """Evaluations in the running mean of --curves and --report; 1: none."""
     export: tuple[Literal["sb3", "torch", "onnx"], str] | None = None
     """Play nothing and write the network to a file instead: sb3 OUT.zip (for stable_baselines3.DQN.load), torch OUT.pt2
     (a torch.export program) or onnx OUT.onnx, the parameterization folded into plain weights."""
@@ -95,6 +102,20 @@ def main(arguments: Sequence[str]) -> int:
     wanted = cli.parse(EvaluateArguments, cli.fill_switch(arguments, "--saliency"))
     changes = {key: value for key in protocols.SETTINGS if (value := getattr(wanted, key)) is not None}
     _check(wanted, changes)
+    if "smooth" in cli.given_flags(arguments) and wanted.report is None and wanted.curves is None:
+        raise UsageError("--smooth belongs to --curves and --report")
+    if wanted.report is not None or wanted.curves is not None:
+        _check_plays_nothing(cli.given_flags(arguments))
+        from wn_rl.report import comparison, directory
+
+        comparison.check_key(wanted.by)
+        return directory.report_command(
+            wanted.checkpoints,
+            report=_path(wanted.report),
+            curves_file=_path(wanted.curves),
+            by=wanted.by,
+            window=wanted.smooth,
+        )
     if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
     from wn_rl import scoring, trained  # late: --help and wrong words need no torch
@@ -135,6 +156,13 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
+def _check_plays_nothing(given: set[str]) -> None:
+    """Refuse flags that say how to play beside those that read what was played."""
+    if others := sorted(given - {"report", "curves", "by", "smooth"}):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise UsageError(f"--report and --curves read the runs' files and play nothing: leave out {flags}")
+
+
 def _check(wanted: EvaluateArguments, changes: dict[str, Any]) -> None:
     ranges: dict[str, tuple[float, float]] = {
         "episodes": (1, 10**6),
@@ -145,6 +173,7 @@ def _check(wanted: EvaluateArguments, changes: dict[str, Any]) -> None:
         "num_threads": (0, 1024),
         "max_frames_per_episode": (0, 2**31 - 1),
         "noop_max": (0, 10_000),
+        "smooth": (1, 10**6),
         "sticky_actions": (0.0, 0.999),
     }
     for name, (low, high) in ranges.items():
@@ -163,7 +192,7 @@ def _check(wanted: EvaluateArguments, changes: dict[str, Any]) -> None:
         raise UsageError(f"--json and --csv both name {wanted.json}: one would replace the other")
     exported = wanted.export[1] if wanted.export else None
     outputs = {"--json": wanted.json, "--csv": wanted.csv, "--export": exported}
-    for flag, name in (outputs | {"--video": wanted.video, "--gif": wanted.gif}).items():
+    for flag, name in (outputs | {"--video": wanted.video, "--gif": wanted.gif, "--curves": wanted.curves}).items():
         if name is not None:
             _check_writable(flag, Path(name))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import glob
 import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -141,6 +142,36 @@ class RunDirectory:
         write_file(self.config, config_yaml)
 
 
+def expand(names: Sequence[str], is_one: Callable[[Path], bool], what: str) -> list[Path]:
+    """Return the paths that ``names`` stand for: each is one itself, a directory of some, or a pattern; none twice.
+
+    In a directory that is none itself, those directly in it count, and nothing else.
+
+    Args:
+        names: as they were typed.
+        is_one: whether a path is what is looked for.
+        what: is looked for, for the error, e.g. ``run``.
+
+    Raises:
+        WnRlError: a pattern that matches nothing.
+    """
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if not path.exists() and glob.has_magic(name):
+            matches = [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - takes absolute patterns
+            # A pattern may hit files beside the runs; they are not what was meant.
+            found = [match for match in matches if is_one(match)]
+            if not found:
+                raise WnRlError(f"{name} matches no {what}")
+        elif path.is_dir() and not is_one(path):
+            found = [child for child in sorted(path.iterdir()) if is_one(child)] or [path]
+        else:
+            found = [path]
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
 def read_rows(file: Path) -> list[dict[str, str]]:
     """Return the rows of a run's CSV file by column; a last line that was cut off is left out.
 
@@ -159,26 +190,30 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def write_file(file: Path, text: str) -> None:
-    """Replace a file's content at once.
+def write_file(file: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Replace a file's content at once; see :func:`write_atomically`.
 
     Raises:
         WnRlError: it cannot be written; what was there before still is.
     """
     try:
-        write_atomically(file, text)
+        write_atomically(file, content, sync=sync)
     except OSError as error:
         raise WnRlError(f"cannot write {file}: {error.strerror}") from None
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's content at once: a reader sees the old text or the new."""
+def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Replace a file's content at once: a reader sees the old or the new; text is written as UTF-8.
+
+    Without ``sync`` nobody waits for the disk: for what can be made again, since a power cut may lose it.
+    """
     temporary = file.with_name(f".{file.name}.writing")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(temporary, "wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
         os.replace(temporary, file)
     except OSError:
         temporary.unlink(missing_ok=True)

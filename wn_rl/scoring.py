@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from wn_rl import trained
+from wn_rl import runs, trained
 from wn_rl.atari.env import FULL_ACTION_SET, AtariVector, make_atari, minimal_actions
 from wn_rl.atari.games import find_game
 from wn_rl.errors import CheckpointError, UsageError, WnRlError, one_line
@@ -190,21 +189,7 @@ def expand(names: Sequence[str]) -> list[Path]:
     Raises:
         WnRlError: a name that matches nothing, or a directory without any of these.
     """
-    paths: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if not path.exists() and glob.has_magic(name):
-            matches = [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - takes absolute patterns
-            # A pattern may hit files beside the runs; they are not what was meant.
-            found = [match for match in matches if _is_something(match)]
-            if not found:
-                raise WnRlError(f"{name} matches no run, checkpoint or .zip file")
-        elif path.is_dir() and not _is_something(path):
-            found = [child for child in sorted(path.iterdir()) if _is_something(child)] or [path]
-        else:
-            found = [path]
-        paths += found
-    return list(dict.fromkeys(paths))
+    return runs.expand(names, _is_something, "run, checkpoint or .zip file")
 
 
 def _is_something(path: Path) -> bool:

@@ -114,6 +114,40 @@ def test_one_failure_does_not_keep_the_others_from_being_scored(
     assert (code, out, err.count("\n")) == (1, "", 1)
 
 
+def test_where_every_checkpoint_fails_the_json_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_file = tmp_path / "scores.json"
+    for names in (["a.zip"], ["a.zip", "b.zip"]):
+        for name in names:
+            (tmp_path / name).write_text("no zip")
+        paths = [str(tmp_path / name) for name in names]
+        code, out, err = run([*paths, *SHORT, "--game", "Pong", "--json", str(out_file)], capsys, monkeypatch)
+        assert (code, out, err.count("\n")) == (1, "", len(names))
+        written = json.loads(out_file.read_text())
+        assert written["scores"] == written["statistics"] == []
+        assert [Path(failed["path"]).name for failed in written["failed"]] == names
+        assert "no zip file" in written["failed"][0]["message"]
+
+
+def test_different_numbers_of_runs_are_noted(
+    tmp_path: Path,
+    save_checkpoint: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for game, param, seeds in (("Breakout", "wn", 2), ("Pong", "wn", 1), ("Breakout", "standard", 1)):
+        for seed in range(seeds):
+            save_checkpoint(tmp_path / f"{game}-{param}-{seed}", game, param, seed=seed)
+    wn = [str(path) for path in tmp_path.glob("*-wn-*")]
+    _, out, _ = run([*wn, *SHORT], capsys, monkeypatch)
+    assert "the games of wn have different numbers of runs (Breakout 2, Pong 1)" in out
+    assert "takes Pong as known exactly" in " ".join(out.split())
+    _, out, _ = run([str(tmp_path / "Breakout-*"), *SHORT], capsys, monkeypatch)
+    assert "wn and standard have a single run against several on Breakout" in out
+    assert "different numbers of runs" not in out
+
+
 def test_what_cannot_be_compared_is_named_and_the_scores_stand(
     tmp_path: Path,
     save_checkpoint: Callable[..., Path],

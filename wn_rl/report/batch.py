@@ -17,7 +17,8 @@ def score_and_report(
 ) -> int:
     """Score every path, print tables, write files; return the exit code.
 
-    Files are written after each score, so that an interruption loses none. What fails is one line on standard error;
+    Files are written after each score, so that an interruption loses none; where nothing could be scored, the JSON file
+    says why, in the form of several paths. What fails is one line on standard error;
     the others are still scored, and the exit code is that of the failure, or 1 where several paths were given. A file
     that cannot be written is tried again after each score.
 
@@ -57,6 +58,9 @@ def score_and_report(
                         f"{outcome.trained.path}: {outcome.interval} ({len(outcome.result.episodes)} games)", flush=True
                     )
             write()
+        if json is not None and not scores:  # a script that waits for the file reads why it holds no score
+            nothing = table.comparison_as_json([], failures, comparison, by)
+            _attempt(json, lambda file: table.write_json(file, nothing), unwritten)
     finally:  # Ctrl-C too: what was played is shown
         if scores:
             table.print_scores(scores)

@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
 from wn_rl.errors import UsageError, closest
 from wn_rl.report import statistics
 from wn_rl.report.statistics import Estimate
-from wn_rl.scoring import Score
 
-PER_RUN = ("seed", "run_dir", "game", "device", "num_threads", "emulator_threads")
-"""Configuration keys in which the runs of one group differ without harm."""
+if TYPE_CHECKING:
+    from wn_rl.scoring import Score
+
+PER_RUN = (
+    "seed",
+    "run_dir",
+    "game",
+    "device",
+    "num_threads",
+    "emulator_threads",
+    "checkpoint_seconds",
+    "checkpoint_period",
+    "journal",
+    "log_period",
+)
+"""Configuration keys in which the runs of one group differ without harm: what is kept or logged changes no weight."""
 STATISTICS = {
     "mean": statistics.mean,
     "median": statistics.median,
@@ -108,6 +122,7 @@ def compare(scores: Sequence[Score], by: str = "param") -> Comparison:
             raw = {game: [score.result.mean for score in runs]}
             found.summaries.append(_summary(group, game, raw))
         _note_differences(group, games, found)
+        _note_run_counts(group, games, found)
     if len({score.trained.game for score in scores}) > 1:
         found.summaries += _over_games(groups, found)
     # The baseline comes last, so that a pair reads: how often is it beaten?
@@ -120,6 +135,13 @@ def compare(scores: Sequence[Score], by: str = "param") -> Comparison:
             found.problems.append(f"{better} and {than} are not compared: their games differ: {', '.join(only)}")
             continue
         x, y = ({game: [s.result.mean for s in runs] for game, runs in side.items()} for side in (ours, theirs))
+        if single := [
+            game for game in sorted(ours) if min(len(x[game]), len(y[game])) == 1 < len(x[game]) + len(y[game]) - 1
+        ]:
+            found.notes.append(
+                f"{better} and {than} have a single run against several on {', '.join(single)}: "
+                "the interval of their comparison takes its score as known exactly"
+            )
         estimate = statistics.improvement_with_interval(x, y)
         found.improvements.append(Improvement(better, than, tuple(sorted(ours)), estimate))
     return found
@@ -177,12 +199,9 @@ def _over_games(groups: dict[str, dict[str, list[Score]]], found: Comparison) ->
 
 def _note_differences(group: str, games: dict[str, list[Score]], found: Comparison) -> None:
     configs = [score.trained.config for runs in games.values() for score in runs]
-    known = [vars(config) for config in configs if config is not None]
-    differing = [
-        key for key in (known[0] if known else {}) if key not in PER_RUN and len({str(one[key]) for one in known}) > 1
-    ]
+    differing = differing_keys([config for config in configs if config is not None])
     frames = {score.trained.frames for runs in games.values() for score in runs}
-    if len(frames) > 1 and "frames" not in differing and any(_apart(frames)):
+    if "frames" not in differing and apart(frames):
         differing.append("frames trained")
     if differing:
         found.notes.append(f"the runs of {group} differ in more than seed and game: {', '.join(differing)}")
@@ -204,7 +223,28 @@ def _note_other_keys(
         found.notes.append(f"{ours[0]} and {theirs[0]} differ in more than {by}: {', '.join(differing)}")
 
 
-def _apart(frames: set[int | None]) -> list[bool]:
-    """Return, for each count, whether it lies more than 1% from the largest: a run ends on a whole vector step."""
+def differing_keys(configs: Sequence[TrainConfig]) -> list[str]:
+    """Return the keys, beside those of :data:`PER_RUN`, in which configurations differ."""
+    known = [vars(config) for config in configs]
+    return [
+        key for key in (known[0] if known else {}) if key not in PER_RUN and len({str(one[key]) for one in known}) > 1
+    ]
+
+
+def apart(frames: set[int | None] | set[int]) -> bool:
+    """Return whether frame counts lie more than 1% from the largest: a run ends on a whole vector step."""
     counts = [count for count in frames if count is not None]
-    return [count < 0.99 * max(counts) for count in counts]
+    return any(count < 0.99 * max(counts) for count in counts)
+
+
+def _note_run_counts(group: str, games: dict[str, list[Score]], found: Comparison) -> None:
+    """Note where games have different numbers of runs: the interval over games then rests on some of them only."""
+    counts = {game: len(runs) for game, runs in sorted(games.items())}
+    if len(set(counts.values())) < 2:
+        return
+    single = [game for game, count in counts.items() if count == 1]
+    text = ", ".join(f"{game} {count}" for game, count in counts.items())
+    text = f"the games of {group} have different numbers of runs ({text}): the IQM weighs them by it"
+    if single:
+        text += f", and the interval over games takes {', '.join(single)} as known exactly"
+    found.notes.append(text)

@@ -1,139 +1,109 @@
-"""Learning curves of runs as a picture: ``python -m wn_rl.report.curves RUN… --out FILE.png``."""
+"""Learning curves of runs: test score over emulator frames, a mean and a band per group, one panel per game."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from wn_rl.atari.games import find_game
-from wn_rl.config import TrainConfig, load
-from wn_rl.errors import UsageError, WnRlError, closest, one_line
-from wn_rl.runs import RunDirectory, read_rows
+from wn_rl.errors import UsageError
+from wn_rl.report import figures
+from wn_rl.report.bands import WINDOW, Curve, meaning
+from wn_rl.report.figures import Format, Panel, Series
+from wn_rl.report.references import PAPER_GAME, PAPER_SOURCE, paper_curves
+from wn_rl.report.results import RunResult
+from wn_rl.runs import write_file
 
-COLOURS = {"standard": "#D55E00", "wn": "#0072B2"}
-OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which the colour-blind can tell apart."""
-WINDOW = 5
-"""Evaluations in the running mean."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The evaluations of one run.
-
-    Attributes:
-        config: of the run.
-        frames: emulator frames of each evaluation, shape (n,).
-        means: mean raw score of each, shape (n,).
-    """
-
-    config: TrainConfig
-    frames: NDArray[np.float64]
-    means: NDArray[np.float64]
-
-    def smoothed(self) -> NDArray[np.float64]:
-        """Return the mean of each evaluation and up to ``WINDOW − 1`` before it, shape (n,)."""
-        return np.array([self.means[max(0, i - WINDOW + 1) : i + 1].mean() for i in range(len(self.means))])
+FORMATS: dict[str, Format] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
 
-def read_curve(directory: Path) -> Curve:
-    """Return the evaluation curve of a run directory.
+def file_format(path: Path) -> Format:
+    """Return the format that a file's ending names.
 
     Raises:
-        WnRlError: it is no run, or has no evaluation yet.
+        UsageError: it is none of .png, .svg and .pdf.
     """
-    run = RunDirectory(directory)
-    try:
-        config = load(None, run.config)
-    except UsageError as error:
-        raise WnRlError(f"{directory} is not a run: {error}") from None
-    rows = read_rows(run.evaluations)
-    if not rows:
-        raise WnRlError(f"{directory} has no evaluation yet")
-    return Curve(
-        config, np.array([float(row["frames"]) for row in rows]), np.array([float(row["mean"]) for row in rows])
-    )
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path}: name a .png, .svg or .pdf file")
+    return FORMATS[path.suffix.lower()]
 
 
-def draw(curves: Sequence[Curve], out: Path, by: str = "param") -> None:
-    """Draw one panel per game, one line per run, into a PNG, SVG or PDF file.
+def write_curves(runs: Sequence[RunResult], out: Path, by: str = "param", window: int = WINDOW) -> None:
+    """Draw the learning curves of runs into a PNG, SVG or PDF file.
 
     Args:
-        curves: of the runs.
-        out: the file.
-        by: the configuration key that the colours stand for.
+        runs: at least one.
+        out: the file; one that is there is replaced.
+        by: configuration key whose values are the groups.
+        window: evaluations in the running mean; 1 for none.
 
     Raises:
-        UsageError: the file's ending is not one of these, or there is no such key.
+        UsageError: the file's ending is none of the three.
         WnRlError: matplotlib is missing, or the file cannot be written.
     """
-    if by not in {entry.name for entry in fields(TrainConfig)}:
-        raise UsageError(f"--by {by}: no such configuration key.{closest(by, [e.name for e in fields(TrainConfig)])}")
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"{out}: name a .png, .svg or .pdf file")
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise WnRlError("drawing needs matplotlib: pip install matplotlib") from None
-    games = sorted({curve.config.game for curve in curves})
-    values = sorted({str(getattr(curve.config, by)) for curve in curves})
-    others = iter(OTHER_COLOURS)
-    colours = {value: COLOURS.get(value) or next(others, "#777777") for value in values}
-    figure, axes = plt.subplots(
-        1, len(games), figsize=(1.0 + 4.6 * len(games), 3.8), squeeze=False, layout="constrained"
-    )
-    for panel, game in zip(axes[0], games, strict=True):
-        for value in values:
-            alike = [c for c in curves if (c.config.game, str(getattr(c.config, by))) == (game, value)]
-            for index, curve in enumerate(alike):
-                label = f"{value} (n = {len(alike)})" if index == 0 else None
-                panel.plot(curve.frames / 1e6, curve.means, ".", color=colours[value], alpha=0.35, markersize=4)
-                panel.plot(curve.frames / 1e6, curve.smoothed(), color=colours[value], linewidth=1.8, label=label)
-        if (random_score := find_game(game).random_score) is not None:
-            panel.axhline(random_score, color="#999999", linewidth=0.8, linestyle=":", label="random play")
-        panel.set_title(game)
-        panel.set_xlabel("emulator frames (millions)")
-        panel.set_ylim(bottom=min(0.0, *(curve.means.min() for curve in curves if curve.config.game == game)))
-        panel.set_ylabel("test score (raw points)")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
-    presets = ", ".join(sorted({curve.config.preset for curve in curves}))
-    figure.supxlabel(
-        f"Preset {presets}. Dots: one evaluation; lines: mean of the last {WINDOW} evaluations of one run (one seed).",
-        fontsize=8,
-        color="#555555",
-    )
-    try:
-        figure.savefig(out, dpi=150)
-    except OSError as error:
-        raise WnRlError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        plt.close(figure)
+    kind = file_format(out)
+    panels = [panel_of(game, runs, by, window) for game in games_of(runs)]
+    width = 4.4 if len(panels) == 1 else 3.5  # a row of three is as wide as a page
+    styles = figures.styles_of(groups_of(runs, by))
+    drawing = figures.draw(panels, styles, caption(runs, panels, window), width=width, height=0.7 * width + 0.3)
+    write_file(out, drawing.render(kind))
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m wn_rl.report.curves", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png, .svg or .pdf file")
-    parser.add_argument("--by", default="param", metavar="KEY", help="configuration key for the colours (param)")
-    wanted = parser.parse_args(arguments)
-    try:
-        draw([read_curve(directory) for directory in wanted.runs], wanted.out, wanted.by)
-    except WnRlError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return error.exit_code
-    return 0
+def games_of(runs: Sequence[RunResult]) -> list[str]:
+    """Return the games of runs in alphabetical order."""
+    return sorted({run.config.game for run in runs})
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def groups_of(runs: Sequence[RunResult], by: str) -> list[str]:
+    """Return the groups of runs, the baseline first."""
+    return figures.in_order({run.group(by) for run in runs})
+
+
+def score_curve(run: RunResult) -> Curve:
+    """Return a run's mean test score over emulator frames."""
+    return Curve(run.frames, run.scores)
+
+
+def panel_of(game: str, runs: Sequence[RunResult], by: str, window: int) -> Panel:
+    """Return the panel of one game with random play and, where the paper shows it, the paper's curve."""
+    of_game = [run for run in runs if run.config.game == game]
+    series = []
+    for group in groups_of(of_game, by):
+        raw = tuple(score_curve(run) for run in of_game if run.group(by) == group)
+        dots = raw if window > 1 and len(raw) == 1 else ()
+        series.append(Series(group, tuple(curve.smoothed(window) for curve in raw), dots))
+    random_score = find_game(game).random_score
+    level = None if random_score is None else ("random play", random_score)
+    return Panel(game, "test score (points)", tuple(series), level, paper_curves() if game == PAPER_GAME else ())
+
+
+def caption(runs: Sequence[RunResult], panels: Sequence[Panel], window: int) -> str:
+    """Return what a reader must know to read the panels: seeds, what line and band are, how was tested."""
+    counts = sorted({len(series.curves) for panel in panels for series in panel.series})
+    several = counts[-1] > 1
+    sentences = [f"Test score over training. {_seeds(counts)}."]
+    if window > 1:
+        single = f"running mean over {window} evaluations"
+        sentences.append(f"Line: mean over seeds of each seed's {single}." if several else f"Line: {single}.")
+    else:
+        sentences.append("Line: mean over seeds of each evaluation." if several else "Line: each evaluation.")
+    for count in dict.fromkeys(min(count, 3) for count in counts if count > 1):
+        number = "n ≥ 3" if count == 3 and counts[-1] > 3 else f"n = {count}"
+        sentences.append(f"Band ({number}): {meaning(count)}.")
+    if several:
+        sentences.append("Thin: single seeds.")
+    if any(series.dots for panel in panels for series in panel.series):
+        sentences.append("Dots: single evaluations.")
+    if any(panel.references for panel in panels):
+        sentences.append(f"Gray: {PAPER_SOURCE}.")
+    tests = list(dict.fromkeys(run.test for run in runs))
+    presets = sorted({run.config.preset for run in runs})
+    sentences.append(f"Each evaluation: {tests[0]}." if len(tests) == 1 else "Evaluations differ between runs.")
+    sentences.append(f"Preset {', '.join(presets)}.")
+    return " ".join(sentences)
+
+
+def _seeds(counts: Sequence[int]) -> str:
+    if len(counts) == 1:
+        return f"n = {counts[0]} seed{'s' if counts[0] > 1 else ''} per curve"
+    return f"n = {counts[0]} to {counts[-1]} seeds per curve"

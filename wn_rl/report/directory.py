@@ -1,0 +1,204 @@
+"""A report's directory: the page, the figures as PNG and SVG, and the CSV files that they were made from."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from wn_rl import cli
+from wn_rl.errors import UsageError, WnRlError
+from wn_rl.report import csv_files, curves, diagnostics_panels, figures, films, page
+from wn_rl.report.bands import WINDOW, Curve
+from wn_rl.report.figures import Drawing, Panel, Style
+from wn_rl.report.inline_svg import inline
+from wn_rl.report.results import RunResult, Unreadable, find_runs, names_of, read_runs
+from wn_rl.report.scalars import has_events, read_scalars
+from wn_rl.runs import write_file
+
+INDEX = "index.html"
+MANIFEST = "files.json"
+"""Lists what a report wrote, so that the next one into the same directory can take away what is no longer made."""
+LARGE = (4.0, 2.9)
+SMALL = (3.7, 2.6)
+"""Sizes of the page's figures, width and height in inches: narrow, so that their letters can be read on a phone."""
+
+
+def report_command(
+    names: Sequence[str],
+    *,
+    report: Path | None = None,
+    curves_file: Path | None = None,
+    by: str = "param",
+    window: int = WINDOW,
+) -> int:
+    """Write the report or the figure of learning curves, or both, and say so; return the exit code.
+
+    A run that cannot be read is one line on standard error; the others are shown all the same, and the exit code is 1.
+
+    Args:
+        names: runs, directories of runs, patterns.
+        report: directory of the report.
+        curves_file: file of the figure.
+        by: configuration key whose values are the groups.
+        window: evaluations in the running mean.
+
+    Raises:
+        UsageError: the directory holds something else, or the file has another ending.
+        WnRlError: matplotlib is missing, no run can be read, or something cannot be written.
+    """
+    if curves_file is not None:
+        curves.file_format(curves_file)
+    if report is not None:
+        check_directory(report)
+    figures.check_installed()
+    runs, failures = read_runs(find_runs(names))
+    for failure in failures:
+        cli.complain(failure.message)
+    if not runs:
+        return failures[0].exit_code if len(failures) == 1 else 1
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    if curves_file is not None:
+        curves.write_curves(runs, curves_file, by, window)
+        print(f"wrote {curves_file}: {count}")
+    problems: list[str] = []
+    if report is not None:
+        problems = write_report(runs, failures, report, by=by, window=window)
+        for problem in problems:
+            cli.complain(problem)
+        print(f"wrote {report / INDEX}: {count}")
+    return 1 if failures or problems else 0
+
+
+def check_directory(directory: Path) -> None:
+    """Check that a report may be written into a directory: there is none, it is empty, or it holds a report.
+
+    Raises:
+        UsageError: it holds something else, is no directory, or cannot be written.
+    """
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise UsageError(f"--report {directory}: a file is in the way; name a directory")
+        if directory.is_dir():
+            if any(directory.iterdir()) and not _is_ours(directory):
+                raise UsageError(f"--report {directory}: it holds something else than a report; name another directory")
+            tempfile.TemporaryFile(dir=directory).close()
+            return
+        parent = next(one for one in directory.absolute().parents if one.exists())
+        if not parent.is_dir():
+            raise UsageError(f"--report {directory}: {parent} is a file; name another directory")
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UsageError(f"--report {directory}: cannot write there: {error.strerror}") from None
+
+
+def write_report(
+    runs: Sequence[RunResult], failures: Sequence[Unreadable], directory: Path, *, by: str, window: int
+) -> list[str]:
+    """Write a report about runs; return a line for each thing that could not be read.
+
+    Each file is replaced at once, the page last, so that an earlier report's page stays whole until the new one is.
+
+    Args:
+        runs: at least one.
+        failures: runs that the page names as left out.
+        directory: see :func:`check_directory`.
+        by: configuration key whose values are the groups.
+        window: evaluations in the running mean.
+
+    Raises:
+        WnRlError: matplotlib is missing, or a file cannot be written.
+    """
+    events, problems = _events(runs)
+    content = page.Content(runs, by, failures, problems=problems)
+    content.films, content.films_left_out = films.find_films(runs)
+    names = names_of(runs)
+    content.without_events = [name for run, name in zip(runs, names, strict=True) if not has_events(run.path)]
+    styles = figures.styles_of(curves.groups_of(runs, by))
+    files: dict[str, str | bytes] = {}
+    bands: list[tuple[str, str, Panel]] = []
+    for game in curves.games_of(runs):
+        panel = curves.panel_of(game, runs, by, window)
+        of_game = [run for run in runs if run.config.game == game]
+        caption = curves.caption(of_game, [panel], window)
+        content.curves.append(_figure(game, f"scores-{game}", panel, caption, styles, files, len(files), LARGE))
+        bands.append((game, "test_score", panel))
+        for quantity, inner in diagnostics_panels.panels_of(game, runs, by, events):
+            name = f"{game}-{quantity.key.replace('/', '-')}"
+            caption = f"{quantity.title}: {quantity.meaning}."
+            figure = _figure(game, name, inner, caption, styles, files, len(files), SMALL)
+            content.diagnostics.append(figure)
+            bands.append((game, quantity.key, inner))
+    files |= csv_files.tables(runs, by, bands, events)
+    content.files = [*files, MANIFEST]
+    _write(directory, files, page.render(content))
+    return problems
+
+
+def _events(runs: Sequence[RunResult]) -> tuple[list[dict[str, Curve]], list[str]]:
+    events: list[dict[str, Curve]] = []
+    problems: list[str] = []
+    for run in runs:
+        try:
+            events.append(read_scalars(run.path))
+        except WnRlError as error:  # noqa: PERF203 - one run's damaged file costs no other its figures
+            events.append({})
+            problems.append(str(error))
+    return events, problems
+
+
+def _figure(
+    game: str,
+    name: str,
+    panel: Panel,
+    caption: str,
+    styles: Mapping[str, Style],
+    files: dict[str, str | bytes],
+    number: int,
+    size: tuple[float, float],
+) -> page.PageFigure:
+    """Draw a figure into ``files`` and return what the page shows of it."""
+    drawing: Drawing = figures.draw([panel], styles, caption, width=size[0], height=size[1])
+    svg = drawing.render("svg")
+    files[f"figures/{name}.svg"] = svg
+    files[f"figures/{name}.png"] = drawing.render("png")
+    title = f"{panel.title} over emulator frames, {game}"
+    return page.PageFigure(game, name, inline(svg, number, title, below=drawing.caption_height), caption)
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        with open(directory / INDEX, "rb") as stream:
+            return f'name="generator" content="{page.GENERATOR}"'.encode() in stream.read(1000)
+    except OSError:
+        return False
+
+
+def _write(directory: Path, files: Mapping[str, str | bytes], index: str) -> None:
+    """Write the files, then the page, and take away what an earlier report wrote and this one does not."""
+    before = _manifest(directory)
+    try:
+        for folder in ("figures", "data"):
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WnRlError(f"cannot write to {directory}: {error.strerror}") from None
+    for name, value in files.items():
+        write_file(directory / name, value, sync=False)
+    write_file(directory / MANIFEST, json.dumps({"files": list(files)}, indent=1) + "\n", sync=False)
+    write_file(directory / INDEX, index)
+    for name in before - files.keys():
+        (directory / name).unlink(missing_ok=True)
+
+
+def _manifest(directory: Path) -> set[str]:
+    """Return the names that an earlier report wrote into ``figures/`` and ``data/``."""
+    try:
+        names = json.loads((directory / MANIFEST).read_bytes())["files"]
+        return {
+            name
+            for name in names
+            if Path(name).parts[:-1] in (("figures",), ("data",)) and (directory / name).is_file()
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()

@@ -1,0 +1,139 @@
+"""The numbers of a report's tables: scores per game and group, one row a run, keys in which runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from wn_rl.atari.games import find_game
+from wn_rl.config import TrainConfig
+from wn_rl.report.bands import Interval, interval
+from wn_rl.report.comparison import apart, differing_keys
+from wn_rl.report.curves import games_of, groups_of
+from wn_rl.report.published import PUBLISHED, Published
+from wn_rl.report.results import RunResult
+
+EACH_ITS_OWN = ("seed", "run_dir", "game")
+"""Configuration keys that are no difference worth a line."""
+LAST = 5
+"""Evaluations at the end of a run whose mean is less of a draw than the last alone."""
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One group on one game.
+
+    Attributes:
+        game: its name.
+        group: label of the group.
+        runs: of it.
+        best: highest mean score of one evaluation of each run, over the runs; points.
+        final: mean score of the last evaluation, likewise.
+        last: mean of the last :data:`LAST` evaluations, likewise.
+        human: ``final`` on the scale random play = 0, human = 1; None where the two are not known.
+        published: scores of the paper and of Mnih et al. 2015, where there are any.
+        random_score: of random play, points, where known.
+        human_score: of a human, points, where known.
+    """
+
+    game: str
+    group: str
+    runs: tuple[RunResult, ...]
+    best: Interval
+    final: Interval
+    last: Interval
+    human: float | None
+    published: Published | None
+    random_score: float | None
+    human_score: float | None
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs, in order."""
+        return sorted(run.config.seed for run in self.runs)
+
+
+def last_mean(run: RunResult) -> float:
+    """Return the mean of a run's last :data:`LAST` evaluations, or of all where there are fewer."""
+    return float(run.scores[-LAST:].mean())
+
+
+def group_rows(runs: Sequence[RunResult], by: str) -> list[GroupRow]:
+    """Return a row for each group on each game, games in alphabetical order and the baseline first."""
+    rows = []
+    for name in games_of(runs):
+        game = find_game(name)
+        of_game = [run for run in runs if run.config.game == name]
+        for group in groups_of(of_game, by):
+            members = tuple(run for run in of_game if run.group(by) == group)
+            final = interval([run.final for run in members])
+            rows.append(
+                GroupRow(
+                    name,
+                    group,
+                    members,
+                    interval([run.best for run in members]),
+                    final,
+                    interval([last_mean(run) for run in members]),
+                    game.human_normalized(final.mean),
+                    PUBLISHED.get(name),
+                    game.random_score,
+                    game.human_score,
+                )
+            )
+    return rows
+
+
+def differences(runs: Sequence[RunResult], by: str) -> list[tuple[str, dict[str, list[str]]]]:
+    """Return the configuration keys, beside seed and game, whose values are not the same in all runs.
+
+    Returns:
+        (key, values by group as text, each once and in order of appearance), keys in the configuration's order.
+    """
+    found = []
+    for key in (entry.name for entry in fields(TrainConfig)):
+        if key in EACH_ITS_OWN or len({str(getattr(run.config, key)) for run in runs}) < 2:
+            continue
+        values: dict[str, list[str]] = {group: [] for group in groups_of(runs, by)}
+        for run in runs:
+            value = str(getattr(run.config, key))
+            if value not in values[run.group(by)]:
+                values[run.group(by)].append(value)
+        found.append((key, values))
+    return found
+
+
+def warnings(rows: Sequence[GroupRow]) -> list[str]:
+    """Return what a reader must know before comparing the rows, one sentence each."""
+    found = []
+    for row in rows:
+        where = f"{row.game}, {row.group}"
+        if keys := differing_keys([run.config for run in row.runs]):
+            found.append(f"{where}: the runs differ in more than the seed: {', '.join(keys)}.")
+        if apart({int(run.trained_frames) for run in row.runs}) and "frames" not in keys:
+            found.append(f"{where}: the runs were trained for different numbers of frames.")
+        if len(set(row.seeds)) < len(row.seeds):
+            found.append(f"{where}: a seed stands more than once, so these are not as many independent runs.")
+        if unfinished := sum(not run.finished for run in row.runs):
+            found.append(f"{where}: {unfinished} of {len(row.runs)} runs did not reach the end.")
+    for game in dict.fromkeys(row.game for row in rows):
+        of_game = [row for row in rows if row.game == game]
+        if len({len(row.runs) for row in of_game}) > 1:
+            counts = ", ".join(f"{row.group} {len(row.runs)}" for row in of_game)
+            found.append(f"{game}: the groups have different numbers of seeds ({counts}).")
+        frames = [max(run.trained_frames for run in row.runs) for row in of_game]
+        if apart({int(one) for one in frames}):
+            found.append(f"{game}: the groups were trained for different numbers of frames.")
+        if len({run.test for row in of_game for run in row.runs}) > 1:
+            found.append(f"{game}: the runs were not all tested in the same way.")
+    single = [row for row in rows if len(row.runs) == 1]
+    if single:
+        everything = "every group" if len(single) == len(rows) else "some groups"
+        found.append(f"One seed in {everything}: a difference between single runs is no evidence about a method.")
+    compared = [run for row in rows if row.published for run in row.runs]
+    if compared and not any(run.tested_as_the_paper for run in compared):
+        found.append(
+            "No run here was tested as the paper's were (125,000 agent steps at ε 0.05, no cap), so the published "
+            "columns say where these scores stand, and are no like-for-like comparison."
+        )
+    return found
