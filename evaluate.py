@@ -140,11 +140,11 @@ def main(arguments: Sequence[str]) -> int:
 
         return training_episode.film_command(paths, wanted.replay_episode, Path(wanted.video))
     if wanted.video is not None or wanted.gif is not None:
-        from wn_rl.report import film
+        from wn_rl.report import game_film
 
-        what = film.Wanted(wanted.pick, wanted.saliency, wanted.start, wanted.seconds)
+        what = game_film.Wanted(wanted.pick, wanted.saliency, wanted.start, wanted.seconds)
         files = {"video_path": _path(wanted.video), "gif_path": _path(wanted.gif)}
-        return film.film_command(paths, film.one_game(how), what, **files)
+        return game_film.film_command(paths, game_film.one_game(how), what, **files)
     if wanted.export is not None:
         from wn_rl import export
 

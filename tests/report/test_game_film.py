@@ -22,8 +22,8 @@ from wn_rl.errors import UsageError, WnRlError
 from wn_rl.evaluation import EvaluationProtocol
 from wn_rl.evaluation import evaluate as score
 from wn_rl.networks import QNetworkSpec, build_q_network
-from wn_rl.report import film, saliency
-from wn_rl.report.film import Film
+from wn_rl.report import game_film, saliency
+from wn_rl.report.game_film import Film
 from wn_rl.report.panel import WIDTH
 from wn_rl.report.played_game import PlayedGame, Recorder, play
 from wn_rl.trained import Trained
@@ -178,12 +178,12 @@ def test_which_of_the_games() -> None:
     games = [made_up([float(points)]) for points in (3, 9, 1, 9, 5)]
     for index, game in enumerate(games):
         game.index = index
-    assert film._pick(games, "best") is games[1]
-    assert film._pick(games, "median") is games[4]
-    assert film._pick(games[:4], "median") is games[0]
-    assert film._pick(games, "4") is games[3]
+    assert game_film._pick(games, "best") is games[1]
+    assert game_film._pick(games, "median") is games[4]
+    assert game_film._pick(games[:4], "median") is games[0]
+    assert game_film._pick(games, "4") is games[3]
     with pytest.raises(UsageError, match="only 5 games"):
-        film._pick(games, "6")
+        game_film._pick(games, "6")
 
 
 def test_a_game_that_comes_out_otherwise_is_told() -> None:
@@ -307,6 +307,6 @@ def test_several_networks_make_no_film(run: Path, save_checkpoint: SaveCheckpoin
 
 def test_without_the_encoder_nothing_is_played(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setattr(film, "play", lambda *_, **__: pytest.fail("it played"))
+    monkeypatch.setattr(game_film, "play", lambda *_, **__: pytest.fail("it played"))
     with pytest.raises(WnRlError, match=r'pip install "wn_rl\[video\]"'):
         evaluate.main([str(run), "--video", str(tmp_path / "x.mp4")])
