@@ -227,8 +227,9 @@ def test_any_text_after_any_flag_is_understood_or_one_short_line(
 @example(flag="--json", text="a" * 5000)
 @example(flag="--max-frames-per-episode", text="abc")
 def test_any_text_after_any_flag_of_evaluate_is_one_short_line(
-    flag: str, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flag: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # --json FILE says there why nothing was scored
     code, out, err = run(evaluate, ["no/such/run", flag, text], capsys, monkeypatch)
     assert (code in (1, 2), out, err.count("\n")) == (True, "", 1)
     assert err.startswith("error: ")

@@ -60,6 +60,16 @@ def test_directories_patterns_and_names() -> None:
             "frames,episodes,mean,std,min,max,mean_length,seconds\n2,1,1,0,0,0,0,0\n2,1,1,0,0,0,0,0\n",
             "its frames do not increase",
         ),
+        (
+            "evaluations.csv",
+            "frames,episodes,mean,std,min,max,mean_length,seconds\n1,1,1e300,0,0,0,0,0\n",
+            "mean is not finite or not plausible",
+        ),
+        (
+            "evaluations.csv",
+            "frames,episodes,mean,std,min,max,mean_length,seconds\n-5,1,1,0,0,0,0,0\n",
+            "its frames do not increase from 0 on",
+        ),
         ("summary.json", "{", "summary.json is damaged: it is no JSON"),
         ("summary.json", "[1]", "summary.json is damaged: it holds no object"),
     ],
@@ -106,11 +116,15 @@ def test_the_same_run_twice_is_no_second_seed(tmp_path: Path) -> None:
 
 
 def test_training_games_are_averaged_by_stretches_of_frames() -> None:
-    curve = binned(np.array([1.0, 9.0, 10.0, 35.0]), np.array([2.0, 4.0, 7.0, 1.0]), 10.0)
+    curve = binned(np.array([0.0, 9.0, 11.0, 35.0, 40.0]), np.array([2.0, 4.0, 7.0, 1.0, 2.0]), 40.0, 4)
     assert curve is not None
     assert curve.frames.tolist() == [5, 15, 35]
-    assert curve.values.tolist() == [3, 7, 1]
-    assert binned(np.empty(0), np.empty(0), 10.0) is None
+    assert curve.values.tolist() == [3, 7, 1.5]
+    assert binned(np.empty(0), np.empty(0), 40.0, 4) is None
+    for longest in (2_000_004.0, 1_000_008.0, 200_000_016.0):  # the last game is no stretch of its own
+        curve = binned(np.array([longest * 0.999, longest]), np.array([1.0, 3.0]), longest, 40)
+        assert curve is not None
+        assert curve.values.tolist() == [2]
 
 
 def test_the_papers_curve_and_the_public_ones() -> None:

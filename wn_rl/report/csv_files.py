@@ -116,7 +116,7 @@ def _diagnostic_rows(
     whose: Sequence[tuple[Any, ...]], runs: Sequence[RunResult], events: Sequence[Mapping[str, Curve]]
 ) -> Iterable[tuple[Any, ...]]:
     for one, run, scalars in zip(whose, runs, events, strict=True):
-        longest = max(other.trained_frames for other in runs if other.config.game == run.config.game)
+        longest = max(1.0, *(other.trained_frames for other in runs if other.config.game == run.config.game))
         for quantity in (*FROM_FILES, *FROM_EVENTS):
             if (curve := curve_of(quantity, run, scalars, longest)) is not None:
                 for frames, value in zip(curve.frames, curve.values, strict=True):

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wn_rl.report.bands import Curve
+from wn_rl.report.bands import Array, Curve
 from wn_rl.report.curves import groups_of
 from wn_rl.report.figures import Panel, Series
 from wn_rl.report.results import RunResult
 
 BINS = 40
 """Stretches of frames over which training games are averaged."""
+FINE_BINS = 300
+"""Stretches over which curves with more points than that are averaged, so that a page of long runs stays small."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,27 @@ def curve_of(quantity: Quantity, run: RunResult, events: Mapping[str, Curve], lo
     if quantity.key == "test_length":
         return Curve(run.frames, run.evaluations["mean_length"])
     if quantity.key == "training_return":
-        return binned(run.episodes["frames"], run.episodes["return"], longest / BINS)
+        return binned(run.episodes["frames"], run.episodes["return"], longest, BINS)
     return events.get(quantity.key)
 
 
-def binned(frames: np.ndarray, values: np.ndarray, width: float) -> Curve | None:
-    """Return the mean of ``values`` in each stretch of ``width`` frames that has any, at its middle; None for none."""
+def _thinned(curve: Curve, longest: float) -> Curve:
+    if len(curve.frames) <= FINE_BINS:
+        return curve
+    return binned(curve.frames, curve.values, longest, FINE_BINS) or curve
+
+
+def binned(frames: Array, values: Array, longest: float, count: int) -> Curve | None:
+    """Return the mean of ``values`` in each of ``count`` stretches of (0, longest] that has any, at its middle.
+
+    None where there are no values. A value at the very end belongs to the last stretch, one at 0 to the first.
+    """
     if not len(frames):
         return None
-    bins = np.floor_divide(frames, width).astype(np.int64)
+    bins = np.clip(np.ceil(frames * (count / longest)).astype(np.int64) - 1, 0, count - 1)
     found, place = np.unique(bins, return_inverse=True)
-    means = np.bincount(place, values) / np.bincount(place)
-    return Curve((found + 0.5) * width, means)
+    means: Array = np.bincount(place, values) / np.bincount(place)
+    return Curve((found.astype(np.float64) + 0.5) * (longest / count), means)
 
 
 def panels_of(
@@ -124,13 +135,13 @@ def panels_of(
         events: of each run its scalars by tag.
     """
     of_game = [(run, scalars) for run, scalars in zip(runs, events, strict=True) if run.config.game == game]
-    longest = max(run.trained_frames for run, _ in of_game)
+    longest = max(1.0, *(run.trained_frames for run, _ in of_game))
     panels = []
     for quantity in (*FROM_FILES, *FROM_EVENTS):
         series = []
         for group in groups_of([run for run, _ in of_game], by):
             curves = [curve_of(quantity, run, scalars, longest) for run, scalars in of_game if run.group(by) == group]
-            if known := tuple(curve for curve in curves if curve is not None):
+            if known := tuple(_thinned(curve, longest) for curve in curves if curve is not None):
                 series.append(Series(group, known))
         if series:
             panels.append((quantity, Panel(quantity.title, quantity.unit, tuple(series))))

@@ -34,6 +34,8 @@ INK, MUTED, GRID, PAPER, BEHIND = "#1b1c1e", "#74767a", "#e3e4e6", "#ffffff", "#
 """Text and axes, references and captions, grid lines, background, and background of a legend over curves."""
 MARKED_POINTS = 7
 """Markers on a line."""
+INSIDE = 3
+"""Entries of a legend that fit inside the axes; a longer one would hide the curves and stands below."""
 MISSING = "figures need matplotlib, which is not installed: pip install matplotlib"
 
 
@@ -172,6 +174,9 @@ def draw(
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     lines = textwrap.wrap(plain(caption), max(40, int(width * columns * 18.5)))
+    entries = max(_entries(panel) for panel in panels)
+    legends_below = entries > INSIDE  # for all of them, so that the axes stay alike
+    height += 0.17 * math.ceil(entries / 2) if legends_below else 0.0
     below = (0.128 * len(lines) + 0.1) if lines else 0.0  # inches
     total = rows * height + below
     with _look():
@@ -179,7 +184,7 @@ def draw(
         figure.set_layout_engine("constrained", rect=(0, below / total, 1, 1 - below / total))
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, where in zip(panels, axes, strict=False):
-            _draw_panel(panel, styles, where)
+            _draw_panel(panel, styles, where, legend_below=legends_below)
         for unused in axes[len(panels) :]:
             unused.remove()
         if lines:
@@ -243,7 +248,7 @@ def _look() -> Iterator[None]:
         yield
 
 
-def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes) -> None:
+def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes, *, legend_below: bool) -> None:
     end = max((float(curve.frames[-1]) for one in panel.series for curve in one.curves), default=0.0)
     scale, unit = (1e6, "millions") if end >= 2e5 else (1e3, "thousands")
     if panel.level is not None:
@@ -290,11 +295,16 @@ def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes) -> None:
     axes.margins(x=0.02)
     handles, labels = axes.get_legend_handles_labels()
     ours = len(panel.series)
-    if len(labels) > 3:  # room for a legend that would hide the curves
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.08 * min(len(labels), 7) * (high - low))
-    many: dict[str, Any] = {"ncols": 2, "fontsize": 6} if len(labels) > 7 else {}
-    axes.legend(handles[-ours:] + handles[:-ours], labels[-ours:] + labels[:-ours], loc="best", **many)
+    handles, labels = handles[-ours:] + handles[:-ours], labels[-ours:] + labels[:-ours]
+    if legend_below:
+        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(-0.06, -0.2), borderaxespad=0, ncols=2)
+    else:
+        axes.legend(handles, labels, loc="best")
+
+
+def _entries(panel: Panel) -> int:
+    """Return the number of entries of a panel's legend."""
+    return len(panel.series) + (panel.level is not None) + len(panel.references)
 
 
 def _legend_label(one: Series) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from wn_rl import __version__
 from wn_rl.report.bands import Interval, meaning
 from wn_rl.report.curves import games_of, groups_of
+from wn_rl.report.diagnostics_panels import FINE_BINS
 from wn_rl.report.figures import plain
 from wn_rl.report.films import Film
 from wn_rl.report.published import SOURCES
@@ -322,7 +323,8 @@ def _diagnostics(content: Content) -> str:
     for game in dict.fromkeys(figure.game for figure in content.diagnostics):
         of_game = [figure for figure in content.diagnostics if figure.game == game]
         parts.append(f"<h3>{_escape(game)}</h3>\n{_figures(of_game, 'figures small')}")
-    intro = "Lines are means over seeds, bands as in the learning curves."
+    intro = "Lines are means over seeds, bands as in the learning curves. "
+    intro += f"Of more than {FINE_BINS} points, neighbours are averaged."
     if len(content.without_events) == len(content.runs):
         intro += (
             " These run directories hold no TensorBoard events, so Q-values, loss and gradients are not known: "

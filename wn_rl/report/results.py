@@ -18,6 +18,8 @@ from wn_rl.errors import UsageError, WnRlError, one_line
 from wn_rl.runs import EPISODE_COLUMNS, EVALUATION_COLUMNS, RunDirectory, expand, read_rows
 
 Columns = Mapping[str, NDArray[np.float64]]
+LARGEST = 1e15
+"""No score and no count is larger: a file with such a number is damaged, and no figure could show it."""
 PAPER_TEST_STEPS = 125_000
 """Agent steps of the paper's test after each epoch."""
 
@@ -68,7 +70,7 @@ class RunResult:
     @property
     def trained_frames(self) -> float:
         """Emulator frames trained: of the summary, or at least those of the last evaluation."""
-        return self.number("frames") or float(self.frames[-1])
+        return max(self.number("frames") or 0.0, float(self.frames[-1]))
 
     @property
     def finished(self) -> bool:
@@ -144,8 +146,8 @@ def read_run(directory: Path) -> RunResult:
     evaluations = _columns(run.evaluations, EVALUATION_COLUMNS)
     if not len(evaluations["frames"]):
         raise WnRlError(f"{directory} has no evaluation yet")
-    if (np.diff(evaluations["frames"]) <= 0).any():
-        raise WnRlError(f"{run.evaluations} is damaged: its frames do not increase")
+    if (np.diff(evaluations["frames"], prepend=-1.0) <= 0).any():
+        raise WnRlError(f"{run.evaluations} is damaged: its frames do not increase from 0 on")
     there = run.episodes.exists()
     episodes = _columns(run.episodes, EPISODE_COLUMNS) if there else {name: np.empty(0) for name in EPISODE_COLUMNS}
     return RunResult(directory, config, evaluations, episodes, _summary(run.summary))
@@ -193,8 +195,8 @@ def _columns(file: Path, names: Sequence[str]) -> Columns:
     except KeyError as error:
         raise WnRlError(f"{file} is damaged: it has no column {error}") from None
     for name, column in columns.items():
-        if not np.isfinite(column).all() and name != "std":  # of a single game there is none
-            raise WnRlError(f"{file} is damaged: {name} is not finite")
+        if name != "std" and not (np.abs(column) <= LARGEST).all():  # of a single game there is no std
+            raise WnRlError(f"{file} is damaged: {name} is not finite or not plausible")
     return columns
 
 
