@@ -69,11 +69,22 @@ class EvaluateArguments:
     """Write every episode's score and length, and how they were played, to this file."""
     csv: str | None = None
     """Write one row a checkpoint to this file."""
-    replay_episode: str | None = None
-    """Play nothing new: show an episode of a run's training again, best, longest or its number in episodes.csv. Needs
-    --video."""
     video: str | None = None
-    """The film of it, FILE.mp4, in colour at the console's 60 frames a second."""
+    """Score nothing and film a game: FILE.mp4, in colour at the console's 60 frames a second, with the Q-values, the
+    score and the action beside the screen. One game is played, or --episodes N of which --pick takes one."""
+    gif: str | None = None
+    """The same as FILE.gif for a README, 20 pictures a second: 12 seconds, those in which most points are made."""
+    saliency: bool = False
+    """Draw the gradient of the chosen Q-value by the observation over the screen."""
+    pick: str = "1"
+    """Which of the games is filmed: its number, best or median."""
+    start: float | None = None
+    """Begin the film so many seconds into the game."""
+    seconds: float | None = None
+    """Length of the film at most; otherwise 300, and 12 of a .gif."""
+    replay_episode: str | None = None
+    """Play nothing new: --video shows an episode of a run's training again, best, longest or its number in
+    episodes.csv, without the Q-values, which nobody kept."""
     report: str | None = None
     """Play nothing: write one HTML page about runs into this directory, with figures and CSV files beside it. Needs no
     checkpoints."""
@@ -88,7 +99,7 @@ class EvaluateArguments:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    wanted = cli.parse(EvaluateArguments, arguments)
+    wanted = cli.parse(EvaluateArguments, cli.fill_switch(arguments, "--saliency"))
     changes = {key: value for key in protocols.SETTINGS if (value := getattr(wanted, key)) is not None}
     _check(wanted, changes)
     if "smooth" in cli.given_flags(arguments) and wanted.report is None and wanted.curves is None:
@@ -128,6 +139,12 @@ def main(arguments: Sequence[str]) -> int:
         from wn_rl.report import training_episode
 
         return training_episode.film_command(paths, wanted.replay_episode, Path(wanted.video))
+    if wanted.video is not None or wanted.gif is not None:
+        from wn_rl.report import game_film
+
+        what = game_film.Wanted(wanted.pick, wanted.saliency, wanted.start, wanted.seconds)
+        files = {"video_path": _path(wanted.video), "gif_path": _path(wanted.gif)}
+        return game_film.film_command(paths, game_film.one_game(how), what, **files)
     if wanted.export is not None:
         from wn_rl import export
 
@@ -170,23 +187,35 @@ def _check(wanted: EvaluateArguments, changes: dict[str, Any]) -> None:
         raise UsageError("nothing to score is named: add a CHECKPOINT_OR_RUN")
     if wanted.export is not None and (wanted.json or wanted.csv):
         raise UsageError("--export plays nothing, so it has no scores for --json or --csv: leave one of them out")
-    if (wanted.replay_episode is None) != (wanted.video is None):
-        raise UsageError("--replay-episode and --video FILE.mp4 belong together: add the other one")
-    if wanted.replay_episode is not None and (wanted.json or wanted.csv or wanted.export):
-        raise UsageError("--replay-episode scores nothing: leave out --json, --csv and --export")
+    _check_film(wanted)
     if wanted.json and wanted.csv and Path(wanted.json).absolute() == Path(wanted.csv).absolute():
         raise UsageError(f"--json and --csv both name {wanted.json}: one would replace the other")
     exported = wanted.export[1] if wanted.export else None
-    outputs = (
-        ("--json", wanted.json),
-        ("--csv", wanted.csv),
-        ("--export", exported),
-        ("--video", wanted.video),
-        ("--curves", wanted.curves),
-    )
-    for flag, name in outputs:
+    outputs = {"--json": wanted.json, "--csv": wanted.csv, "--export": exported}
+    for flag, name in (outputs | {"--video": wanted.video, "--gif": wanted.gif, "--curves": wanted.curves}).items():
         if name is not None:
             _check_writable(flag, Path(name))
+
+
+def _check_film(wanted: EvaluateArguments) -> None:
+    films = wanted.video is not None or wanted.gif is not None
+    if wanted.replay_episode is not None and wanted.video is None:
+        raise UsageError("--replay-episode and --video FILE.mp4 belong together: add the other one")
+    if films and (wanted.json or wanted.csv or wanted.export):
+        what = "--replay-episode" if wanted.replay_episode is not None else "a film"
+        raise UsageError(f"{what} scores nothing: leave out --json, --csv and --export")
+    of_play = {
+        "--gif": wanted.gif is not None,
+        "--saliency": wanted.saliency,
+        "--pick": wanted.pick != "1",
+        "--start": wanted.start is not None,
+        "--seconds": wanted.seconds is not None,
+    }
+    given = [flag for flag, stands in of_play.items() if stands]
+    if given and wanted.replay_episode is not None:
+        raise UsageError(f"{given[0]} is for games played now, --replay-episode for one of the training: leave one out")
+    if given and not films:
+        raise UsageError(f"{given[0]} needs --video FILE.mp4 or --gif FILE.gif")
 
 
 def _check_writable(flag: str, path: Path) -> None:

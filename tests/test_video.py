@@ -14,7 +14,7 @@ from PIL import Image
 
 from wn_rl.atari.render import render
 from wn_rl.errors import UsageError, WnRlError
-from wn_rl.report.video import Picture, enlarge, write_gif, write_video
+from wn_rl.report.video import Picture, colours_of, enlarge, write_gif, write_video
 
 
 def pictures(count: int, height: int = 20, width: int = 16) -> list[Picture]:
@@ -89,6 +89,36 @@ def test_a_gif_of_many_colours_is_near(tmp_path: Path) -> None:
     with Image.open(tmp_path / "smooth.gif") as film:
         off = np.abs(np.asarray(film.convert("RGB")).astype(int) - smooth).max((0, 1))
     assert (off <= [31, 31, 63]).all()  # three bits of red and green, two of blue
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_gif_whose_colours_come_and_go_keeps_each_picture(tmp_path: Path, known: bool) -> None:
+    """The encoder compares indices with the picture before: a colour that changed its index would leave its pixels."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (40, 3), dtype=np.uint8)
+    frames = []
+    for number in range(60):
+        picture = np.zeros((20, 24, 3), np.uint8)
+        some = rng.integers(2, 40) if number % 3 else 1  # now and then the colours of the first picture alone
+        picture[4:10, 5:20] = colours[rng.integers(0, some, (6, 15))]
+        frames.append(picture)
+    write_gif(frames, tmp_path / "film.gif", scale=1, every=2, colours=colours_of(frames) if known else None)
+    with Image.open(tmp_path / "film.gif") as film:
+        for number in range(film.n_frames):
+            film.seek(number)
+            np.testing.assert_array_equal(np.asarray(film.convert("RGB")), frames[2 * number])
+
+
+def test_a_gif_of_known_colours_is_smaller(tmp_path: Path) -> None:
+    frames = [frame.picture for frame in render("SpaceInvaders", [1, 2, 3] * 10, seed=1)]
+    colours = colours_of(frames)
+    assert colours is not None
+    seen = {colour for frame in frames[::20] for _, colour in Image.fromarray(frame).getcolors()}
+    assert seen <= set(map(tuple, colours.tolist()))
+    write_gif(frames, tmp_path / "known.gif", colours=colours)
+    write_gif(frames, tmp_path / "unknown.gif")
+    assert (tmp_path / "known.gif").stat().st_size <= (tmp_path / "unknown.gif").stat().st_size
+    assert colours_of([np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)]) is None
 
 
 def test_pictures_are_taken_one_at_a_time(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import tyro
@@ -129,6 +130,15 @@ def take_switch(arguments: Sequence[str], flag: str) -> tuple[bool, list[str]]:
     """Take ``flag``, which has no value, out of ``arguments``: (whether it stood there, the rest)."""
     rest = [word for word in arguments if word != flag]
     return len(rest) < len(arguments), rest
+
+
+def fill_switch(arguments: Sequence[str], flag: str) -> list[str]:
+    """Return ``arguments`` with ``flag`` as ``flag=True`` where it stands without ``True`` or ``False`` behind it."""
+    words = [*arguments, ""]
+    return [
+        f"{flag}=True" if word == flag and following not in ("True", "False") else word
+        for word, following in pairwise(words)
+    ]
 
 
 def complain(message: str) -> None:

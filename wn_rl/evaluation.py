@@ -184,6 +184,7 @@ def evaluate(
     seed: int,
     device: torch.device | str = "cpu",
     on_episode: Callable[[Episode], None] | None = None,
+    on_actions: Callable[[NDArray[np.int64], NDArray[np.bool_]], None] | None = None,
     on_step: Callable[[NDArray[Any], NDArray[Any], NDArray[Any], dict[str, NDArray[Any]]], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult:
@@ -198,6 +199,7 @@ def evaluate(
         seed: of the emulators and of the random actions.
         device: of the policy.
         on_episode: called with each episode that ends, counted or not.
+        on_actions: called before each vector step with the actions and with which of them were drawn at random.
         on_step: called with rewards, terminated, truncated and info of each vector step.
         should_stop: asked before every vector step.
 
@@ -218,7 +220,10 @@ def evaluate(
         greedy = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
         explore = rng.random(env.num_envs) < protocol.epsilon
         random = rng.integers(env.num_actions, size=env.num_envs)
-        observations, rewards, terminated, truncated, info = env.step(np.where(explore, random, greedy))
+        actions = np.where(explore, random, greedy)
+        if on_actions is not None:
+            on_actions(actions, explore)
+        observations, rewards, terminated, truncated, info = env.step(actions)
         if on_step is not None:
             on_step(rewards, terminated, truncated, info)
         for slot in range(env.num_envs):

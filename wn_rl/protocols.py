@@ -72,7 +72,11 @@ class ScoreProtocol(EvaluationProtocol):
         """Return the protocol as one line for people."""
         cap, noops = self.max_frames_per_episode, self.noop_max
         sticky = f"sticky actions {self.sticky_actions:g}" if self.sticky_actions else "no sticky actions"
-        length = f"completed episodes of {self.steps:,} agent steps" if self.steps else f"{self.episodes:,} episodes"
+        length = (
+            f"completed episodes of {self.steps:,} agent steps"
+            if self.steps
+            else f"{self.episodes:,} episode{'s'[: self.episodes != 1]}"
+        )
         return (
             f"protocol {self.label}: {length}, ε {self.epsilon:g}, {f'{cap:,} frames' if cap else 'no frame'} cap, "
             f"{f'up to {noops}' if noops else 'no'} no-ops, {sticky}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from wn_rl import runs, trained
-from wn_rl.atari.env import FULL_ACTION_SET, make_atari, minimal_actions
+from wn_rl.atari.env import FULL_ACTION_SET, AtariVector, make_atari, minimal_actions
 from wn_rl.atari.games import find_game
 from wn_rl.errors import CheckpointError, UsageError, WnRlError, one_line
 from wn_rl.evaluation import EvaluationResult, evaluate
@@ -82,8 +83,27 @@ class How:
     param_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def score(path: Path, how: How) -> Score:
-    """Load a checkpoint, a run's latest one or a Stable-Baselines3 file, and play it in float32.
+@dataclass(frozen=True)
+class Setup:
+    """A network and the emulators that it is to play on.
+
+    Attributes:
+        trained: the network.
+        protocol: how it is to play; its action set is the one that is played.
+        num_envs: emulators that play at a time.
+        device: of the network.
+        options: of :func:`wn_rl.make_atari`.
+    """
+
+    trained: Trained
+    protocol: ScoreProtocol
+    num_envs: int
+    device: str
+    options: Mapping[str, Any]
+
+
+def prepare(path: Path, how: How) -> Setup:
+    """Load a checkpoint, a run's latest one or a Stable-Baselines3 file to play in float32.
 
     Raises:
         CheckpointError: it is missing, damaged, does not fit its game, or plays another action set than the protocol.
@@ -94,25 +114,43 @@ def score(path: Path, how: How) -> Score:
     found = trained.load(path, game=how.game, param=how.param, param_options=how.param_options)
     protocol = _with_action_set(found, find_protocol(how.protocol, how.changes, found.config))
     num_envs = how.num_envs or (EMULATORS_FOR_STEPS if protocol.steps else min(protocol.episodes, MAX_EMULATORS))
-    env = make_atari(
-        found.game,
-        num_envs,
-        noop_max=protocol.noop_max,
-        fire_reset=protocol.fire_reset,
-        sticky_actions=protocol.sticky_actions,
-        full_action_set=found.full_action_set,
-        max_frames_per_episode=protocol.max_frames_per_episode,
-    )
+    options = {
+        "noop_max": protocol.noop_max,
+        "fire_reset": protocol.fire_reset,
+        "sticky_actions": protocol.sticky_actions,
+        "full_action_set": found.full_action_set,
+        "max_frames_per_episode": protocol.max_frames_per_episode,
+    }
+    return Setup(found, protocol, num_envs, device, options)
+
+
+@contextlib.contextmanager
+def emulators(setup: Setup) -> Iterator[AtariVector]:
+    """Start the emulators of ``setup`` and stop them afterwards.
+
+    Raises:
+        CheckpointError: the network sees other observations than the game shows.
+    """
+    found = setup.trained
+    env = make_atari(found.game, setup.num_envs, **setup.options)
     try:
         if env.single_observation_space.shape != found.network.spec.observation_shape:
             raise CheckpointError(
                 f"{found.path}: its network sees {found.network.spec.observation_shape}, "
                 f"{found.game} shows {env.single_observation_space.shape}"
             )
-        result = evaluate(trained.greedy(found.network, device), env, protocol, seed=how.seed, device=device)
+        yield env
     finally:
         env.close()
-    return Score(found, protocol, how.seed, num_envs, result)
+
+
+def score(path: Path, how: How) -> Score:
+    """Load a network and play it; see :func:`prepare` and :func:`emulators` for errors."""
+    setup = prepare(path, how)
+    policy = trained.greedy(setup.trained.network, setup.device)
+    with emulators(setup) as env:
+        result = evaluate(policy, env, setup.protocol, seed=how.seed, device=setup.device)
+    return Score(setup.trained, setup.protocol, how.seed, setup.num_envs, result)
 
 
 def _with_action_set(found: Trained, protocol: ScoreProtocol) -> ScoreProtocol:

@@ -17,6 +17,8 @@ from wn_rl.errors import UsageError, WnRlError, one_line
 ENCODER = "libx264"
 QUALITY = "18"
 """x264's constant rate factor; 18 is taken for visually lossless."""
+PALETTE = 255
+"""Colours of a .gif's picture."""
 _MUXER = {"mp4": {"movflags": "+faststart"}, "gif": {"loop": "0"}}
 _BT601, _LIMITED_RANGE = 6, 1  # ITU-T H.273: colour description 6; FFmpeg's number for 16 … 235
 
@@ -66,8 +68,16 @@ def write_video(frames: Iterable[Picture], path: Path, *, fps: int = 60, scale: 
     return _write(av, (_even(enlarge(p, scale)) for p in frames), path, "mp4", stream_for, encode)
 
 
-def write_gif(frames: Iterable[Picture], path: Path, *, fps: int = 60, scale: int = 2, every: int = 3) -> int:
-    """Write pictures as an endless .gif of at most 256 colours a picture; the console has 128, which are kept exactly.
+def write_gif(
+    frames: Iterable[Picture],
+    path: Path,
+    *,
+    fps: int = 60,
+    scale: int = 2,
+    every: int = 3,
+    colours: Picture | None = None,
+) -> int:
+    """Write pictures as an endless .gif of at most 255 colours a picture; the console has 128, which are kept exactly.
 
     Args:
         frames: uint8 RGB, all of one shape (height, width, 3).
@@ -75,6 +85,8 @@ def write_gif(frames: Iterable[Picture], path: Path, *, fps: int = 60, scale: in
         fps: pictures per second of ``frames``.
         scale: each pixel becomes scale × scale.
         every: keep one of so many pictures; 3 gives the 20 pictures per second that browsers play at full speed.
+        colours: that will come, (n, 3), see :func:`colours_of`; while no others do, only what changes from picture to
+            picture is written, and the file is several times smaller.
 
     Returns:
         The number of pictures written.
@@ -94,8 +106,10 @@ def write_gif(frames: Iterable[Picture], path: Path, *, fps: int = 60, scale: in
         stream.pix_fmt = "pal8"
         return stream
 
+    palette = _Palette(colours)
+
     def encode(stream: Any, picture: Picture, number: int) -> Any:  # noqa: ANN401 - stream and packets of av
-        frame = av.VideoFrame.from_ndarray(_indexed(picture), format="pal8")
+        frame = av.VideoFrame.from_ndarray(palette.indexed(picture), format="pal8")
         frame.pts, frame.time_base = number, Fraction(every, fps)
         return stream.encode(frame)
 
@@ -114,25 +128,87 @@ def _even(picture: Picture) -> Picture:
     return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def _indexed(picture: Picture) -> tuple[Picture, Picture]:
-    """Return the picture as indices (height, width) into a palette (256, 4) of ARGB."""
+def colours_of(frames: Iterable[Picture]) -> Picture | None:
+    """Return the colours of all pictures, uint8 (n, 3), or None where they are more than one .gif palette holds."""
+    found: set[int] = set()
+    for picture in frames:
+        found.update(np.unique(_packed(picture)).tolist())
+        if len(found) > PALETTE:
+            return None
+    listed = np.array(sorted(found), np.uint32)
+    colours: Picture = np.stack([listed >> shift & 0xFF for shift in (16, 8, 0)], 1).astype(np.uint8)
+    return colours
+
+
+def _packed(picture: Picture) -> NDArray[np.uint32]:
     red, green, blue = (picture[..., channel].astype(np.uint32) for channel in range(3))
-    packed = red << 16 | green << 8 | blue
-    colours, indices = np.unique(packed, return_inverse=True)
-    if len(colours) > 256:  # something smooth lies on it: three bits of red and green, two of blue
-        colours, indices = np.unique(packed & 0xE0E0C0, return_inverse=True)
-    palette = np.zeros((256, 4), np.uint8)
-    palette[:, 0] = 255
-    for channel, shift in ((1, 16), (2, 8), (3, 0)):
-        palette[: len(colours), channel] = colours >> shift & 0xFF
-    return indices.reshape(picture.shape[:2]).astype(np.uint8), palette
+    packed: NDArray[np.uint32] = (red << 16 | green << 8 | blue).astype(np.uint32)
+    return packed
 
 
-def _check(path: Path, suffix: str, fps: int, scale: int) -> None:
+def _coarse(picture: Picture) -> Picture:
+    """Return the picture in the nearest of 6 · 7 · 6 = 252 colours."""
+    steps = np.array([5, 6, 5])
+    coarse: Picture = np.round(np.round(picture / 255 * steps) * 255 / steps).astype(np.uint8)
+    return coarse
+
+
+class _Palette:
+    """The palette of a .gif, to which colours are added as they come.
+
+    FFmpeg's encoder writes only what differs from the picture before, and compares indices, where a picture has the
+    palette of the very *first* one; others it writes as a whole. So a colour keeps its index, and a palette that has
+    changed is never the first one again: else pixels of equal index and another colour would stay as they were.
+    """
+
+    def __init__(self, colours: Picture | None) -> None:
+        self._known = np.zeros(0, np.uint32) if colours is None else np.unique(_packed(colours[None]))
+        self._started = self._changed = False
+
+    def indexed(self, picture: Picture) -> tuple[Picture, Picture]:
+        """Return the picture as indices (height, width) into a palette (256, 4) of ARGB."""
+        packed = _packed(picture)
+        wanted: NDArray[np.uint32] = np.unique(packed)
+        if len(wanted) > PALETTE:  # something smooth lies on it
+            packed = _packed(_coarse(picture))
+            wanted = np.unique(packed)
+        new: NDArray[np.uint32] = np.setdiff1d(wanted, self._known).astype(np.uint32)
+        self._changed = self._changed or (self._started and len(new) > 0)
+        self._started = True
+        self._known = np.concatenate([self._known, new]) if len(self._known) + len(new) <= PALETTE else wanted
+        order = np.argsort(self._known)
+        indices = order[np.searchsorted(self._known, packed, sorter=order)]
+        palette = np.zeros((256, 4), np.uint8)
+        palette[:, 0] = 255
+        for channel, shift in ((1, 16), (2, 8), (3, 0)):
+            palette[: len(self._known), channel] = self._known >> shift & 0xFF
+        palette[PALETTE, 1:] = self._changed  # of no pixel: tells the first palette from all others
+        return indices.astype(np.uint8), palette
+
+
+def check_name(path: Path, suffix: str) -> None:
+    """Check the name of a film's file.
+
+    Raises:
+        UsageError: another suffix, or a directory.
+    """
     if path.suffix.lower() != suffix:
         raise UsageError(f"{path}: the name of the film must end in {suffix}")
     if path.is_dir():
         raise UsageError(f"{path} is a directory")
+
+
+def check_encoder() -> None:
+    """Find out before anything is played whether there is an encoder.
+
+    Raises:
+        WnRlError: it is not installed.
+    """
+    _encoder()
+
+
+def _check(path: Path, suffix: str, fps: int, scale: int) -> None:
+    check_name(path, suffix)
     if fps < 1 or scale < 1:
         raise UsageError(f"fps and scale must be 1 or more, not {fps} and {scale}")
 

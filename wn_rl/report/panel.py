@@ -1,0 +1,209 @@
+"""What a network thinks, drawn beside the screen: Q-values as bars, the action, the score, the value over time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn_rl.report.font import ADVANCE, HEIGHT, Colour, draw_text, text_width
+
+WIDTH = 180
+"""Pixels of the console; even, and room for the longest action's name, a bar and a number."""
+MARGIN = 6
+LETTERS = (WIDTH - 2 * MARGIN + 1) // ADVANCE
+"""That fit into a line."""
+MOST_ROW, LEAST_ROW = 14, 9
+"""Height of an action's row; 18 of the least leave room for the head."""
+HEAD = 46
+"""Height above the curve or the bars."""
+LEAST_CURVE = 30
+"""Height of the curve of the value; it is left out where it does not fit."""
+
+GROUND: Colour = (16, 18, 27)
+TEXT: Colour = (232, 234, 242)
+FAINT: Colour = (126, 134, 156)
+LINE: Colour = (52, 57, 76)
+CHOSEN: Colour = (255, 209, 102)
+RANDOM: Colour = (255, 123, 84)
+ABOVE: Colour = (76, 175, 240)
+BELOW: Colour = (96, 106, 140)
+ROW: Colour = (38, 42, 60)
+
+Picture = NDArray[np.uint8]
+Values = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scales of a whole film, so that nothing jumps.
+
+    Attributes:
+        low: least value of the curve.
+        high: greatest value of the curve.
+        advantage: length of a whole bar: how far a Q-value is from the mean of its state.
+    """
+
+    low: float
+    high: float
+    advantage: float
+
+    @classmethod
+    def of(cls, q_values: NDArray[np.float32]) -> Scale:
+        """Choose the scales for a game's Q-values, (T, A).
+
+        A bar is whole at the 95th percentile of each state's longest: few states, often those just before a game is
+        lost, would make all others too short to be seen. Those bars are cut, and the number beside them is not.
+        """
+        values = q_values.max(1)
+        longest = np.abs(q_values - q_values.mean(1, keepdims=True)).max(1)
+        advantage = float(np.quantile(longest, 0.95))
+        return cls(float(values.min()), float(values.max()), advantage if advantage > 0 else 1.0)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a picture shows.
+
+    Attributes:
+        q_values: of the state on the screen, (A,).
+        action: that was played.
+        random: it was drawn at random.
+        score: raw points so far.
+        step: agent steps before this state.
+        lives: that are left.
+        values: greatest Q-value of this state and of those before it, the newest last.
+        points: whether each of them led to points; as many.
+    """
+
+    q_values: Values
+    action: int
+    random: bool
+    score: float
+    step: int
+    lives: int
+    values: Values
+    points: NDArray[np.bool_]
+
+
+class Panel:
+    """Draws states of one film."""
+
+    def __init__(self, title: str, subtitle: str, actions: Sequence[str], scale: Scale, height: int = 210) -> None:
+        """Lay the panel out.
+
+        Args:
+            title: of the film, at the left.
+            subtitle: at the right, as much of it as fits beside the title.
+            actions: their names.
+            scale: of the film.
+            height: of the screen in pixels of the console.
+        """
+        self._actions = tuple(actions)
+        self._scale = scale
+        self._names = max(map(text_width, self._actions))
+        room = height - HEAD - MARGIN - len(actions) * LEAST_ROW
+        self._curve = room >= LEAST_CURVE + 6
+        spare = height - HEAD - MARGIN - (LEAST_CURVE + 12 if self._curve else 0)
+        self._pitch = max(min(spare // len(actions), MOST_ROW), 1)
+        self._first_row = height - MARGIN - len(actions) * self._pitch
+        self._curve_height = self._first_row - 12 - HEAD
+        self._ground = np.full((height, WIDTH, 3), GROUND, np.uint8)
+        draw_text(self._ground, title[:LETTERS], MARGIN, 5, TEXT)
+        self._right(self._ground, subtitle[: max(LETTERS - len(title) - 1, 0)], 5, FAINT)
+        self._ground[15, MARGIN:-MARGIN] = LINE
+        self._label = self._first_row - HEIGHT - 3
+        self._right(self._ground, f"BARS Q − MEAN ±{_number(scale.advantage)}", self._label, FAINT)
+        draw_text(self._ground, "SCORE", MARGIN, 21, FAINT)
+        draw_text(self._ground, "VALUE MAX Q", MARGIN, HEAD - 6, FAINT)
+
+    @property
+    def memory(self) -> int:
+        """States that the curve shows, so many :attr:`State.values` are of use."""
+        return WIDTH - 2 * MARGIN - self._axis()
+
+    def _axis(self) -> int:
+        return max(text_width(_number(value)) for value in (self._scale.low, self._scale.high)) + 3
+
+    def draw(self, state: State) -> Picture:
+        """Return the panel, uint8 RGB (height, WIDTH, 3)."""
+        picture: Picture = self._ground.copy()
+        self._draw_head(picture, state)
+        if self._curve:
+            self._draw_curve(picture, state)
+        for index, name in enumerate(self._actions):
+            self._draw_row(picture, state, index, name)
+        return picture
+
+    def _draw_head(self, picture: Picture, state: State) -> None:
+        draw_text(picture, f"{state.score:.0f}".replace("-", "−"), MARGIN + 5 * ADVANCE + 3, 20, TEXT, scale=2)
+        self._right(picture, f"STEP {state.step}", 20, FAINT)
+        self._right(picture, f"LIVES {state.lives}" if state.lives else "", 29, FAINT)
+        self._right(picture, _number(float(state.values[-1])), HEAD - 6, TEXT)
+        chosen, colour = ("RANDOM", RANDOM) if state.random else ("GREEDY", CHOSEN)
+        draw_text(picture, chosen, MARGIN, self._label, colour)
+
+    def _draw_curve(self, picture: Picture, state: State) -> None:
+        top, bottom = HEAD + 6, HEAD + self._curve_height - 4
+        left, right = MARGIN + self._axis(), WIDTH - MARGIN
+        low, high = self._scale.low, self._scale.high
+        draw_text(picture, _number(high), MARGIN, top, FAINT)
+        draw_text(picture, _number(low), MARGIN, bottom - HEIGHT + 1, FAINT)
+        picture[bottom + 1, left:right] = LINE
+        values = state.values[-(right - left) :]
+        share = (values - low) / (high - low) if high > low else np.full(len(values), 0.5)
+        rows = np.clip(np.round(bottom - share * (bottom - top)), top, bottom).astype(int)
+        first = right - len(values)
+        for number, row in enumerate(rows):
+            before = rows[max(number - 1, 0)]
+            picture[min(row, before) : max(row, before) + 1, first + number] = ABOVE
+        scored = first + np.flatnonzero(state.points[-len(values) :])
+        picture[bottom + 1 : bottom + 3, scored] = CHOSEN
+
+    def _draw_row(self, picture: Picture, state: State, index: int, name: str) -> None:
+        y = self._first_row + index * self._pitch
+        taken = index == state.action
+        accent = RANDOM if state.random else CHOSEN
+        if taken:
+            picture[y : y + self._pitch, 2:-2] = ROW
+            picture[y : y + self._pitch, 2:4] = accent
+        text = y + (self._pitch - HEIGHT) // 2
+        colour = accent if taken else TEXT
+        draw_text(picture, name, MARGIN, text, colour)
+        number = _number(float(state.q_values[index]))
+        self._right(picture, number, text, colour)
+        left = MARGIN + self._names + 4
+        right = WIDTH - MARGIN - text_width("−00.00") - 4
+        middle = (left + right) // 2
+        difference = float(state.q_values[index] - state.q_values.mean())
+        length = round(min(abs(difference) / self._scale.advantage, 1.0) * (right - middle - 1))
+        ends = (middle, middle + length) if difference > 0 else (middle - length, middle)
+        fill = accent if taken else ABOVE if difference > 0 else BELOW
+        half = max(self._pitch // 4, 2)
+        centre = text + HEIGHT // 2
+        picture[centre - half : centre + half + 1, ends[0] : ends[1] + 1] = fill
+        picture[y : y + self._pitch, middle] = FAINT if taken else LINE
+
+    @staticmethod
+    def _right(picture: Picture, text: str, y: int, colour: Colour) -> None:
+        """Draw a text that ends at the right margin."""
+        draw_text(picture, text, WIDTH - MARGIN - text_width(text), y, colour)
+
+
+def _number(value: float) -> str:
+    """Return a value in at most six letters."""
+    for form in (".2f", ".1f", ".0f", ".0e"):
+        text = format(value, form).replace("-", "−")
+        if text.strip("−0.") == "" and value:
+            text = text.removeprefix("−")
+        if len(text) <= 6:
+            return text
+    return "?"
+
+
+def title_of(game: str) -> str:
+    """Return a game's name with spaces between its words: ``SpaceInvaders`` is ``Space Invaders``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z0-9])", " ", game)

@@ -1,0 +1,144 @@
+"""Rebuild tables and figures of docs/reproduction.md: ``python -m wn_rl.report.reproduction docs/results --out docs``.
+
+Prose is written by hand; what stands between two markers (:mod:`wn_rl.report.generated`) is made here, from the runs'
+files alone. ``--check`` writes nothing and fails where the page does not say what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from wn_rl.atari.games import find_game
+from wn_rl.errors import WnRlError, one_line
+from wn_rl.report import figures
+from wn_rl.report.bands import Curve, meaning
+from wn_rl.report.figures import Panel, Series
+from wn_rl.report.generated import differing, fill
+from wn_rl.report.ladder import GAMES, Cell, Ladder, read_ladder
+from wn_rl.report.references import PAPER_GAME
+from wn_rl.report.reproduction_tables import blocks, cells_with_runs, figure_name, references_of, title
+from wn_rl.report.results import RunResult
+from wn_rl.runs import write_file
+
+PAGE = "reproduction.md"
+WIDTH, HEIGHT = 6.4, 4.0
+"""Of a figure, inches."""
+
+
+def draw(ladder: Ladder) -> dict[str, bytes]:
+    """Return the figures as PNG files by name, one per game that has a run.
+
+    Raises:
+        WnRlError: matplotlib is missing.
+    """
+    files = {}
+    for game in GAMES:
+        cells = cells_with_runs(ladder, game)
+        if not cells:
+            continue
+        series = tuple(
+            Series(cell.group, tuple(Curve(run.frames, run.scores) for run in runs)) for cell, runs in cells.items()
+        )
+        random_score = find_game(game).random_score
+        level = None if random_score is None else ("random play", random_score)
+        # Dopamine's are training returns with sticky actions: in the table, not behind test scores.
+        shown = tuple(curve for curve in references_of(game) if not curve.source.startswith("dopamine"))
+        panel = Panel(title(game), "test score (raw points)", series, level, shown)
+        styles = figures.styles_of([one.group for one in series])
+        drawing = figures.draw([panel], styles, _caption(cells), width=WIDTH, height=HEIGHT)
+        files[figure_name(game)] = drawing.render("png")
+    return files
+
+
+def _caption(cells: Mapping[Cell, Sequence[RunResult]]) -> str:
+    bands = "; ".join(f"{cell.group}: {meaning(len(runs))}" for cell, runs in cells.items())
+    game = next(iter(cells)).game
+    theirs = " The paper's curve is one run, digitized (±10 points)." if game == PAPER_GAME else ""
+    return (
+        f"Mean score of the games completed in 125,000 agent steps at ε 0.05, after every epoch of 1M frames. {bands}. "
+        f"Gray: nnabla-rl, mean and range of three seeds.{theirs}"
+    )
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def rebuilt(page: Path, ladder: Ladder) -> tuple[str, str]:
+    """Return a page as it is and as it should be.
+
+    Raises:
+        WnRlError: it cannot be read, or its markers are wrong.
+    """
+    try:
+        old = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise WnRlError(f"cannot read {page}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise WnRlError(f"{page} is no text in UTF-8") from None
+    try:
+        return old, fill(old, blocks(ladder))
+    except WnRlError as error:
+        raise WnRlError(f"{page}: {error}") from None
+
+
+def check(results: Path, out: Path) -> None:
+    """Check that the page says what the runs' files say, and that its figures are there.
+
+    Raises:
+        WnRlError: it does not, and in which parts.
+    """
+    ladder = read_ladder(results)
+    page = out / PAGE
+    old, new = rebuilt(page, ladder)
+    again = f"python -m wn_rl.report.reproduction {results} --out {out}"
+    if old != new:
+        parts = ", ".join(differing(old, new)) or "the markers' lines"
+        raise WnRlError(f"{page} does not say what the files in {results} say ({parts}): run {again}")
+    for game in GAMES:
+        if cells_with_runs(ladder, game) and not (out / figure_name(game)).is_file():
+            raise WnRlError(f"{out / figure_name(game)} is missing: run {again}")
+
+
+def rebuild(results: Path, out: Path) -> list[Path]:
+    """Rebuild the page's tables and its figures; returns the files that were written.
+
+    Raises:
+        WnRlError: a run's files or the page cannot be read or written, or matplotlib is missing.
+    """
+    ladder = read_ladder(results)
+    page = out / PAGE
+    _, text = rebuilt(page, ladder)
+    files: dict[Path, str | bytes] = {out / name: data for name, data in draw(ladder).items()}
+    files[page] = text
+    for path, content in files.items():
+        write_file(path, content)
+    return list(files)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m wn_rl.report.reproduction", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("results", type=Path, help="directory of run directories, searched as a whole")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"directory of {PAGE} and its figures")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page differs")
+    wanted = parser.parse_args(arguments)
+    try:
+        if wanted.check:
+            check(wanted.results, wanted.out)
+            print(f"{wanted.out / PAGE} says what the files in {wanted.results} say")
+        else:
+            for path in rebuild(wanted.results, wanted.out):
+                print(f"wrote {path}")
+    except WnRlError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
