@@ -409,7 +409,9 @@ def test_wrong_words_about_parameterizations_are_one_line(
 ) -> None:
     Path("other.yaml").write_text("param: my_entries:ScaledWeights\n")
     Path("unknown.yaml").write_text("param: scald\n")
-    found, out, err = run(train, ["--game", "Pong", *words.split()], capsys, monkeypatch)
+    # A replay of 0.4 GB, so that a machine with little memory free says nothing of that.
+    run_words = ["--game", "Pong", "--replay-capacity", "60k", *words.split()]
+    found, out, err = run(train, run_words, capsys, monkeypatch)
     assert (found, out.removeprefix("imported"), err.count("\n")) == (code, "", 1)
     assert message in err
     assert not Path("runs").exists()
