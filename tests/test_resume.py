@@ -141,7 +141,7 @@ def killed_run(directory: Path, flags: list[str], waits: list[tuple[float, signa
         assert process.returncode in (0, 130, 143, -signal.SIGKILL), errors
         assert errors == ""
         if process.returncode == 0:
-            break
+            return stopped
         if list(directory.glob("checkpoints/latest/*.json")) + list(directory.glob("checkpoints/*.previous/*.json")):
             process = command(directory, "--checkpoint-seconds", cadence)
         else:
