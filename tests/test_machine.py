@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,3 +111,20 @@ def test_tf32_is_on_where_it_was_asked_for_and_nowhere_else() -> None:
             assert torch.backends.cudnn.allow_tf32 is expected
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_setting_tf32_gives_no_advice_to_users_and_hides_no_other_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.9 warns so, once a process; other versions do not."""
+    advice = "Please use the new API settings to control TF32 behavior, such as torch.backends.…"
+    said = [advice, "something else"]
+
+    class Advising:
+        def __setattr__(self, name: str, value: object) -> None:
+            if said:
+                warnings.warn(said.pop(0), UserWarning, stacklevel=2)
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Advising())
+    monkeypatch.setattr(torch.backends, "cudnn", Advising())
+    with pytest.warns(UserWarning, match="something else") as seen:
+        set_float32_precision("float32")
+    assert [str(warning.message) for warning in seen] == ["something else"]

@@ -355,6 +355,21 @@ class TestRefusals:
         self.refused(run, "--device cpu")
         assert self.resume(run, device="cpu") == 0
 
+    def test_a_run_that_moves_to_another_device_decides_anew_what_is_compiled(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def compiles(**changes: str) -> str:
+            return open_for_resume(run, changes)[0].compile
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        self.change(run, lambda values: values["config"].update(device="cpu", compile="on"))
+        assert compiles() == compiles(device="cpu") == "on"
+        assert compiles(device="cuda") == compiles(device="auto") == "auto", "on a GPU nothing is compiled: no error"
+        assert compiles(device="cuda", compile="off") == "off"
+        self.change(run, lambda values: values["config"].update(device="cuda", compile="off"))
+        assert compiles(device="cpu") == "auto", "on a CPU it may pay"
+        assert compiles(device="auto") == "off"
+
     def test_stopped_while_the_replay_is_filled(self, run: Path) -> None:
         config, saved = open_for_resume(run, {})
         before = self.files(run)

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import shutil
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -209,8 +210,11 @@ def set_float32_precision(precision: str) -> None:
 
     By default torch lets convolutions do so and products of matrices not. The setting is the process's.
     """
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    with warnings.catch_warnings():
+        # Some versions from torch 2.9 on, on a CPU too, advise another way of setting it, which 2.8 does not have.
+        warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:

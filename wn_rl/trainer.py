@@ -41,6 +41,7 @@ from wn_rl.machine import (
     device_name,
     free_bytes,
     keep_freed_memory,
+    pick_device,
     place_replay,
     plan_memory,
     resolve_device,
@@ -669,7 +670,11 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
                 f"--resume: {key} is {getattr(saved.config, key)!r} in this run and cannot change to {value!r}; "
                 f"only these can: {', '.join(sorted(RESUMABLE))}"
             )
-    config = replace(saved.config, **{key: value for key, value in changes.items() if key in RESUMABLE})
+    changes = {key: value for key, value in changes.items() if key in RESUMABLE}
+    moved = "device" in changes and pick_device(changes["device"]) != saved.config.device
+    if moved and "compile" not in changes:
+        changes["compile"] = "auto"  # what was decided for another device says nothing about this one
+    config = replace(saved.config, **changes)
     validate(config)
     return config, saved
 

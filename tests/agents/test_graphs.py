@@ -20,7 +20,7 @@ from tests.sides import ACTIONS, CPU, N, Sides, configured
 from tests.tape import TapeRecorder
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.parameterizations import names
-from wn_rl.replay import Replay
+from wn_rl.replay import Minibatch, Replay
 
 
 @pytest.mark.parametrize(("param", "host"), [("standard", True), ("wn", False)])
@@ -330,6 +330,40 @@ def test_a_failed_recording_gives_stream_and_generators_back(
     assert capsys.readouterr().err.startswith(
         "work cannot be recorded as a CUDA graph and runs slower: operation failed"
     )
+
+
+@pytest.mark.parametrize("param", names())
+def test_no_autograd_graph_outlives_an_update(param: str) -> None:
+    """A parameter's node that did would be of the stream of then, and a recording on another stream fails at it."""
+    agent = DQN(configured(param=param), ACTIONS, CPU, static=True)
+
+    def node_of(parameter: Tensor) -> Any:
+        function = parameter.view_as(parameter).grad_fn
+        assert function is not None
+        return function.next_functions[0][0]
+
+    marked = []
+    check = agent._check
+
+    def noted(loss: Tensor, batch: Any) -> None:
+        for parameter in agent.q_network.parameters():
+            node = node_of(parameter)
+            node.metadata["seen"] = True
+            assert "seen" in node_of(parameter).metadata, "while the graph lives, the node is the same"
+            marked.append(parameter)
+        check(loss, batch)
+
+    agent._check = noted  # type: ignore[method-assign]
+    x = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
+    zeros = torch.zeros(8, dtype=torch.int64)
+    batch = Minibatch(x, zeros, zeros.float(), x, zeros.bool(), zeros)
+    agent.initialize(x)
+    for _ in range(2):
+        agent.watch_next_update()
+        agent.update(batch)
+        agent.read_statistics()
+        assert marked
+        assert not any("seen" in node_of(parameter).metadata for parameter in marked)
 
 
 class OneDevice(TorchDispatchMode):

@@ -1,0 +1,86 @@
+"""Whole runs on the CPU in the way that runs take on a GPU: recorded updates and acting, one upload a vector step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agents.dqn import DQN
+from agents.graphs import GraphStepper
+from tests.small_runs import tiny
+from tests.tape import TapeRecorder
+from tests.test_resume import rows, state_of
+from wn_rl import checkpoint, trainer
+from wn_rl.config import TrainConfig
+from wn_rl.host_replay import HostReplay
+from wn_rl.replay import Replay
+from wn_rl.stepping import Stepper
+from wn_rl.trainer import open_for_resume, train
+
+
+class Staged(Replay):
+    """A replay that keeps what changes on the device, as on a GPU."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named, staged=True)
+
+
+class Recorded(DQN):
+    """Records as on a GPU; sends this process a signal after so many updates."""
+
+    after: list[int]
+    recordings: list[GraphStepper]
+
+    def __init__(self, config: TrainConfig, num_actions: int, device: torch.device) -> None:
+        super().__init__(config, num_actions, device, static=True)
+
+    def stepper(self, replay: Replay) -> Stepper:
+        made = GraphStepper(self, replay, TapeRecorder())
+        self.recordings.append(made)
+        return made
+
+    def counted(self, work: Callable[[], None]) -> None:
+        super().counted(work)
+        if self.after and self.updates == self.after[0]:
+            self.after.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("replay", "changes"),
+    [
+        (Staged, {"param": "wn", "precision": "bfloat16"}),
+        pytest.param(Staged, {"param": "bn", "num_envs": 16}, marks=pytest.mark.slow),
+        pytest.param(HostReplay, {"param": "wn"}, marks=pytest.mark.slow),
+    ],
+    ids=["wn in bfloat16", "bn with 16 emulators", "wn from host memory"],
+)
+def test_a_recorded_run_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replay: type[Replay], changes: dict[str, Any]
+) -> None:
+    """Stopped before, during and after the recordings, it is the run that was never stopped, evaluations included."""
+    monkeypatch.setattr(trainer, "Replay", replay)
+    config = tiny(frames=1200, **changes)
+    Recorded.recordings, Recorded.after = [], []
+    assert train(config, Recorded, tmp_path / "whole", quiet=True) == 0
+    assert Recorded.recordings[0].updating.recorded
+    assert Recorded.recordings[0].acting.recorded
+    Recorded.after = [2, 30]
+    code = train(config, Recorded, tmp_path / "parts", quiet=True)
+    while code != 0:
+        assert code == 143
+        time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
+        resumed, saved = open_for_resume(tmp_path / "parts", {})
+        code = train(resumed, Recorded, tmp_path / "parts", resume=saved, quiet=True)
+    assert len(Recorded.recordings) == 4
+    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    assert parts == whole
+    assert len(rows(tmp_path / "whole" / "evaluations.csv")) > 1
+    assert checkpoint.load(tmp_path / "whole").training["agent"]["updates"] > 40
