@@ -113,7 +113,7 @@ def test_a_long_legend_is_neither_cut_off_nor_under_the_caption(group: str) -> N
     legend = figure.axes[0].get_legend()
     assert legend is not None
     place = legend.get_window_extent()
-    assert 0 <= place.x0 < place.x1 <= figure.bbox.width
+    assert 0 <= place.x0 < place.x1 <= figure.axes[0].get_window_extent().x1 <= figure.bbox.width
     assert place.y0 >= drawing.caption_height * figure.dpi
     assert place.y1 <= figure.axes[0].xaxis.get_tightbbox().y0  # below the axis's label
 

@@ -190,7 +190,7 @@ def draw(
                 _draw_panel(panel, styles, where, legend_columns=legend_columns)
             for unused in axes[len(panels) :]:
                 unused.remove()
-            if legend_columns < 2 or _legends_fit(figure, columns):
+            if legend_columns < 2 or _legends_fit(figure):
                 break
         if lines:
             text = figure.text(
@@ -318,16 +318,16 @@ def _entries(panel: Panel) -> int:
     return len(panel.series) + (panel.level is not None) + len(panel.references)
 
 
-def _legends_fit(figure: Figure, columns: int) -> bool:
-    """Return whether each legend ends at the right edge of its panel, or before it."""
+def _legends_fit(figure: Figure) -> bool:
+    """Return whether each legend ends at the right edge of its axes, or before it.
+
+    The layout makes axes narrower to keep a wide legend inside the figure, and a browser's letters may be wider still.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="constrained_layout not applied")  # where they are far too wide
         figure.draw_without_rendering()
-    width = figure.bbox.width / columns
-    legends = [(index, axes.get_legend()) for index, axes in enumerate(figure.axes)]
-    return all(
-        legend is None or legend.get_window_extent().x1 <= (index % columns + 1) * width for index, legend in legends
-    )
+    legends = [(axes.get_legend(), axes.get_window_extent().x1) for axes in figure.axes]
+    return all(legend is None or legend.get_window_extent().x1 <= end for legend, end in legends)
 
 
 def _legend_label(one: Series) -> str:
