@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 import evaluate
 from wn_rl import cli
-from wn_rl.report import curves, figures, results
+from wn_rl.report import bands, curves, figures, results
 
 ROOT = Path(__file__).parents[1]
 QUICK = sorted((ROOT / "docs" / "results" / "quick").iterdir())
@@ -98,6 +99,23 @@ def test_groups_differ_without_colour() -> None:
     assert len({style.colour for style in list(styles.values())[:7]}) == 7
     assert figures.in_order({"wn", "bn", "standard"}) == ["standard", "bn", "wn"]
     assert figures.in_order({"10", "9", "1e-05", "None", "nan"}) == ["1e-05", "9", "10", "None", "nan"]
+
+
+@pytest.mark.parametrize("group", ["wn_mean_only_bn", "x" * 40])
+def test_a_long_legend_is_neither_cut_off_nor_under_the_caption(group: str) -> None:
+    groups = ["standard", *(f"{group[: 25 - len(str(i))]}{i}" for i in range(9))]
+    curve = bands.Curve(np.array([1e6, 2e6]), np.array([-20.5, 10_000.0]))
+    series = tuple(figures.Series(name, (curve, curve)) for name in groups)
+    panel = figures.Panel("Pong", "test score (points)", series, ("random play", -20.7))
+    drawing = figures.draw([panel], figures.styles_of(groups), "A caption.", width=3.7, height=2.6)
+    figure = drawing.figure
+    figure.draw_without_rendering()
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    place = legend.get_window_extent()
+    assert 0 <= place.x0 < place.x1 <= figure.axes[0].get_window_extent().x1 <= figure.bbox.width
+    assert place.y0 >= drawing.caption_height * figure.dpi
+    assert place.y1 <= figure.axes[0].xaxis.get_tightbbox().y0  # below the axis's label
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -241,6 +242,7 @@ def test_tensorboards_events_become_diagnostics_and_damaged_ones_a_line(
     (tmp_path / "runs" / "s2" / "events.out.tfevents.1").write_bytes(b"no events" * 20)
     assert run([tmp_path / "runs", "--report", out], capsys, monkeypatch)[0] == 0
     assert not (out / "figures" / "Pong-train-loss.png").exists()  # of the report before
+    assert "no readable TensorBoard events" in Page((out / "index.html").read_text(encoding="utf-8")).text
 
 
 def test_a_directory_that_holds_something_else_is_left_alone(
@@ -285,6 +287,66 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "No space left" in err
     assert (ours / "index.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("after", [0, 1, 8])
+def test_a_first_report_that_does_not_end_leaves_nothing(
+    error: BaseException,
+    after: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "deep" / "out"
+    (tmp_path / "deep").mkdir()
+    replaced = os.replace
+    count = 0
+
+    def replace_some(source: Path, target: Path) -> None:
+        nonlocal count
+        if count == after:
+            raise error
+        count += 1
+        replaced(source, target)
+
+    monkeypatch.setattr("wn_rl.runs.os.replace", replace_some)
+    code, _, err = run([QUICK / "Pong-wn-quick-s1", "--report", out], capsys, monkeypatch)
+    assert (code, err.count("\n")) == ((130, 0) if isinstance(error, KeyboardInterrupt) else (1, 1))
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_report_that_was_killed_is_begun_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run([QUICK / "Pong-wn-quick-s1", "--report", out], capsys, monkeypatch)[0] == 0
+    (out / "index.html").unlink()  # it is written last, so this is what a kill leaves
+    assert run([QUICK / "Breakout-wn-quick-s1", "--report", out], capsys, monkeypatch)[0] == 0
+    assert not list(out.glob("figures/*Pong*"))
+    (out / "index.html").unlink()
+    (out / "files.json").write_text('{"files": []}')  # somebody else's
+    assert run([QUICK / "Pong-wn-quick-s1", "--report", out], capsys, monkeypatch)[0] == 2
+
+
+def test_a_row_of_many_runs_stays_narrow(tmp_path: Path) -> None:
+    runs = []
+    for seed in range(1, 9):
+        path = tmp_path / f"s{seed}"
+        shutil.copytree(QUICK / "Breakout-wn-quick-s1", path)
+        lines = (path / "config.yaml").read_text().splitlines()
+        changes = {"seed:": f"seed: {seed}", "frames:": "frames: 1000000" if seed == 3 else "frames: 2000000"}
+        changed = [changes.get(line.split(" ")[0], line) for line in lines]
+        (path / "config.yaml").write_text("\n".join(changed) + "\n")
+        if seed == 3:
+            rows = (path / "evaluations.csv").read_text().splitlines()
+            (path / "evaluations.csv").write_text("\n".join(rows[:21]) + "\n")
+            (path / "summary.json").unlink()
+        runs.append(results.read_run(path))
+    text = page.render(page.Content(runs, "param"))
+    row = Page(text).table("Scores by game and group")[0]
+    assert (row["seeds"], row["frames"][0]) == (("8", "8.0"), "1M to 2M")
+    assert "<small>seeds 1, 2, 3, 4, …, 8</small>" in text
 
 
 def test_what_cannot_be_read_is_said_on_the_page_too(

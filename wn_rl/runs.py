@@ -215,7 +215,7 @@ def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> 
             if sync:
                 os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
 

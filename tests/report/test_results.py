@@ -108,6 +108,15 @@ def test_strange_values_of_a_summary_are_not_known(tmp_path: Path) -> None:
     assert not run.finished
 
 
+@pytest.mark.parametrize("number", ["1" + 400 * "0", "1e300", "-3", "NaN", "-Infinity"])
+def test_numbers_of_a_summary_that_no_run_has_are_not_known(number: str, tmp_path: Path) -> None:
+    shutil.copytree(WN, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(f'{{"frames": {number}, "wall_seconds": {number}}}')
+    run = read_run(tmp_path / "run")
+    assert run.number("wall_seconds") is None
+    assert run.trained_frames == run.frames[-1]
+
+
 def test_the_same_run_twice_is_no_second_seed(tmp_path: Path) -> None:
     shutil.copytree(WN, tmp_path / "copy")
     runs, failures = read_runs([WN, tmp_path / "copy"])

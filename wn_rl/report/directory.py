@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from wn_rl import cli
 from wn_rl.errors import UsageError, WnRlError
@@ -14,7 +16,7 @@ from wn_rl.report.bands import WINDOW, Curve
 from wn_rl.report.figures import Drawing, Panel, Style
 from wn_rl.report.inline_svg import inline
 from wn_rl.report.results import RunResult, Unreadable, find_runs, names_of, read_runs
-from wn_rl.report.scalars import has_events, read_scalars
+from wn_rl.report.scalars import read_scalars
 from wn_rl.runs import write_file
 
 INDEX = "index.html"
@@ -114,7 +116,7 @@ def write_report(
     content = page.Content(runs, by, failures, problems=problems)
     content.films, content.films_left_out = films.find_films(runs)
     names = names_of(runs)
-    content.without_events = [name for run, name in zip(runs, names, strict=True) if not has_events(run.path)]
+    content.without_events = [name for name, scalars in zip(names, events, strict=True) if not scalars]
     styles = figures.styles_of(curves.groups_of(runs, by))
     files: dict[str, str | bytes] = {}
     bands: list[tuple[str, str, Panel]] = []
@@ -168,37 +170,74 @@ def _figure(
 
 
 def _is_ours(directory: Path) -> bool:
+    """Return whether a report was written here, or was begun and ended by a kill or a power cut."""
     try:
         with open(directory / INDEX, "rb") as stream:
             return f'name="generator" content="{page.GENERATOR}"'.encode() in stream.read(1000)
+    except FileNotFoundError:
+        return _stored_manifest(directory).get("generator") == page.GENERATOR
     except OSError:
         return False
 
 
 def _write(directory: Path, files: Mapping[str, str | bytes], index: str) -> None:
-    """Write the files, then the page, and take away what an earlier report wrote and this one does not."""
+    """Write the files, then the page, and take away what an earlier report wrote and this one does not.
+
+    Where there was no report, nothing of one that is interrupted or finds the disk full is left.
+    """
     before = _manifest(directory)
+    first = not (directory / INDEX).exists()
+    folders = [directory / "data", directory / "figures", directory, *directory.absolute().parents]
+    made = [folder for folder in folders if not folder.exists()]
     try:
         for folder in ("figures", "data"):
             (directory / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WnRlError(f"cannot write to {directory}: {error.strerror}") from None
-    for name, value in files.items():
-        write_file(directory / name, value, sync=False)
-    write_file(directory / MANIFEST, json.dumps({"files": list(files)}, indent=1) + "\n", sync=False)
-    write_file(directory / INDEX, index)
-    for name in before - files.keys():
-        (directory / name).unlink(missing_ok=True)
+        # First: a report that is killed is known by it, and the next one knows what to take away.
+        _write_manifest(directory, [*files, *sorted(before - files.keys())])
+        for name, value in files.items():
+            write_file(directory / name, value, sync=False)
+        write_file(directory / INDEX, index)
+        for name in before - files.keys():
+            (directory / name).unlink(missing_ok=True)
+        _write_manifest(directory, list(files))
+    except BaseException as error:
+        if first:
+            _take_away([directory / name for name in (*files, MANIFEST, INDEX)], made)
+        if isinstance(error, OSError):
+            raise WnRlError(f"cannot write to {directory}: {error.strerror}") from None
+        raise
+
+
+def _write_manifest(directory: Path, names: list[str]) -> None:
+    content = json.dumps({"generator": page.GENERATOR, "files": names}, indent=1) + "\n"
+    write_file(directory / MANIFEST, content, sync=False)
+
+
+def _take_away(files: Sequence[Path], folders: Sequence[Path]) -> None:
+    """Remove files, then folders as far as they are empty."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink()
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _manifest(directory: Path) -> set[str]:
     """Return the names that an earlier report wrote into ``figures/`` and ``data/``."""
     try:
-        names = json.loads((directory / MANIFEST).read_bytes())["files"]
         return {
             name
-            for name in names
+            for name in _stored_manifest(directory)["files"]
             if Path(name).parts[:-1] in (("figures",), ("data",)) and (directory / name).is_file()
         }
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _stored_manifest(directory: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

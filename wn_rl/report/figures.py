@@ -34,6 +34,8 @@ INK, MUTED, GRID, PAPER, BEHIND = "#1b1c1e", "#74767a", "#e3e4e6", "#ffffff", "#
 """Text and axes, references and captions, grid lines, background, and background of a legend over curves."""
 MARKED_POINTS = 7
 """Markers on a line."""
+LABELS_HEIGHT = 0.43
+"""Of the horizontal axis's numbers and label, inches: a legend below begins there."""
 INSIDE = 3
 """Entries of a legend that fit inside the axes; a longer one would hide the curves and stands below."""
 MISSING = "figures need matplotlib, which is not installed: pip install matplotlib"
@@ -174,19 +176,22 @@ def draw(
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     lines = textwrap.wrap(plain(caption), max(40, int(width * columns * 18.5)))
-    entries = max(_entries(panel) for panel in panels)
-    legends_below = entries > INSIDE  # for all of them, so that the axes stay alike
-    height += 0.17 * math.ceil(entries / 2) if legends_below else 0.0
+    entries = max(map(_entries, panels))
     below = (0.128 * len(lines) + 0.1) if lines else 0.0  # inches
-    total = rows * height + below
     with _look():
-        figure = Figure(figsize=(width * columns, total))
-        figure.set_layout_engine("constrained", rect=(0, below / total, 1, 1 - below / total))
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for panel, where in zip(panels, axes, strict=False):
-            _draw_panel(panel, styles, where, legend_below=legends_below)
-        for unused in axes[len(panels) :]:
-            unused.remove()
+        # Legends that do not fit stand below, for all panels, so that the axes stay alike.
+        for legend_columns in (2, 1) if entries > INSIDE else (0,):
+            legend = 0.17 * math.ceil(entries / legend_columns) if legend_columns else 0.0
+            total = rows * (height + legend) + below
+            figure = Figure(figsize=(width * columns, total))
+            figure.set_layout_engine("constrained", rect=(0, below / total, 1, 1 - below / total))
+            axes = figure.subplots(rows, columns, squeeze=False).ravel()
+            for panel, where in zip(panels, axes, strict=False):
+                _draw_panel(panel, styles, where, legend_columns=legend_columns)
+            for unused in axes[len(panels) :]:
+                unused.remove()
+            if legend_columns < 2 or _legends_fit(figure):
+                break
         if lines:
             text = figure.text(
                 0.06 / (width * columns), 0.06 / total, "\n".join(lines), fontsize=7, color=MUTED, va="bottom"
@@ -248,7 +253,8 @@ def _look() -> Iterator[None]:
         yield
 
 
-def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes, *, legend_below: bool) -> None:
+def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes, *, legend_columns: int) -> None:
+    """Draw a panel, its legend in so many columns below the axes, or inside them where that is 0."""
     end = max((float(curve.frames[-1]) for one in panel.series for curve in one.curves), default=0.0)
     scale, unit = (1e6, "millions") if end >= 2e5 else (1e3, "thousands")
     if panel.level is not None:
@@ -296,8 +302,13 @@ def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes, *, legend
     handles, labels = axes.get_legend_handles_labels()
     ours = len(panel.series)
     handles, labels = handles[-ours:] + handles[:-ours], labels[-ours:] + labels[:-ours]
-    if legend_below:
-        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(-0.06, -0.2), borderaxespad=0, ncols=2)
+    if legend_columns:
+        from matplotlib.transforms import ScaledTranslation
+
+        # Inches, for a share of the axes' height would move while the layout looks for that height.
+        below = axes.transAxes + ScaledTranslation(0, -LABELS_HEIGHT, axes.figure.dpi_scale_trans)
+        where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.06, 0), "bbox_transform": below}
+        axes.legend(handles, labels, ncols=legend_columns, borderaxespad=0, **where)
     else:
         axes.legend(handles, labels, loc="best")
 
@@ -305,6 +316,18 @@ def _draw_panel(panel: Panel, styles: Mapping[str, Style], axes: Axes, *, legend
 def _entries(panel: Panel) -> int:
     """Return the number of entries of a panel's legend."""
     return len(panel.series) + (panel.level is not None) + len(panel.references)
+
+
+def _legends_fit(figure: Figure) -> bool:
+    """Return whether each legend ends at the right edge of its axes, or before it.
+
+    The layout makes axes narrower to keep a wide legend inside the figure, and a browser's letters may be wider still.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")  # where they are far too wide
+        figure.draw_without_rendering()
+    legends = [(axes.get_legend(), axes.get_window_extent().x1) for axes in figure.axes]
+    return all(legend is None or legend.get_window_extent().x1 <= end for legend, end in legends)
 
 
 def _legend_label(one: Series) -> str:

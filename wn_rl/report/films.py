@@ -62,7 +62,11 @@ def find_films(runs: Sequence[RunResult]) -> tuple[list[Film], list[str]]:
             elif total + size > LARGEST_TOTAL:
                 left_out.append(f"{name}: the films together would be more than {_megabytes(LARGEST_TOTAL)}")
             else:
-                data = path.read_bytes()
+                try:
+                    data = path.read_bytes()
+                except OSError as error:
+                    left_out.append(f"{name}: {error.strerror}")
+                    continue
                 if data[4:8] != b"ftyp":
                     left_out.append(f"{name}: no MP4 file")
                     continue

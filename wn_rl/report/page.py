@@ -27,6 +27,10 @@ DATA = Path(__file__).parent / "data"
 GENERATOR = "wn_rl report"
 """The page says so in its head; a directory that holds such a page may be written again."""
 NONE = "–"
+SEEDS = 6
+"""Seeds that a row of the scores lists; where there are more, the table of runs has them."""
+UNBROKEN = 24
+"""Letters of a cell's text that are never broken into lines."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Content:
         diagnostics: what went on inside.
         films: to embed.
         films_left_out: a line for each that is not.
-        without_events: names of runs that hold no TensorBoard events.
+        without_events: names of runs whose TensorBoard events are missing, or hold no scalar that can be read.
         files: names of the files beside the page.
         problems: what else went wrong, one line each.
     """
@@ -211,7 +215,8 @@ def _table(label: str, heads: Sequence[tuple[str, bool]], rows: Sequence[Sequenc
     for row in rows:
         cells = []
         for index, (cell, (_, number)) in enumerate(zip(row, heads, strict=True)):
-            kind = " ".join([*(["number"] if number else []), *(["wrap"] if cell.wrap else [])])
+            wrap = cell.wrap and len(cell.text) > UNBROKEN
+            kind = " ".join([*(["number"] if number else []), *(["wrap"] if wrap else [])])
             attributes = f' class="{kind}"' if kind else ""
             if number or cell.value is not None:
                 attributes += f' data-value="{_escape("" if cell.value is None else _plain_value(cell.value))}"'
@@ -262,15 +267,17 @@ def _scores(content: Content) -> str:
 
 
 def _group_cells(row: GroupRow) -> list[Cell]:
-    frames = max(run.trained_frames for run in row.runs)
+    frames = sorted({millions(run.trained_frames): run.trained_frames for run in row.runs}.values())
+    shown = millions(frames[0])
     emulators = sorted({run.config.num_envs for run in row.runs})
     published = row.published
-    seeds = ", ".join(map(str, row.seeds))
+    listed = [*map(str, row.seeds)]
+    seeds = ", ".join(listed if len(listed) <= SEEDS else [*listed[: SEEDS - 2], "…", listed[-1]])
     return [
         Cell(row.game),
         Cell(row.group, wrap=True),
         Cell(str(len(row.runs)), len(row.runs), f"seed {seeds}" if len(row.runs) == 1 else f"seeds {seeds}"),
-        Cell(millions(frames), frames),
+        Cell(shown if len(frames) == 1 else f"{shown} to {millions(frames[-1])}", frames[-1]),
         _interval_cell(row.best),
         _interval_cell(row.final),
         _interval_cell(row.last),
@@ -327,8 +334,8 @@ def _diagnostics(content: Content) -> str:
     intro += f"Of more than {FINE_BINS} points, neighbours are averaged."
     if len(content.without_events) == len(content.runs):
         intro += (
-            " These run directories hold no TensorBoard events, so Q-values, loss and gradients are not known: "
-            "only what the CSV files say is shown."
+            " These run directories hold no readable TensorBoard events, so Q-values, loss and gradients are not "
+            "known: only what the CSV files say is shown."
         )
     elif content.without_events:
         intro += f" Without TensorBoard events, and so missing in some figures: {', '.join(content.without_events)}."
@@ -393,8 +400,8 @@ def _runs(content: Content) -> str:
                 Cell(str(run.config.num_envs), run.config.num_envs),
                 Cell(NONE) if wall is None else Cell(duration(wall), wall),
                 Cell(NONE) if speed is None else Cell(f"{speed:,.0f}", speed),
-                Cell(run.text("device") or NONE),
-                Cell(run.text("precision") or run.config.precision),
+                Cell(run.text("device") or NONE, wrap=True),
+                Cell(run.text("precision") or run.config.precision, wrap=True),
             ]
         )
     return _table("Every run", heads, rows)

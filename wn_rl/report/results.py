@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,9 +77,9 @@ class RunResult:
         return self.summary.get("finished") is True
 
     def number(self, key: str) -> float | None:
-        """Return a finite number of the summary, or None."""
+        """Return a number of the summary, from 0 to :data:`LARGEST`, or None."""
         value = self.summary.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
             return None
         return float(value)
 
