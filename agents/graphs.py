@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wn_rl.config import TrainConfig
 from wn_rl.errors import NonFiniteLossError, one_line
 from wn_rl.host_replay import HostReplay
+from wn_rl.networks import QNetwork
 from wn_rl.replay import Minibatch, Replay
 from wn_rl.staging import Readback, Staging
-
-if TYPE_CHECKING:
-    from agents.dqn import DQN
 
 WARM_UPS = 3
 """Times that a piece of work is done as it is before it is recorded: libraries choose and allocate in the first ones
@@ -153,6 +152,35 @@ class Repeated:
             self._recorder = None
 
 
+class StaticAgent(Protocol):
+    """What :class:`GraphStepper` needs of an agent; a ``static`` :class:`agents.dqn.DQN` is one."""
+
+    config: TrainConfig
+    device: torch.device
+    generator: torch.Generator
+    q_network: QNetwork
+    updates: int
+
+    @property
+    def watching(self) -> bool:
+        """Whether the next update is to be measured, for which the host reads from the device."""
+
+    def q_values(self, observations: Tensor) -> Tensor:
+        """Return Q-values, float32 (B, actions)."""
+
+    def epsilon_greedy(self, q_values: Tensor, epsilon: Tensor) -> Tensor:
+        """Return actions, int64 (B,), drawn with the agent's generator."""
+
+    def has_offending(self) -> Tensor:
+        """Return on the device whether the loss of an update was not finite."""
+
+    def work_of_update(self, batch: Minibatch) -> None:
+        """Do what of an update the device does."""
+
+    def counted(self, work: Work) -> None:
+        """Do ``work``, an update's, and count it."""
+
+
 class GraphStepper:
     """Acts and updates for a :class:`agents.dqn.DQN` that is ``static``, with one wait per vector step: the actions.
 
@@ -160,7 +188,7 @@ class GraphStepper:
     actions.
     """
 
-    def __init__(self, agent: DQN, replay: Replay, recorder: Recorder | None) -> None:
+    def __init__(self, agent: StaticAgent, replay: Replay, recorder: Recorder | None) -> None:
         """Join agent and replay.
 
         Args:
