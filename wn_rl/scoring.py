@@ -16,7 +16,7 @@ from wn_rl.atari.env import FULL_ACTION_SET, AtariVector, make_atari, minimal_ac
 from wn_rl.atari.games import find_game
 from wn_rl.errors import CheckpointError, UsageError, WnRlError, one_line
 from wn_rl.evaluation import EvaluationResult, evaluate
-from wn_rl.machine import pick_device
+from wn_rl.machine import pick_device, set_float32_precision
 from wn_rl.protocols import TRAINING, ActionSet, ScoreProtocol, find_protocol
 from wn_rl.report.statistics import Estimate, mean_interval
 from wn_rl.trained import Trained
@@ -110,6 +110,7 @@ def prepare(path: Path, how: How) -> Setup:
         UsageError: a GPU was asked for and there is none, or see :func:`wn_rl.protocols.find_protocol`.
     """
     torch.set_num_threads(how.num_threads or os.cpu_count() or 1)
+    set_float32_precision("float32")  # by default torch lets a GPU's convolutions round to TF32
     device = pick_device(how.device)
     found = trained.load(path, game=how.game, param=how.param, param_options=how.param_options)
     protocol = _with_action_set(found, find_protocol(how.protocol, how.changes, found.config))
