@@ -158,15 +158,15 @@ def test_the_whole_of_both_protocols_hand_counted() -> None:
     assert pong.scores.tolist() == [-21.0] * 30
 
 
-def test_scores_are_of_networks_in_float32_on_a_gpu_too(
-    tmp_path: Path, save_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_of_networks_in_float32_on_a_gpu_too(tmp_path: Path, save_checkpoint: Callable[..., Path]) -> None:
     """Torch lets a GPU's convolutions round to TF32 unless it is told not to."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    scoring.prepare(save_checkpoint(tmp_path / "run"), How("nature", {"episodes": 1}))
-    assert torch.backends.cuda.matmul.allow_tf32 is False
-    assert torch.backends.cudnn.allow_tf32 is False
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, True
+        scoring.prepare(save_checkpoint(tmp_path / "run"), How("nature", {"episodes": 1}))
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 # --- action sets -------------------------------------------------------------------------------------------------

@@ -152,6 +152,35 @@ def killed_run(directory: Path, flags: list[str], waits: list[tuple[float, signa
     return stopped
 
 
+def killed_on_the_way(
+    directory: Path, flags: list[str], stops: list[tuple[int, float, signal.Signals]], cadence: str
+) -> None:
+    """Run train.py; at the first checkpoint with so many agent steps, so many seconds later, stop it and resume."""
+
+    def saved_steps() -> int:
+        try:
+            return int(
+                json.loads((directory / "checkpoints" / "latest" / "checkpoint.json").read_text())["agent_steps"]
+            )
+        except (OSError, ValueError):  # none yet, or it is being replaced
+            return -1
+
+    process = command(None, *flags, "--run-dir", str(directory), "--checkpoint-seconds", cadence)
+    for steps, seconds, number in stops:
+        started_at = saved_steps()
+        # A checkpoint of this start comes first, or a fast hand would get nowhere.
+        while process.poll() is None and not max(steps, started_at + 1) <= saved_steps():
+            time.sleep(0.05)
+        time.sleep(seconds)
+        assert process.poll() is None, process.communicate()[1]
+        process.send_signal(number)
+        assert process.communicate()[1] == ""
+        assert process.returncode in (130, 143, -signal.SIGKILL)
+        process = command(directory, "--checkpoint-seconds", cadence)
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+
+
 def test_killed_at_random_moments_some_of_them_inside_a_checkpoint(tmp_path: Path) -> None:
     # With a checkpoint after every vector step a kill meets one being written more often than not.
     flags = small_flags(4000)
@@ -218,13 +247,11 @@ def test_200k_frames_of_quick_interrupted_ten_times(tmp_path: Path, flags: str) 
     ).split()
     whole = command(None, *words, "--run-dir", str(tmp_path / "whole"))
     assert whole.communicate()[1] == ""
-    seconds = json.loads((tmp_path / "whole" / "summary.json").read_text())["wall_seconds"]
     rng = random.Random(flags)
     numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
-    # A start and a filling take time too; a stop before the first checkpoint of a start would get nowhere.
-    waits = [(rng.uniform(12, 16 + seconds / 8), numbers[index % 4]) for index in range(12)]
-    stops = killed_run(tmp_path / "parts", words, waits, "0.5")
-    assert stops >= 10
+    # At any moment of the half second until the next checkpoint, and of the writing of it.
+    stops = [(int(rng.uniform(0, 45_000)), rng.uniform(0.0, 0.7), numbers[index % 4]) for index in range(12)]
+    killed_on_the_way(tmp_path / "parts", words, sorted(stops), "0.5")
     assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
 
 
