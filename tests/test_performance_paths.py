@@ -280,6 +280,10 @@ def test_bfloat16_gradients_point_where_float32_ones_do_over_1000_updates(param:
         cosines.append(float(nn.functional.cosine_similarity(gradient(quick), gradient(plain), dim=0)))
         if number % 100 == 99:
             quick.copy_target()
+    lowest, tenth, median = np.quantile(cosines, [0.0, 0.1, 0.5])
+    below = int(np.sum(np.array(cosines) < 0.99))
+    print(f"{param}: mean {np.mean(cosines):.4f}, lowest {lowest:.3f}, a tenth below {tenth:.3f}, median {median:.4f}")
+    print(f"{below} below 0.99")
     # On average: single minibatches whose TD errors are small were seen as low as 0.93, under autocast too.
     assert float(np.mean(cosines)) >= 0.99, sorted(cosines)[:5]
 
