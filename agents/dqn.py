@@ -115,30 +115,22 @@ class DQN:
         self._fused = _fuse(self.q_network, config) if compiled else None
         self._deferred = defer(self.q_network) if compiled and self._fused is None else []
         self.optimizer: torch.optim.Optimizer
+        arguments: dict[str, Any] = {
+            "learning_rate": config.learning_rate,
+            "eps": config.optimizer_eps,
+            "beta1": config.adam_beta1,
+            "beta2": config.adam_beta2,
+            "rmsprop_decay": config.rmsprop_decay,
+        }
+        trained = self.q_network.parameters()
         if self._fused is not None:
             betas = (config.adam_beta1, config.adam_beta2)
             self.optimizer = FusedAdamax(self._fused, config.learning_rate, betas, config.optimizer_eps)
         elif self.static:
-            self.optimizer = FlatOptimizer(
-                config.optimizer,
-                self.q_network.parameters(),
-                learning_rate=config.learning_rate,
-                eps=config.optimizer_eps,
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                rmsprop_decay=config.rmsprop_decay,
-            )
+            self.optimizer = FlatOptimizer(config.optimizer, trained, **arguments)
         else:
             self.optimizer = make_optimizer(
-                config.optimizer,
-                self.q_network.parameters(),
-                learning_rate=config.learning_rate,
-                eps=config.optimizer_eps,
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                rmsprop_decay=config.rmsprop_decay,
-                compiled=compiled,
-                deferred=self._deferred,
+                config.optimizer, trained, **arguments, compiled=compiled, deferred=self._deferred
             )
         self.generator = torch.Generator(device).manual_seed(config.seed)
         # What the target network computes between two copies is fixed, so where it can it does without the

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 
 class WnRlError(Exception):
@@ -28,6 +30,15 @@ class OtherVersionError(CheckpointError):
 
 class NonFiniteLossError(WnRlError):
     """The loss became NaN or infinite; the last good checkpoint is left as it was (exit code 1)."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One of several checkpoints or runs that could not be read or scored, and the one line that says why."""
+
+    path: Path
+    message: str
+    exit_code: int
 
 
 def one_line(error: BaseException) -> str:

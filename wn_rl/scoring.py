@@ -14,7 +14,7 @@ import torch
 from wn_rl import runs, trained
 from wn_rl.atari.env import FULL_ACTION_SET, AtariVector, make_atari, minimal_actions
 from wn_rl.atari.games import find_game
-from wn_rl.errors import CheckpointError, UsageError, WnRlError, one_line
+from wn_rl.errors import CheckpointError, Failure, UsageError, WnRlError, one_line
 from wn_rl.evaluation import EvaluationResult, evaluate
 from wn_rl.machine import pick_device, set_float32_precision
 from wn_rl.protocols import TRAINING, ActionSet, ScoreProtocol, find_protocol
@@ -171,15 +171,6 @@ def _with_action_set(found: Trained, protocol: ScoreProtocol) -> ScoreProtocol:
             "(--full-action-set); --action-set checkpoint scores it all the same and labels the score"
         )
     return protocol
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What could not be scored, and the one line that says why."""
-
-    path: Path
-    message: str
-    exit_code: int
 
 
 def expand(names: Sequence[str]) -> list[Path]:

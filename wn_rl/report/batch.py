@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wn_rl import cli
-from wn_rl.errors import WnRlError
+from wn_rl.errors import Failure, WnRlError
 from wn_rl.report import table
 from wn_rl.report.comparison import Comparison, compare
-from wn_rl.scoring import Failure, How, Score, score_many
+from wn_rl.scoring import How, Score, score_many
 
 
 def score_and_report(

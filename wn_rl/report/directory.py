@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from wn_rl import cli
-from wn_rl.errors import UsageError, WnRlError
+from wn_rl.errors import Failure, UsageError, WnRlError
 from wn_rl.report import csv_files, curves, diagnostics_panels, figures, films, page
 from wn_rl.report.bands import WINDOW, Curve
 from wn_rl.report.figures import Drawing, Panel, Style
 from wn_rl.report.inline_svg import inline
-from wn_rl.report.results import RunResult, Unreadable, find_runs, names_of, read_runs
+from wn_rl.report.results import RunResult, find_runs, names_of, read_runs
 from wn_rl.report.scalars import read_scalars
 from wn_rl.runs import write_file
 
@@ -96,7 +96,7 @@ def check_directory(directory: Path) -> None:
 
 
 def write_report(
-    runs: Sequence[RunResult], failures: Sequence[Unreadable], directory: Path, *, by: str, window: int
+    runs: Sequence[RunResult], failures: Sequence[Failure], directory: Path, *, by: str, window: int
 ) -> list[str]:
     """Write a report about runs; return a line for each thing that could not be read.
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wn_rl import __version__
+from wn_rl.errors import Failure
 from wn_rl.report.bands import Interval, meaning
 from wn_rl.report.curves import games_of, groups_of
 from wn_rl.report.diagnostics_panels import FINE_BINS
 from wn_rl.report.figures import plain
 from wn_rl.report.films import Film
 from wn_rl.report.published import SOURCES
-from wn_rl.report.results import RunResult, Unreadable, names_of
+from wn_rl.report.results import RunResult, names_of
 from wn_rl.report.summary import LAST, GroupRow, differences, group_rows, last_mean, warnings
 
 DATA = Path(__file__).parent / "data"
@@ -69,7 +70,7 @@ class Content:
 
     runs: Sequence[RunResult]
     by: str
-    failures: Sequence[Unreadable] = ()
+    failures: Sequence[Failure] = ()
     curves: list[PageFigure] = field(default_factory=list)
     diagnostics: list[PageFigure] = field(default_factory=list)
     films: Sequence[Film] = ()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, load
-from wn_rl.errors import UsageError, WnRlError, one_line
+from wn_rl.errors import Failure, UsageError, WnRlError, one_line
 from wn_rl.runs import EPISODE_COLUMNS, EVALUATION_COLUMNS, RunDirectory, expand, read_rows
 
 Columns = Mapping[str, NDArray[np.float64]]
@@ -112,15 +112,6 @@ class RunResult:
         )
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A path that is no run or a damaged one, and the one line that says why."""
-
-    path: Path
-    message: str
-    exit_code: int
-
-
 def find_runs(names: Sequence[str]) -> list[Path]:
     """Return the run directories that ``names`` stand for: runs, directories of runs, patterns.
 
@@ -152,24 +143,24 @@ def read_run(directory: Path) -> RunResult:
     return RunResult(directory, config, evaluations, episodes, _summary(run.summary))
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[list[RunResult], list[Unreadable]]:
+def read_runs(paths: Sequence[Path]) -> tuple[list[RunResult], list[Failure]]:
     """Return the runs that can be read, and why the others cannot.
 
     A run whose configuration and evaluations are those of an earlier one is that run again, which is no second seed:
     it is among the others.
     """
     runs: list[RunResult] = []
-    failures: list[Unreadable] = []
+    failures: list[Failure] = []
     for path in paths:
         try:
             run = read_run(path)
         except (WnRlError, OSError) as error:
             message = one_line(error)
             message = message if str(path) in message else f"{path}: {message}"
-            failures.append(Unreadable(path, message, getattr(error, "exit_code", 1)))
+            failures.append(Failure(path, message, getattr(error, "exit_code", 1)))
             continue
         if (other := next((one for one in runs if _same(one, run)), None)) is not None:
-            failures.append(Unreadable(path, f"{path} is the same run as {other.path}: left out", 1))
+            failures.append(Failure(path, f"{path} is the same run as {other.path}: left out", 1))
         else:
             runs.append(run)
     return runs, failures
