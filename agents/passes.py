@@ -20,6 +20,8 @@ from wn_rl.replay import DrawnMinibatch, Minibatch
 
 MOST_CONVOLUTIONS, MOST_FRAMES = 8, 64
 """As in ``passes.c``."""
+MOST_ROOMS = 8
+"""Numbers of observations for which memory is kept where nothing is left for a way back; a run has three or four."""
 Integer, Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -239,8 +241,11 @@ class CompiledNetwork(FusedNetwork):
         return copied
 
     def _room(self, batch: int, keep: bool) -> _Room:
-        """Return memory for a pass over ``batch`` observations, the same at every call."""
+        """Return memory for a pass over ``batch`` observations, as a rule the same at every call."""
         if (batch, keep) not in self._rooms:
+            passing = [key for key in self._rooms if not key[1]]
+            if not keep and len(passing) >= MOST_ROOMS:
+                del self._rooms[passing[0]]
             groups = -(-batch // self.pair)
             flat = torch.empty(batch, self.flat, dtype=self.precision)
             seen: list[Tensor] = []

@@ -167,7 +167,7 @@ def test_values_gradients_and_steps_are_those_of_torch(
         steps.step()
         for ours, theirs in zip(compiled.network.parameters(), plain.network.parameters(), strict=True):
             # The first step of Adamax is the sign of a gradient, so one that is nearly zero may go either way.
-            assert float((ours - theirs).abs().median()) < 1e-6
+            assert float((ours - theirs).detach().abs().median()) < 1e-6
     # The next passes see the step: the working weights are those of what was trained.
     expected, size = by_hand(compiled.network, x, precision)
     furthest = float((compiled.q_values(x) - expected.detach()).abs().max())
@@ -205,6 +205,20 @@ def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -
         second.update(copied)
     for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: torch.dtype) -> None:
+    agent = made(precision)
+    agent.update(drawn(0))
+    norm, x = agent.gradient_norm(), drawn(1).observations
+    expected = agent.q_values(x)
+    for count in (*range(1, 31), 9):
+        found = agent.q_values(x.repeat(4, 1, 1, 1)[:count])
+        assert torch.equal(found[:9], expected[:count])
+    assert isinstance(agent._fused, CompiledNetwork)
+    assert len(agent._fused._rooms) <= passes.MOST_ROOMS + 1  # and the update's
+    assert agent.gradient_norm() == norm
 
 
 def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_can() -> None:
