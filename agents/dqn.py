@@ -143,6 +143,8 @@ class DQN:
         self._watched: dict[str, float] = {}
         self.updates = 0
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        mean = config.loss_reduction != "sum"
+        self._loss = passes.Loss(config.gamma, config.reward_clip, mean, self._sums)
         self._summed_updates = 0
         self._restored_gradient_norm = math.nan
         self._offending = torch.full((config.batch_size,), -1, dtype=torch.int64, device=device)
@@ -239,6 +241,9 @@ class DQN:
 
     def work_of_update(self, batch: Minibatch) -> None:
         """Do what an update does on the device; :meth:`counted` does what it does on the host."""
+        if isinstance(self._fused, passes.CompiledNetwork) and isinstance(self.optimizer, FusedAdamax):
+            self._compiled_step(self._fused, self.optimizer, batch)
+            return
         losses, td_error, q_value = self._step(batch) if self._fused is None else self._fused_step(self._fused, batch)
         with torch.no_grad():
             self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
@@ -255,13 +260,24 @@ class DQN:
         self.updates += 1
         self._summed_updates += 1
 
-    @torch.no_grad()
-    def _fused_step(self, fused: FusedNetwork, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Step on the gradient of the loss, written out; returns what :meth:`td_loss` does."""
+    def _compiled_step(self, compiled: passes.CompiledNetwork, optimizer: FusedAdamax, batch: Minibatch) -> None:
+        """Do all of :meth:`work_of_update` in one call."""
+        adamax = optimizer.next_step()
+        loss = compiled.learn(self._targets_weights(compiled), batch, self._loss, adamax)
+        self._refuse(loss, batch)
+        optimizer.count_step(adamax[0])
+
+    def _targets_weights(self, fused: FusedNetwork) -> Working:
+        """Return the target network's working weights, after the network's own are up to date."""
         fused.refresh()
         if self._working_target is None:
             self._working_target = fused.working_copy(fold(copy.deepcopy(self.target_network)))
-        next_q_values, q_values, seen = fused.compare(self._working_target, batch)
+        return self._working_target
+
+    @torch.no_grad()
+    def _fused_step(self, fused: FusedNetwork, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Step on the gradient of the loss, written out; returns what :meth:`td_loss` does."""
+        next_q_values, q_values, seen = fused.compare(self._targets_weights(fused), batch)
         losses, td_error, q_value = self._compare(batch, q_values, next_q_values)
         self._check(losses.sum(), batch)
         # The Huber loss's derivative by the Q-value of the action taken; the other actions' do not enter the loss.
@@ -304,12 +320,18 @@ class DQN:
         if batch.numbers is None:
             return
         if not self.static:
-            if not math.isfinite(loss.item()):
-                self._offending.copy_(batch.numbers)
-                raise NonFiniteLossError(f"the loss of update {self.updates + 1:,} is {loss.item()}")
+            self._refuse(loss.item(), batch)
             return
         known = loss.isfinite() | (self._offending[0] >= 0)
         self._offending.copy_(torch.where(known, self._offending, batch.numbers))
+
+    def _refuse(self, loss: float, batch: Minibatch) -> None:
+        """Stop at a loss that is not finite."""
+        if math.isfinite(loss):
+            return
+        if batch.numbers is not None:
+            self._offending.copy_(batch.numbers)
+        raise NonFiniteLossError(f"the loss of update {self.updates + 1:,} is {loss}")
 
     def has_offending(self) -> Tensor:
         """Return on the device whether a loss was not finite, bool, shape (1,)."""

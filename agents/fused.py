@@ -332,17 +332,26 @@ class FusedAdamax(CompiledAdamax):
                     setattr(struct, f"{name}_{field}", state[key].data_ptr())
         self._bound = True
 
+    def next_step(self) -> tuple[float, float, float, float]:
+        """Return what the next step is made with: its rate, without the bias of the first moment, β1, β2 and ε."""
+        if not self._bound:
+            self._bind()
+        (group,) = self.param_groups
+        beta1, beta2 = group["betas"]
+        return group["lr"] / (1 - beta1 ** (self._steps + 1)), beta1, beta2, group["eps"]
+
+    def count_step(self, rate: float) -> None:
+        """Count the step that :meth:`next_step` told of, after it was made."""
+        self._steps += 1
+        self._rate = rate
+        self._made = True
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one step with the gradients of the last :meth:`FusedNetwork.backward`."""
-        fused = self._fused
-        if not self._bound:
-            self._bind()
-        self._steps += 1
-        (group,) = self.param_groups
-        self._rate = group["lr"] / (1 - group["betas"][0] ** self._steps)
-        fused.step(self._rate, group["betas"], group["eps"])
-        self._made = True
+        rate, beta1, beta2, eps = self.next_step()
+        self._fused.step(rate, (beta1, beta2), eps)
+        self.count_step(rate)
 
     def write_gradients(self) -> None:
         """Write the gradients of the last step to ``.grad``; none are there before the first."""

@@ -37,18 +37,22 @@ static inline void arrange(void *work, const int32_t *place, int64_t start, int6
     }
 }
 
-/* Make a unit's working weight of what is trained. Not inlined: the same instructions after a step and after a resume. */
-__attribute__((noinline)) static void renew(const Layer *layer, int64_t unit) {
+/* Not inlined: the same instructions after a step and after a resume. */
+__attribute__((noinline)) float scale_of(const Layer *layer, int64_t unit) {
     const int64_t inputs = layer->inputs;
     const float *v = layer->v + unit * inputs;
-    float scale = layer->factor;
-    if (layer->normalized) {
-        float sum = 0.0f;
+    if (!layer->normalized) return layer->factor;
+    float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < inputs; i++) sum += v[i] * v[i];
-        layer->norm[unit] = sqrtf(sum);
-        scale *= layer->g[unit] / layer->norm[unit];
-    }
+    for (int64_t i = 0; i < inputs; i++) sum += v[i] * v[i];
+    layer->norm[unit] = sqrtf(sum);
+    return layer->factor * (layer->g[unit] / layer->norm[unit]);
+}
+
+/* Make a unit's working weight of what is trained. */
+static void renew(const Layer *layer, int64_t unit) {
+    const int64_t inputs = layer->inputs;
+    const float *v = layer->v + unit * inputs, scale = scale_of(layer, unit);
     arrange(layer->work, layer->place, unit * layer->unit_step, layer->low, v, inputs, scale);
     if (layer->back) {
         const int64_t start = unit / layer->back_pair * layer->back_unit_step + unit % layer->back_pair;
@@ -69,7 +73,7 @@ void renew_layers(const Layer *layers, int64_t count, int64_t threads) {
     }
 }
 
-void step_unit(const Layer *layer, int64_t unit, float *row, const Adamax *given) {
+void step_trained(const Layer *layer, int64_t unit, float *row, const Adamax *given) {
     const int64_t inputs = layer->inputs;
     const float factor = layer->factor;
     const Adamax adamax = *given;
@@ -105,6 +109,10 @@ void step_unit(const Layer *layer, int64_t unit, float *row, const Adamax *given
     float b_gradient = layer->low_gradient ? widened(((const uint16_t *)layer->bias_gradient)[unit])
                                            : ((const float *)layer->bias_gradient)[unit];
     layer->b[unit] = moved(layer->b[unit], b_gradient, layer->b_mean + unit, layer->b_max + unit, adamax);
+}
+
+void step_unit(const Layer *layer, int64_t unit, float *row, const Adamax *adamax) {
+    step_trained(layer, unit, row, adamax);
     renew(layer, unit);
 }
 

@@ -53,7 +53,11 @@ static inline uint16_t rounded(float value) {
     return value != value ? 0x7fc0u : (uint16_t)even;
 }
 
-/* Step one unit on `row`, the gradient of w in the order of what is trained, which is overwritten. */
+/* Step what is trained of one unit on `row`, the gradient of w in its order, which is overwritten. */
+void step_trained(const Layer *layer, int64_t unit, float *row, const Adamax *adamax);
+/* By what v is multiplied in the working weight of a unit; leaves |v|. */
+float scale_of(const Layer *layer, int64_t unit);
+/* Step one unit, as step_trained, and make its working weight anew. */
 void step_unit(const Layer *layer, int64_t unit, float *row, const Adamax *adamax);
 /* The same on the gradient that lies in the layer; `row` is room for it. */
 void step_gathered(const Layer *layer, int64_t unit, float *row, const Adamax *adamax);

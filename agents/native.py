@@ -114,4 +114,7 @@ def _open(command: str, path: Path) -> ctypes.CDLL:
             forward.argtypes = (Pointer, Pointer, integer, Pointer, integer)
             step.argtypes = (*[Pointer] * 5, integer, *[real] * 4)
             forward.restype = step.restype = None
+            learn = getattr(library, f"learn_{name}")
+            learn.argtypes = (*[Pointer] * 8, integer, *[real] * 4)
+            learn.restype = real
     return library

@@ -52,6 +52,26 @@ typedef struct {
     float *bias_gradient[MOST_CONVOLUTIONS];
 } Back;
 
+/* What a replay keeps of each entry; the frames are those of a Pass. */
+typedef struct {
+    const int64_t *entry_of;                  /* of each number, modulo `entries` */
+    const uint8_t *age, *actions, *terminals; /* (entries) each */
+    const float *rewards;
+    int64_t entries, num_envs, stack;
+} Store;
+
+/* What of the transitions of a minibatch is not in the frames, and the loss. */
+typedef struct {
+    int64_t *places;        /* (batch, stack + 1); of both passes */
+    int64_t *actions;       /* (batch) each */
+    float *rewards;
+    uint8_t *terminals;
+    float *q_gradient;      /* (batch, actions), written: the loss's by the Q-values */
+    double *sums;           /* to these are added the means of loss, |TD error| and Q-value */
+    float gamma, clip;      /* of the rewards; 0: as they are */
+    int64_t mean;           /* 1: the loss is the mean over the minibatch, 0: the sum */
+} Objective;
+
 /* What of the way back is left to do. Two kinds of work go on side by side: convolutions keep a core busy, the dense
  * layer's step the memory, so each thread begins with one of the two and helps with the other. */
 typedef struct {
@@ -65,6 +85,70 @@ typedef struct {
 typedef struct {
     int64_t down, across, down_step, across_step, lines, pitch, length;
 } Window;
+
+/* Transpose 16 by 16. */
+ALWAYS_INLINE void turn(__m512 *block) {
+    UNROLL for (int size = 1; size < 16; size *= 2) {
+        /* Blocks of `size` change places across the diagonal: even ones come from the first row, odd from the second. */
+        const __m512i each = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __mmask16 odd = _mm512_test_epi32_mask(each, _mm512_set1_epi32(size));
+        const __m512i upper = _mm512_mask_add_epi32(each, odd, each, _mm512_set1_epi32(16 - size));
+        const __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(each, _mm512_set1_epi32(size)), odd, each,
+                                                    _mm512_set1_epi32(16));
+        UNROLL for (int i = 0; i < 16; i++) {
+            if (i & size) continue;
+            const __m512 first = block[i], second = block[i + size];
+            block[i] = _mm512_permutex2var_ps(first, upper, second);
+            block[i + size] = _mm512_permutex2var_ps(first, lower, second);
+        }
+    }
+}
+
+/* Look up transitions by number, with the places of their frames: the one after the last entry is black. */
+static void look_up(const Store *store, const int64_t *numbers, int64_t batch, const Objective *objective) {
+    for (int64_t n = 0; n < batch; n++) {
+        const int64_t entry = store->entry_of[numbers[n] % store->entries];
+        for (int64_t f = 0; f <= store->stack; f++) {
+            const int64_t back = store->stack - 1 - f; /* rows before the entry's; one after it is -1 */
+            const int64_t place = (entry - back * store->num_envs + store->entries) % store->entries;
+            objective->places[n * (store->stack + 1) + f] = store->age[entry] < back ? store->entries : place;
+        }
+        objective->actions[n] = store->actions[entry];
+        objective->rewards[n] = store->rewards[entry];
+        objective->terminals[n] = store->terminals[entry];
+    }
+}
+
+/* The loss of Q-learning with clipped TD errors and its gradient by the Q-values; what is not a number stays so. */
+static float lose(const Objective *objective, int64_t batch, int64_t actions, const float *q_values,
+                  const float *next_q_values) {
+    float losses = 0.0f, errors = 0.0f, values = 0.0f;
+    for (int64_t n = 0; n < batch; n++) {
+        const float *next = next_q_values + n * actions;
+        float best = next[0], reward = objective->rewards[n];
+        for (int64_t action = 1; action < actions; action++)
+            if (next[action] > best || next[action] != next[action]) best = next[action];
+        if (objective->clip > 0.0f && reward > objective->clip) reward = objective->clip;
+        if (objective->clip > 0.0f && reward < -objective->clip) reward = -objective->clip;
+        const float value = q_values[n * actions + objective->actions[n]];
+        /* Times zero and not left out: a target network that has gone wrong shows at an end too. */
+        const float target = reward + objective->gamma * best * (float)!objective->terminals[n];
+        const float error = target - value, size = fabsf(error);
+        const float slope = error > 1.0f ? -1.0f : error < -1.0f ? 1.0f : -error;
+        losses += size < 1.0f ? 0.5f * error * error : size - 0.5f;
+        errors += size;
+        values += value;
+        float *gradient = objective->q_gradient + n * actions;
+        memset(gradient, 0, actions * sizeof(float));
+        gradient[objective->actions[n]] = objective->mean ? slope / (float)batch : slope;
+    }
+    if (isfinite(losses)) {
+        objective->sums[0] += losses / (float)batch;
+        objective->sums[1] += errors / (float)batch;
+        objective->sums[2] += values / (float)batch;
+    }
+    return objective->mean ? losses / (float)batch : losses;
+}
 
 #define LOW 0
 #define PAIR 1
@@ -94,4 +178,6 @@ static const uint16_t LAST_OF_PAIRS[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 5
 int64_t shape_size(void) { return sizeof(Shape); }
 int64_t pass_size(void) { return sizeof(Pass); }
 int64_t back_size(void) { return sizeof(Back); }
+int64_t store_size(void) { return sizeof(Store); }
+int64_t objective_size(void) { return sizeof(Objective); }
 #endif

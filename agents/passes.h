@@ -579,6 +579,68 @@ static void NAME(work)(const Shape *shape, const Pass *pass, const Back *back, c
     }
 }
 
+#if LOW
+/* What `rounded` makes of 16 values, each in the lower half of a word. */
+static inline __m512i low_words(__m512 values) {
+    const __m512i bits = _mm512_castps_si512(values), one = _mm512_set1_epi32(1);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), last));
+    const __mmask16 none = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(_mm512_srli_epi32(even, 16), none, _mm512_set1_epi32(0x7fc0));
+}
+#endif
+
+/* The step of a convolution's units [from, from + 16). Gradient and working weights have units next to each other, what
+ * is trained has inputs: 16 by 16 are turned at a time, so that everything is read and written in whole vectors. */
+static void NAME(step_units)(const Layer *layer, int64_t from, uint8_t *scratch, const Adamax *adamax) {
+    const int64_t inputs = layer->inputs, units = layer->units;
+    float *rows = (float *)scratch, *turned = rows + 16 * inputs; /* (16, inputs) and (inputs, 16) */
+    int32_t *input_of = (int32_t *)(turned + 16 * inputs);        /* in the order of gradient and working weight */
+    const float *gradient = (const float *)layer->gradient + from;
+    __m512 block[16];
+    for (int64_t i = 0; i < inputs; i += 16) {
+        UNROLL for (int k = 0; k < 16; k++) block[k] = _mm512_loadu_ps(gradient + layer->gradient_place[i + k]);
+        turn(block);
+        UNROLL for (int u = 0; u < 16; u++) _mm512_storeu_ps(rows + u * inputs + i, block[u]);
+    }
+    float scales[16];
+    for (int64_t u = 0; u < 16; u++) {
+        step_trained(layer, from + u, rows + u * inputs, adamax);
+        scales[u] = scale_of(layer, from + u);
+    }
+    for (int64_t i = 0; i < inputs; i += 16) {
+        UNROLL for (int u = 0; u < 16; u++) {
+            const __m512 v = _mm512_loadu_ps(layer->v + (from + u) * inputs + i);
+            block[u] = _mm512_mul_ps(v, _mm512_set1_ps(scales[u]));
+        }
+        turn(block);
+        for (int k = 0; k < 16; k++) {
+            const int64_t at = layer->gradient_place[i + k] / units;
+            input_of[at] = (int32_t)(i + k);
+            _mm512_storeu_ps(turned + 16 * at, block[k]);
+        }
+    }
+    for (int64_t at = 0; at < inputs; at += PAIR) {
+        int32_t *work = (int32_t *)layer->work + at / PAIR * units + from;
+#if LOW
+        const __m512i low[2] = {low_words(_mm512_loadu_ps(turned + 16 * at)),
+                                low_words(_mm512_loadu_ps(turned + 16 * at + 16))};
+        _mm512_storeu_si512(work, _mm512_or_si512(low[0], _mm512_slli_epi32(low[1], 16)));
+        for (int i = 0; layer->back && i < 2; i++) {
+            uint16_t *back = (uint16_t *)layer->back + layer->back_place[input_of[at + i]];
+            int32_t pairs[8];
+            _mm256_storeu_si256((__m256i *)pairs, _mm512_cvtepi32_epi16(low[i]));
+            for (int64_t u = 0; u < 8; u++) memcpy(back + (from / 2 + u) * layer->back_unit_step, pairs + u, 4);
+        }
+#else
+        memcpy(work, turned + 16 * at, 64);
+        if (!layer->back) continue;
+        float *back = (float *)layer->back + layer->back_place[input_of[at]];
+        for (int64_t u = 0; u < 16; u++) back[(from + u) * layer->back_unit_step] = turned[16 * at + u];
+#endif
+    }
+}
+
 /* From the gradient by the Q-values to the next weights. */
 void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *back, const Layer *layers,
                              uint8_t *scratch, int64_t threads, float rate, float beta1, float beta2, float eps) {
@@ -606,11 +668,26 @@ void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *b
         for (int64_t k = 0; k < shape->flat; k += 32) NAME(flat_gradient)(shape, pass, back, k, mine);
         NAME(work)(shape, pass, back, dense, &queue, mine, &adamax);
 #pragma omp barrier
-        for (int64_t l = 0; l < shape->convolutions + 2; l++) {
-            if (l == shape->convolutions) continue;
-#pragma omp for schedule(static) nowait
-            for (int64_t unit = 0; unit < layers[l].units; unit++)
-                step_gathered(&layers[l], unit, (float *)mine, &adamax);
+        for (int64_t l = 0; l < shape->convolutions; l++) {
+#pragma omp for schedule(dynamic, 1) nowait
+            for (int64_t unit = 0; unit < layers[l].units; unit += 16)
+                NAME(step_units)(&layers[l], unit, mine, &adamax);
         }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t unit = 0; unit < output->units; unit++) step_gathered(output, unit, (float *)mine, &adamax);
     }
+}
+
+/* A whole update: `passes` are the target network's and the network's own. Returns the loss, and if it is not finite has
+ * changed nothing. Without a store the transitions are in the objective already. */
+float NAME(learn)(const Shape *shape, const Pass *passes, const Store *store, const int64_t *numbers,
+                  const Objective *objective, const Back *back, const Layer *layers, uint8_t *scratch, int64_t threads,
+                  float rate, float beta1, float beta2, float eps) {
+    if (store) look_up(store, numbers, passes[1].batch, objective);
+    NAME(forward)(shape, passes, 2, scratch, threads);
+    const float loss =
+        lose(objective, passes[1].batch, shape->actions, passes[1].q_values, passes[0].q_values);
+    if (isfinite(loss))
+        NAME(backward_and_step)(shape, &passes[1], back, layers, scratch, threads, rate, beta1, beta2, eps);
+    return loss;
 }

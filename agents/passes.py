@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from agents.fused import FusedNetwork, Working, _arranged, _Layer
 from wn_rl.networks import QNetwork
-from wn_rl.replay import DrawnMinibatch, Minibatch
+from wn_rl.replay import DrawnMinibatch, Entries, Minibatch
 
 MOST_CONVOLUTIONS, MOST_FRAMES = 8, 64
 """As in ``passes.c``."""
@@ -60,6 +60,21 @@ class _Back(ctypes.Structure):
     )
 
 
+class _Store(ctypes.Structure):
+    _fields_ = (
+        *((name, Pointer) for name in ("entry_of", "age", "actions", "terminals", "rewards")),
+        *((name, Integer) for name in ("entries", "num_envs", "stack")),
+    )
+
+
+class _Objective(ctypes.Structure):
+    _fields_ = (
+        *((name, Pointer) for name in ("places", "actions", "rewards", "terminals", "q_gradient", "sums")),
+        *((name, ctypes.c_float) for name in ("gamma", "clip")),
+        ("mean", Integer),
+    )
+
+
 def _convolutions(network: QNetwork) -> list[_Convolution]:
     """Return the shapes of the convolutions, the first on blocks of pixels."""
     channels, height, width = network.spec.observation_shape
@@ -99,6 +114,23 @@ def _name(precision: torch.dtype) -> str:
     return "bfloat16" if precision is torch.bfloat16 else "float32"
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What an update minimizes: the Huber loss of the TD error.
+
+    Attributes:
+        gamma: discount per agent step.
+        reward_clip: rewards are clipped to ± this; 0: they are not.
+        mean: over the minibatch; False: the sum.
+        sums: float64, shape (3,): to these the means of loss, |TD error| and Q-value are added.
+    """
+
+    gamma: float
+    reward_clip: float
+    mean: bool
+    sums: Tensor
+
+
 @dataclass
 class _Room:
     """Memory of one pass over ``batch`` observations; what :meth:`CompiledNetwork.forward` leaves for the way back."""
@@ -106,6 +138,25 @@ class _Room:
     seen: list[Tensor]
     flat: Tensor
     hidden: Tensor
+
+
+@dataclass
+class _Call:
+    """What an update is told, made once for a target network's weights, a replay and a size; keeps it all alive."""
+
+    target: Working
+    kept: Entries | None
+    size: int
+    loss: Loss
+    passes: ctypes.Array[_Pass]
+    store: _Store | None
+    objective: _Objective
+    back: _Back
+    q_gradient: Tensor
+    alive: list[Any]
+
+    def serves(self, target: Working, kept: Entries | None, size: int, loss: Loss) -> bool:
+        return self.target is target and self.kept is kept and self.size == size and self.loss is loss
 
 
 class Seen(NamedTuple):
@@ -158,6 +209,8 @@ class CompiledNetwork(FusedNetwork):
         self._q_gradient = torch.empty(0)
         self._shape = self._make_shape()
         self._forward = getattr(self.library, f"forward_{_name(self.precision)}")
+        self._call: _Call | None = None
+        self._learn = getattr(self.library, f"learn_{_name(self.precision)}")
         self._backward_and_step = getattr(self.library, f"backward_and_step_{_name(self.precision)}")
 
     def _make_shape(self) -> _Shape:
@@ -169,6 +222,10 @@ class CompiledNetwork(FusedNetwork):
             largest = max(largest, conv.height * conv.width * conv.channels, bordered)
         scratch = max(6 * largest * 4, 8 * self.flat * 4, self.hidden // self.pair * 32 * 4)
         scratch = max(scratch, *(layer.v[0].numel() * 4 for layer in self.layers))
+        # The rows of 16 units of a convolution, twice, and the order of their inputs.
+        scratch = max(
+            scratch, *((2 * 16 + 1) * layer.v[0].numel() * 4 for layer in self.layers[: len(self.convolutions)])
+        )
         return _Shape(
             len(self.convolutions),
             (_Convolution * MOST_CONVOLUTIONS)(*self.convolutions),
@@ -300,7 +357,8 @@ class CompiledNetwork(FusedNetwork):
         Frames that are still in the ring of the replay are read there.
         """
         if isinstance(batch, DrawnMinibatch):
-            now, then = Seen(batch.ring, batch.places[:, :-1]), Seen(batch.ring, batch.places[:, 1:])
+            frames, places = batch.kept.frames, batch.places
+            now, then = Seen(frames, places[:, :-1]), Seen(frames, places[:, 1:])
         else:
             now, then = _of(batch.observations), _of(batch.next_observations)
         (next_q_values, q_values), structs = self._run([(target, then, False), (self.working, now, True)])
@@ -311,9 +369,75 @@ class CompiledNetwork(FusedNetwork):
         """Keep the loss's gradient by the Q-values, (B, actions), for :meth:`step`, which does the rest."""
         self._pass, self._q_gradient = seen, q_gradient.contiguous()
 
-    def step(self, rate: float, betas: tuple[float, float], eps: float) -> None:
-        """Go back through the layers and make an Adamax step; ``rate`` is without the bias of the first moment."""
-        batch, dense = len(self._q_gradient), len(self.convolutions)
+    @torch.no_grad()
+    def learn(self, target: Working, batch: Minibatch, loss: Loss, adamax: tuple[float, float, float, float]) -> float:
+        """Make a whole update in one call: what :meth:`compare`, the loss, :meth:`backward` and :meth:`step` do.
+
+        Args:
+            target: the target network's working weights.
+            batch: transitions; those of a replay in ordinary memory are looked up there.
+            loss: what is minimized.
+            adamax: rate without the bias of the first moment, β1, β2, ε.
+
+        Returns:
+            The loss; if it is not finite nothing has changed.
+        """
+        drawn = batch if isinstance(batch, DrawnMinibatch) else None
+        numbers = None if drawn is None else drawn.numbers.contiguous()
+        call = self._call
+        if call is None or drawn is None or not call.serves(target, drawn.kept, len(drawn.numbers), loss):
+            call = self._call = self._make_call(target, batch, loss)
+        threads = self._threads()
+        self._pass, self._q_gradient = call.passes[1], call.q_gradient
+        made: float = self._learn(
+            ctypes.byref(self._shape),
+            call.passes,
+            None if call.store is None else ctypes.byref(call.store),
+            None if numbers is None else numbers.data_ptr(),
+            ctypes.byref(call.objective),
+            ctypes.byref(call.back),
+            self.structs,
+            self._scratch.data_ptr(),
+            threads,
+            *adamax,
+        )
+        return made
+
+    def _make_call(self, target: Working, batch: Minibatch, loss: Loss) -> _Call:
+        store = None
+        if isinstance(batch, DrawnMinibatch):
+            kept, numbers = batch.kept, batch.numbers
+            size, stack = len(numbers), len(kept.offsets) - 1
+            places = torch.empty(size, stack + 1, dtype=torch.int64)
+            then, now = Seen(kept.frames, places[:, 1:]), Seen(kept.frames, places[:, :-1])
+            actions, rewards = torch.empty(size, dtype=torch.int64), torch.empty(size)
+            terminals = torch.empty(size, dtype=torch.bool)
+            tensors = (kept.entry_of, kept.age, kept.actions, kept.terminals, kept.rewards)
+            store = _Store(*(tensor.data_ptr() for tensor in tensors), len(kept.age), kept.num_envs, stack)
+        else:
+            size = len(batch.actions)
+            then, now = _of(batch.next_observations), _of(batch.observations)
+            places = now.places
+            actions, rewards = batch.actions.contiguous(), batch.rewards.float().contiguous()
+            terminals = batch.terminals.bool().contiguous()
+        q_gradient = torch.empty(size, self.actions)
+        structs = (_Pass * 2)()
+        alive: list[Any] = [then, now]
+        for struct, working, seen, keep in zip(
+            structs, (target, self.working), (then, now), (False, True), strict=True
+        ):
+            room, q_values = self._room(size, keep), torch.empty(size, self.actions)
+            self._fill(struct, working, seen, room, q_values)
+            alive += [room, q_values]
+        given = (places, actions, rewards, terminals, q_gradient, loss.sums)
+        objective = _Objective(*(tensor.data_ptr() for tensor in given), loss.gamma, loss.reward_clip, loss.mean)
+        back = self._make_back(q_gradient)
+        kept_alive = batch.kept if isinstance(batch, DrawnMinibatch) else None
+        return _Call(target, kept_alive, size, loss, structs, store, objective, back, q_gradient, [*alive, *given])
+
+    def _make_back(self, q_gradient: Tensor) -> _Back:
+        """Return what the way back is told, with memory for as many observations."""
+        batch, dense = len(q_gradient), len(self.convolutions)
         if self._room_back[0] != batch:
             groups = -(-batch // self.pair)
             words = [conv.down * conv.across * conv.units for conv in self.convolutions]
@@ -327,9 +451,8 @@ class CompiledNetwork(FusedNetwork):
                 ],
             )
         hidden, hidden_words, flat, *words_of = self._room_back[1]
-        threads = self._threads()
         back = _Back()
-        back.q_gradient = self._q_gradient.data_ptr()
+        back.q_gradient = q_gradient.data_ptr()
         back.hidden, back.hidden_words, back.flat = hidden.data_ptr(), hidden_words.data_ptr(), flat.data_ptr()
         for index in range(dense):
             weight = self._back_weights[index]
@@ -339,6 +462,11 @@ class CompiledNetwork(FusedNetwork):
             assert gradient is not None
             back.gradient[index] = gradient.data_ptr()
             back.bias_gradient[index] = self._bias_gradients[index].data_ptr()
+        return back
+
+    def step(self, rate: float, betas: tuple[float, float], eps: float) -> None:
+        """Go back through the layers and make an Adamax step; ``rate`` is without the bias of the first moment."""
+        back, threads = self._make_back(self._q_gradient), self._threads()
         self._backward_and_step(
             ctypes.byref(self._shape),
             ctypes.byref(self._pass),

@@ -40,26 +40,93 @@ class Minibatch:
     numbers: Tensor | None = None
 
 
-class DrawnMinibatch(Minibatch):
-    """A minibatch whose frames are still in the ring: they are copied together when somebody looks at them.
+@dataclass(frozen=True)
+class Entries:
+    """What a replay keeps of each of its entries.
 
     Attributes:
-        ring: uint8, shape (any, 84, 84), the frames of the replay; they change with the next vector step.
-        places: int64, shape (B, 5): those of each transition, both observations together, oldest first.
+        frames: uint8, shape (entries + 1, 84, 84): the newest frame of each; the last stays black and stands for frames
+            from before an episode.
+        age: uint8, shape (entries,): how many earlier frames of its episode the stack may show.
+        actions: uint8, shape (entries,).
+        rewards: float32, shape (entries,), raw points.
+        terminals: bool, shape (entries,).
+        entry_of: int64, shape (entries,): of the transition with each number, modulo their count.
+        offsets: int64, shape (stack + 1,): rows from an entry to each frame of its two observations, oldest first.
+        num_envs: entries of a row.
     """
 
-    ring: Tensor
-    places: Tensor
+    frames: Tensor
+    age: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminals: Tensor
+    entry_of: Tensor
+    offsets: Tensor
+    num_envs: int
 
-    def __init__(self, ring: Tensor, places: Tensor, **others: Tensor) -> None:
-        """Join them; ``others`` are the other fields by name."""
-        for name, value in {"ring": ring, "places": places, **others}.items():
-            object.__setattr__(self, name, value)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what there is for every entry."""
+        tensors = (self.frames, self.age, self.actions, self.rewards, self.terminals, self.entry_of)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def places(self, entries: Tensor, count: int) -> Tensor:
+        """Return where the first ``count`` frames at ``offsets`` from each entry are, int64, shape (B, count)."""
+        black = len(self.age)
+        offsets = self.offsets[:count]
+        places = (entries[:, None] + offsets * self.num_envs) % black
+        return places.masked_fill_(self.age[entries][:, None] < -offsets, black)
+
+    def frames_at(self, places: Tensor) -> Tensor:
+        """Return copies of the frames at ``places``, uint8, shape (*places.shape, 84, 84)."""
+        return self.frames.index_select(0, places.flatten()).view(*places.shape, *self.frames.shape[1:])
+
+
+class DrawnMinibatch(Minibatch):
+    """A minibatch that is still in the replay: each field is looked up when somebody looks at it.
+
+    What the replay holds changes with the next vector step, so whoever keeps a minibatch looks at it before.
+
+    Attributes:
+        kept: what the replay keeps.
+    """
+
+    kept: Entries
+    numbers: Tensor
+
+    def __init__(self, kept: Entries, numbers: Tensor) -> None:
+        """Make the minibatch of the transitions with these numbers, int64, shape (B,)."""
+        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "numbers", numbers)
+
+    @cached_property
+    def _entries(self) -> Tensor:
+        return self.kept.entry_of[self.numbers % len(self.kept.entry_of)]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int64, shape (B, 5): the frames of each transition, both observations together, oldest first."""
+        return self.kept.places(self._entries, len(self.kept.offsets))
+
+    @cached_property
+    def actions(self) -> Tensor:
+        """int64, shape (B,)."""
+        return self.kept.actions[self._entries].long()
+
+    @cached_property
+    def rewards(self) -> Tensor:
+        """float32, shape (B,), raw points."""
+        return self.kept.rewards[self._entries]
+
+    @cached_property
+    def terminals(self) -> Tensor:
+        """bool, shape (B,)."""
+        return self.kept.terminals[self._entries]
 
     @cached_property
     def _stacks(self) -> Tensor:
-        stacks = self.ring.index_select(0, self.places.flatten())
-        return stacks.view(*self.places.shape, *self.ring.shape[1:])
+        return self.kept.frames_at(self.places)
 
     @property
     def observations(self) -> Tensor:
@@ -127,17 +194,17 @@ class Replay:
         self._rows = capacity // num_envs
         self._ring = self._rows + stack_size
         entries = self._ring * num_envs
-        # One frame more than entries: the last stays black and stands for frames from before an episode.
-        self._frames = torch.zeros((entries + 1, *frame_shape), dtype=torch.uint8, device=self.device)
-        self._age = torch.zeros(entries, dtype=torch.uint8, device=self.device)
-        self._actions = torch.zeros(entries, dtype=torch.uint8, device=self.device)
-        self._rewards = torch.zeros(entries, dtype=torch.float32, device=self.device)
-        self._terminals = torch.zeros(entries, dtype=torch.bool, device=self.device)
-        self._entry_of = torch.zeros(entries, dtype=torch.int64, device=self.device)
+        self._kept = Entries(
+            frames=torch.zeros((entries + 1, *frame_shape), dtype=torch.uint8, device=self.device),
+            age=torch.zeros(entries, dtype=torch.uint8, device=self.device),
+            actions=torch.zeros(entries, dtype=torch.uint8, device=self.device),
+            rewards=torch.zeros(entries, dtype=torch.float32, device=self.device),
+            terminals=torch.zeros(entries, dtype=torch.bool, device=self.device),
+            entry_of=torch.zeros(entries, dtype=torch.int64, device=self.device),
+            offsets=torch.arange(1 - stack_size, 2, device=self.device),
+            num_envs=num_envs,
+        )
         self._staging = self._make_staging(frame_shape) if staged or (staged is None and self._on_gpu) else None
-        # Frames back from the newest of the next observation, and the age below which each is not of this episode.
-        self._offsets = torch.arange(1 - stack_size, 2, device=self.device)
-        self._needed_age = torch.clamp(-self._offsets, min=0).to(torch.uint8)
         self._newest = -1  # number of the newest row since the start; its place in the ring is this modulo _ring
         self._first_of_row = np.zeros(self._ring, np.int64)
         self._stored = 0
@@ -186,8 +253,7 @@ class Replay:
     @property
     def nbytes(self) -> int:
         """Bytes that the ring occupies on the device."""
-        tensors = (self._frames, self._age, self._actions, self._rewards, self._terminals, self._entry_of)
-        return sum(tensor.nbytes for tensor in tensors)
+        return self._kept.nbytes
 
     def start(self, frames: Array) -> None:
         """Store the first frame of every emulator's episode: uint8, shape (N, 84, 84)."""
@@ -247,12 +313,12 @@ class Replay:
         if self._staging is not None:
             self._stage(self._staging, row, actions, rewards, terminals, next_frames, np.asarray(is_reset, bool))
             return
-        self._actions[row] = torch.as_tensor(actions, device=self.device)
-        self._rewards[row] = torch.as_tensor(rewards, device=self.device)
-        self._terminals[row] = torch.as_tensor(terminals, device=self.device)
+        self._kept.actions[row] = torch.as_tensor(actions, device=self.device)
+        self._kept.rewards[row] = torch.as_tensor(rewards, device=self.device)
+        self._kept.terminals[row] = torch.as_tensor(terminals, device=self.device)
         (slots,) = np.nonzero(~np.asarray(is_reset, bool))
-        numbers = (self._stored + np.arange(len(slots))) % len(self._entry_of)
-        self._entry_of[torch.as_tensor(numbers, device=self.device)] = torch.as_tensor(
+        numbers = (self._stored + np.arange(len(slots))) % len(self._kept.entry_of)
+        self._kept.entry_of[torch.as_tensor(numbers, device=self.device)] = torch.as_tensor(
             row.start + slots, device=self.device
         )
         self._stored += len(slots)
@@ -260,8 +326,8 @@ class Replay:
 
     def _observe(self, frames: Array, is_reset: Array) -> None:
         row, frames = self._next_row(frames, is_reset)
-        self._frames[row] = torch.as_tensor(frames, device=self.device)
-        self._age[row] = torch.as_tensor(self._newest_age, device=self.device)
+        self._kept.frames[row] = torch.as_tensor(frames, device=self.device)
+        self._kept.age[row] = torch.as_tensor(self._newest_age, device=self.device)
         if self._staging is not None:
             self._place.copy_(torch.tensor([*self.drawable, row.start]))
 
@@ -292,7 +358,7 @@ class Replay:
         # As many numbers as emulators whatever happened: those of resets are taken back by the next real transitions,
         # which come before anybody may draw them.
         order = np.argsort(is_reset, kind="stable")
-        fields["numbers"][:] = (self._stored + np.arange(self.num_envs)) % len(self._entry_of)
+        fields["numbers"][:] = (self._stored + np.arange(self.num_envs)) % len(self._kept.entry_of)
         fields["entries"][:] = row.start + order
         self._stored += int((~is_reset).sum())
         next_row, frames = self._next_row(frames, is_reset)
@@ -300,12 +366,12 @@ class Replay:
         fields["place"][:] = (*self.drawable, next_row.start)
         staging.send()
         sent = staging.device
-        self._actions[row] = sent["actions"]
-        self._rewards[row] = sent["rewards"]
-        self._terminals[row] = sent["terminals"]
-        self._entry_of.index_copy_(0, sent["numbers"], sent["entries"])
-        self._frames[next_row] = sent["frames"]
-        self._age[next_row] = sent["age"]
+        self._kept.actions[row] = sent["actions"]
+        self._kept.rewards[row] = sent["rewards"]
+        self._kept.terminals[row] = sent["terminals"]
+        self._kept.entry_of.index_copy_(0, sent["numbers"], sent["entries"])
+        self._kept.frames[next_row] = sent["frames"]
+        self._kept.age[next_row] = sent["age"]
         self._place.copy_(sent["place"])
 
     def observations(self) -> Tensor:
@@ -315,8 +381,7 @@ class Replay:
         else:
             place = self._newest % self._ring
             entries = torch.arange(place * self.num_envs, (place + 1) * self.num_envs, device=self.device)
-        places = self._places(entries, self._offsets[:-1], self._needed_age[:-1])
-        return self._frames.index_select(0, places.flatten()).view(*places.shape, *self._frames.shape[1:])
+        return self._kept.frames_at(self._kept.places(entries, self.stack_size))
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Minibatch:
         """Draw ``batch_size`` transitions uniformly, with replacement.
@@ -346,22 +411,8 @@ class Replay:
         """Return the transitions with these numbers (int64, shape (B,)), each within :attr:`drawable`."""
         return self._gather(numbers)
 
-    def _gather(self, numbers: Tensor) -> Minibatch:
-        entries = self._entry_of[numbers % len(self._entry_of)]
-        return DrawnMinibatch(
-            self._frames,
-            self._places(entries, self._offsets, self._needed_age),
-            actions=self._actions[entries].long(),
-            rewards=self._rewards[entries],
-            terminals=self._terminals[entries],
-            numbers=numbers,
-        )
-
-    def _places(self, entries: Tensor, offsets: Tensor, needed_age: Tensor) -> Tensor:
-        """Return where the frames at ``offsets`` rows from each entry are; those from before its episode are black."""
-        black = len(self._frames) - 1
-        places = (entries[:, None] + offsets * self.num_envs) % black
-        return places.masked_fill_(self._age[entries][:, None] < needed_age, black)
+    def _gather(self, numbers: Tensor) -> DrawnMinibatch:
+        return DrawnMinibatch(self._kept, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the generator and :meth:`checksum`: the frames are made anew from the journal."""
