@@ -222,12 +222,15 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
     }
 }
 
-/* `units` x `count` dot products along `words` words. */
+/* `units` x `count` dot products over words [from, to) of `words`; `sums` keeps them between two ranges. */
 ALWAYS_INLINE void NAME(dots)(const int units, const int count, const int32_t *weight, const int32_t *x, int64_t words,
-                              const float *bias, float *out, int64_t out_step) {
+                              int64_t from, int64_t to, float *sums, const float *bias, float *out, int64_t out_step) {
     __m512 sum[4][6];
-    UNROLL for (int u = 0; u < units; u++) UNROLL for (int n = 0; n < count; n++) sum[u][n] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < words; k += 16) {
+    UNROLL for (int u = 0; u < units; u++) {
+        UNROLL for (int n = 0; n < count; n++)
+            sum[u][n] = from ? _mm512_loadu_ps(sums + 16 * (u * count + n)) : _mm512_setzero_ps();
+    }
+    for (int64_t k = from; k < to; k += 16) {
         __m512i a[4];
         UNROLL for (int u = 0; u < units; u++) a[u] = _mm512_loadu_si512(weight + u * words + k);
         UNROLL for (int n = 0; n < count; n++) {
@@ -237,27 +240,38 @@ ALWAYS_INLINE void NAME(dots)(const int units, const int count, const int32_t *w
     }
     UNROLL for (int u = 0; u < units; u++) {
         UNROLL for (int n = 0; n < count; n++) {
-            const float value = _mm512_reduce_add_ps(sum[u][n]) + bias[u];
-            out[n * out_step + u] = value < 0.0f ? 0.0f : value;
+            if (to < words) {
+                _mm512_storeu_ps(sums + 16 * (u * count + n), sum[u][n]);
+            } else {
+                const float value = _mm512_reduce_add_ps(sum[u][n]) + bias[u];
+                out[n * out_step + u] = value < 0.0f ? 0.0f : value;
+            }
         }
     }
 }
 
-/* The dense hidden layer's units [from, from + 16) for all observations: six of these stay in the nearest cache. */
+/* The dense hidden layer's units [from, from + 16) for all observations, which are taken by so many and over so many
+ * inputs at a time that they stay in the nearest cache for all of these units. */
 static void NAME(dense)(const Shape *shape, const Pass *pass, int64_t from) {
-    const int64_t words = shape->flat / PAIR;
+    const int64_t words = shape->flat / PAIR, range = NEAREST / 3 / (6 * sizeof(int32_t)) / 16 * 16;
     const int32_t *weight = (const int32_t *)pass->dense + from * words, *x = (const int32_t *)pass->flat;
+    float sums[4][24 * 16];
     for (int64_t n = 0; n < pass->batch;) {
         const int64_t count = n + 6 <= pass->batch ? 6 : n + 2 <= pass->batch ? 2 : 1;
-        for (int64_t u = 0; u < 16; u += 4) {
-            const float *bias = pass->dense_bias + from + u;
-            float *out = pass->hidden + n * shape->hidden + from + u;
-            if (count == 6)
-                NAME(dots)(4, 6, weight + u * words, x + n * words, words, bias, out, shape->hidden);
-            else if (count == 2)
-                NAME(dots)(4, 2, weight + u * words, x + n * words, words, bias, out, shape->hidden);
-            else
-                NAME(dots)(4, 1, weight + u * words, x + n * words, words, bias, out, shape->hidden);
+        for (int64_t k = 0; k < words; k += range) {
+            const int64_t to = k + range < words ? k + range : words;
+            for (int64_t u = 0; u < 16; u += 4) {
+                const float *bias = pass->dense_bias + from + u;
+                float *out = pass->hidden + n * shape->hidden + from + u;
+#define REST weight + u * words, x + n * words, words, k, to, sums[u / 4], bias, out, shape->hidden
+                if (count == 6)
+                    NAME(dots)(4, 6, REST);
+                else if (count == 2)
+                    NAME(dots)(4, 2, REST);
+                else
+                    NAME(dots)(4, 1, REST);
+#undef REST
+            }
         }
         n += count;
     }
