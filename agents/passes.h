@@ -72,7 +72,7 @@ ALWAYS_INLINE void NAME(tile)(const int count, const int vectors, const int32_t 
         const int64_t start = line * pitch;
         for (int64_t w = 0; w < length; w++) {
             __m512i b[4];
-            UNROLL for (int v = 0; v < vectors; v++) b[v] = _mm512_loadu_si512(weight + 16 * v);
+            UNROLL for (int v = 0; v < vectors; v++) b[v] = held(weight + 16 * v);
             UNROLL for (int p = 0; p < 2 * count; p++) {
                 const int32_t a = at[p][start + w];
                 UNROLL for (int v = 0; v < vectors; v++) sum[p][v] = NAME(multiply_add)(sum[p][v], a, b[v]);
@@ -232,9 +232,9 @@ ALWAYS_INLINE void NAME(dots)(const int units, const int count, const int32_t *w
     }
     for (int64_t k = from; k < to; k += 16) {
         __m512i a[4];
-        UNROLL for (int u = 0; u < units; u++) a[u] = _mm512_loadu_si512(weight + u * words + k);
+        UNROLL for (int u = 0; u < units; u++) a[u] = held(weight + u * words + k);
         UNROLL for (int n = 0; n < count; n++) {
-            const __m512i b = _mm512_loadu_si512(x + n * words + k);
+            const __m512i b = held(x + n * words + k);
             UNROLL for (int u = 0; u < units; u++) sum[u][n] = NAME(multiply_add_vectors)(sum[u][n], a[u], b);
         }
     }
@@ -335,7 +335,7 @@ ALWAYS_INLINE void NAME(dense_tile)(const int count, const int32_t *weight, int6
     __m512 sum[8][2];
     UNROLL for (int n = 0; n < count; n++) sum[n][0] = sum[n][1] = _mm512_setzero_ps();
     for (int64_t w = 0; w < words; w++) {
-        const __m512i b0 = _mm512_loadu_si512(weight + w * step), b1 = _mm512_loadu_si512(weight + w * step + 16);
+        const __m512i b0 = held(weight + w * step), b1 = held(weight + w * step + 16);
         UNROLL for (int n = 0; n < count; n++) {
             const int32_t a = hidden[n * words + w];
             sum[n][0] = NAME(multiply_add)(sum[n][0], a, b0);
@@ -471,7 +471,7 @@ ALWAYS_INLINE void NAME(outer)(const int rows, const int vectors, float *sums, i
             const int32_t *at = x + group * x_group + line * x_line;
             for (int64_t p = 0; p < count; p++) {
                 __m512i b[4];
-                UNROLL for (int v = 0; v < vectors; v++) b[v] = _mm512_loadu_si512(g + 16 * v);
+                UNROLL for (int v = 0; v < vectors; v++) b[v] = held(g + 16 * v);
                 UNROLL for (int i = 0; i < rows; i++) {
                     const int32_t a = at[i];
                     UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = NAME(multiply_add)(sum[i][v], a, b[v]);
@@ -486,32 +486,35 @@ ALWAYS_INLINE void NAME(outer)(const int rows, const int vectors, float *sums, i
     }
 }
 
-/* The gradient of a convolution's weights at one place of its kernel; the bias's too with the first. */
-static void NAME(kernel_gradient)(const Shape *shape, const Pass *pass, const Back *back, int64_t l, int64_t tap) {
+/* The gradient of a convolution's weights in one line of its kernel; the bias's too with the first. All places of the line
+ * are visited while some observations are near, since from further away they would come no faster than they are used. */
+static void NAME(kernel_gradient)(const Shape *shape, const Pass *pass, const Back *back, int64_t l, int64_t line) {
     const Convolution *conv = &shape->convolution[l];
     const int64_t groups = (pass->batch + PAIR - 1) / PAIR, units = conv->units, channels = conv->channels;
     const int64_t pixels = conv->down * conv->across, area = conv->height * conv->width * channels;
     const int64_t fit = NEAREST / 4 / (pixels * units), chunk = fit > 1 ? fit : 1; /* so much of g stays near */
-    const int64_t line = conv->stride * conv->width * channels, step = conv->stride * channels;
-    float *sums = back->gradient[l] + tap * channels * units;
+    const int64_t down = conv->stride * conv->width * channels, step = conv->stride * channels;
     for (int64_t from = 0; from < groups; from += chunk) {
         const int64_t count = from + chunk < groups ? chunk : groups - from;
-        const int32_t *x = pass->seen[l] + from * area + (tap / conv->kernel * conv->width + tap % conv->kernel) * channels;
         const int32_t *g = back->words[l] + from * pixels * units;
-#define REST units, from == 0, x + c, count, area, conv->down, line, conv->across, step, g + u, units
-        int64_t u = 0;
-        for (; u + 64 <= units; u += 64) {
-            for (int64_t c = 0; c < channels; c += 4) NAME(outer)(4, 4, sums + c * units + u, REST);
-        }
-        for (; u + 32 <= units; u += 32) {
-            for (int64_t c = 0; c < channels; c += 8) NAME(outer)(8, 2, sums + c * units + u, REST);
-        }
-        for (; u < units; u += 16) {
-            for (int64_t c = 0; c < channels; c += 8) NAME(outer)(8, 1, sums + c * units + u, REST);
-        }
+        for (int64_t tap = 0; tap < conv->kernel; tap++) {
+            const int32_t *x = pass->seen[l] + from * area + (line * conv->width + tap) * channels;
+            float *sums = back->gradient[l] + (line * conv->kernel + tap) * channels * units;
+#define REST units, from == 0, x + c, count, area, conv->down, down, conv->across, step, g + u, units
+            int64_t u = 0;
+            for (; u + 64 <= units; u += 64) {
+                for (int64_t c = 0; c < channels; c += 4) NAME(outer)(4, 4, sums + c * units + u, REST);
+            }
+            for (; u + 32 <= units; u += 32) {
+                for (int64_t c = 0; c < channels; c += 8) NAME(outer)(8, 2, sums + c * units + u, REST);
+            }
+            for (; u < units; u += 16) {
+                for (int64_t c = 0; c < channels; c += 8) NAME(outer)(8, 1, sums + c * units + u, REST);
+            }
 #undef REST
+        }
     }
-    if (tap == 0) {
+    if (line == 0) {
         for (int64_t u = 0; u < units; u += 16) {
             __m512 sum = _mm512_setzero_ps();
             for (int64_t i = 0; i < groups * pixels; i++)
@@ -568,7 +571,7 @@ static void NAME(work)(const Shape *shape, const Pass *pass, const Back *back, c
     const int64_t backs = (pass->batch + 1) / 2, steps = shape->hidden / 8;
     int64_t kernels = 0, one;
     for (int64_t l = 0; l < shape->convolutions; l++)
-        kernels += shape->convolution[l].kernel * shape->convolution[l].kernel;
+        kernels += shape->convolution[l].kernel;
     while (THREAD % 2 && (one = TAKE(next_dense)) < steps)
         NAME(dense_step)(shape, pass, back, dense, one * 8, (float *)scratch, adamax);
     for (;;) {
@@ -579,8 +582,7 @@ static void NAME(work)(const Shape *shape, const Pass *pass, const Back *back, c
         } else if (!LEFT(done_back, backs) && LEFT(next_kernel, kernels)) {
             if ((one = TAKE(next_kernel)) >= kernels) continue;
             int64_t l = 0;
-            for (int64_t taps; one >= (taps = shape->convolution[l].kernel * shape->convolution[l].kernel); l++)
-                one -= taps;
+            for (int64_t lines; one >= (lines = shape->convolution[l].kernel); l++) one -= lines;
             NAME(kernel_gradient)(shape, pass, back, l, one);
         } else if (LEFT(next_dense, steps)) {
             if ((one = TAKE(next_dense)) < steps)
