@@ -459,26 +459,24 @@ static void NAME(way_back)(const Shape *shape, const Pass *pass, const Back *bac
 
 /* Add to `rows` * `vectors` * 16 sums of products: of words x[i] (i < rows) and vectors of g, at `count` places a line. */
 ALWAYS_INLINE void NAME(outer)(const int rows, const int vectors, float *sums, int64_t sums_step, int fresh,
-                               const int32_t *x, int64_t groups, int64_t x_group, int64_t lines, int64_t x_line,
-                               int64_t count, int64_t x_step, const int32_t *g, int64_t g_step) {
+                               const int32_t *x, int64_t lines, int64_t x_line, int64_t count, int64_t x_step,
+                               const int32_t *g, int64_t g_step) {
     __m512 sum[8][4];
     UNROLL for (int i = 0; i < rows; i++) {
         UNROLL for (int v = 0; v < vectors; v++)
             sum[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * sums_step + 16 * v);
     }
-    for (int64_t group = 0; group < groups; group++) {
-        for (int64_t line = 0; line < lines; line++) {
-            const int32_t *at = x + group * x_group + line * x_line;
-            for (int64_t p = 0; p < count; p++) {
-                __m512i b[4];
-                UNROLL for (int v = 0; v < vectors; v++) b[v] = held(g + 16 * v);
-                UNROLL for (int i = 0; i < rows; i++) {
-                    const int32_t a = at[i];
-                    UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = NAME(multiply_add)(sum[i][v], a, b[v]);
-                }
-                at += x_step;
-                g += g_step;
+    for (int64_t line = 0; line < lines; line++) {
+        const int32_t *at = x + line * x_line;
+        for (int64_t p = 0; p < count; p++) {
+            __m512i b[4];
+            UNROLL for (int v = 0; v < vectors; v++) b[v] = held(g + 16 * v);
+            UNROLL for (int i = 0; i < rows; i++) {
+                const int32_t a = at[i];
+                UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = NAME(multiply_add)(sum[i][v], a, b[v]);
             }
+            at += x_step;
+            g += g_step;
         }
     }
     UNROLL for (int i = 0; i < rows; i++) {
@@ -487,32 +485,40 @@ ALWAYS_INLINE void NAME(outer)(const int rows, const int vectors, float *sums, i
 }
 
 /* The gradient of a convolution's weights in one line of its kernel; the bias's too with the first. All places of the line
- * are visited while some observations are near, since from further away they would come no faster than they are used. */
+ * are visited while some lines of an observation are near: from further away they would not come as fast as they are used. */
 static void NAME(kernel_gradient)(const Shape *shape, const Pass *pass, const Back *back, int64_t l, int64_t line) {
     const Convolution *conv = &shape->convolution[l];
     const int64_t groups = (pass->batch + PAIR - 1) / PAIR, units = conv->units, channels = conv->channels;
     const int64_t pixels = conv->down * conv->across, area = conv->height * conv->width * channels;
-    const int64_t fit = NEAREST / 4 / (pixels * units), chunk = fit > 1 ? fit : 1; /* so much of g stays near */
     const int64_t down = conv->stride * conv->width * channels, step = conv->stride * channels;
-    for (int64_t from = 0; from < groups; from += chunk) {
-        const int64_t count = from + chunk < groups ? chunk : groups - from;
-        const int32_t *g = back->words[l] + from * pixels * units;
-        for (int64_t tap = 0; tap < conv->kernel; tap++) {
-            const int32_t *x = pass->seen[l] + from * area + (line * conv->width + tap) * channels;
+    const int64_t fit = NEAREST / 4 * 3 / 4 / (down + conv->across * units), near = fit > 1 ? fit : 1;
+    /* What comes next is asked for in as many shares as there are turns below. */
+    const int64_t rest = units % 64, blocks = units / 64 * 2 + rest / 32 + rest % 32 / 16;
+    const int64_t turns = conv->kernel * blocks * channels / 8;
+    const int64_t x_share = near * down / turns + 16, g_share = near * conv->across * units / turns + 16;
+    for (int64_t from = 0; from < groups * conv->down;) {
+        const int64_t y = from % conv->down, count = y + near < conv->down ? near : conv->down - y;
+        const int32_t *g = back->words[l] + from * conv->across * units;
+        const int32_t *at = pass->seen[l] + from / conv->down * area + y * down + line * conv->width * channels;
+        const int32_t *x_next = at + count * down, *g_next = g + count * conv->across * units;
+        for (int64_t tap = 0; tap < conv->kernel; tap++, at += channels) {
             float *sums = back->gradient[l] + (line * conv->kernel + tap) * channels * units;
-#define REST units, from == 0, x + c, count, area, conv->down, down, conv->across, step, g + u, units
+#define NEXT fetch(&x_next, x_share), fetch(&g_next, g_share)
+#define REST units, from == 0, at + c, count, down, conv->across, step, g + u, units
             int64_t u = 0;
             for (; u + 64 <= units; u += 64) {
-                for (int64_t c = 0; c < channels; c += 4) NAME(outer)(4, 4, sums + c * units + u, REST);
+                for (int64_t c = 0; c < channels; c += 4) NEXT, NAME(outer)(4, 4, sums + c * units + u, REST);
             }
             for (; u + 32 <= units; u += 32) {
-                for (int64_t c = 0; c < channels; c += 8) NAME(outer)(8, 2, sums + c * units + u, REST);
+                for (int64_t c = 0; c < channels; c += 8) NEXT, NAME(outer)(8, 2, sums + c * units + u, REST);
             }
             for (; u < units; u += 16) {
-                for (int64_t c = 0; c < channels; c += 8) NAME(outer)(8, 1, sums + c * units + u, REST);
+                for (int64_t c = 0; c < channels; c += 8) NEXT, NAME(outer)(8, 1, sums + c * units + u, REST);
             }
 #undef REST
+#undef NEXT
         }
+        from += count;
     }
     if (line == 0) {
         for (int64_t u = 0; u < units; u += 16) {
@@ -544,9 +550,9 @@ static void NAME(dense_step)(const Shape *shape, const Pass *pass, const Back *b
             float *sums = rows + u * flat + k;
             const int32_t *x = back->hidden_words + from + u;
             if (vectors == 4)
-                NAME(outer)(4, 4, sums, flat, 1, x, 1, 0, 1, 0, groups, hidden, seen + k, flat);
+                NAME(outer)(4, 4, sums, flat, 1, x, 1, 0, groups, hidden, seen + k, flat);
             else
-                NAME(outer)(4, 1, sums, flat, 1, x, 1, 0, 1, 0, groups, hidden, seen + k, flat);
+                NAME(outer)(4, 1, sums, flat, 1, x, 1, 0, groups, hidden, seen + k, flat);
         }
         k += 16 * vectors;
     }
