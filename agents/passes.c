@@ -81,9 +81,16 @@ typedef struct {
 #define TAKE(counter) __atomic_fetch_add(&queue->counter, 1, __ATOMIC_RELAXED)
 #define LEFT(counter, total) (__atomic_load_n(&queue->counter, __ATOMIC_ACQUIRE) < (total))
 
+/* Frames that are asked for while something else is computed, some lines of the cache at a time. */
+typedef struct {
+    const uint8_t *frames[2 * MOST_FRAMES];
+    int64_t count, bytes, next, share;
+} Ahead;
+
 /* Where and over what sums are taken: at (y, x), `lines` lines of `length` words from y * down_step + x * across_step. */
 typedef struct {
     int64_t down, across, down_step, across_step, lines, pitch, length;
+    Ahead *ahead; /* what is wanted next; may be NULL */
 } Window;
 
 /* Transpose 16 by 16. */
@@ -161,6 +168,17 @@ ALWAYS_INLINE __m512i held(const int32_t *words) {
 static inline void fetch(const int32_t **words, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(*words + i, 0, 2);
     *words += count;
+}
+
+static inline void look_ahead(Ahead *ahead) {
+    for (int64_t i = 0; i < ahead->share && ahead->count; i++) {
+        __builtin_prefetch(ahead->frames[ahead->count - 1] + ahead->next, 0, 2);
+        ahead->next += 64;
+        if (ahead->next >= ahead->bytes) {
+            ahead->next = 0;
+            ahead->count--;
+        }
+    }
 }
 
 #define LOW 0

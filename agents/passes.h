@@ -63,6 +63,31 @@ static inline Element NAME(element)(float value) {
 #endif
 }
 
+/* pack_strip for blocks of 4 x 4 pixels and frames by fours: a block's line of pixels is a word, 16 lines are turned. */
+static void NAME(pack_fours)(const uint8_t *const *frames, int64_t start, int64_t stack, int64_t width, Element *packed) {
+    const int64_t across = width / 4, channels = stack * 16;
+    for (int64_t f = 0; f < stack; f += 4) {
+        for (int64_t x = 0; x < across; x += 16) {
+            const int64_t count = across - x < 16 ? across - x : 16;
+            __m512 block[16];
+            UNROLL for (int i = 0; i < 16; i++) {
+                const uint8_t *line = frames[f + i / 4] + start + i % 4 * width + 4 * x;
+                block[i] = _mm512_maskz_loadu_ps((__mmask16)((1 << count) - 1), line);
+            }
+            turn(block);
+            Element *out = packed + x * channels + f * 16;
+            for (int64_t j = 0; j < count; j++, out += channels) {
+                uint8_t pixels[64];
+                _mm512_storeu_ps(pixels, block[j]);
+                for (int i = 0; i < 64; i += 16) {
+                    const __m512i whole = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(pixels + i)));
+                    NAME(store)(out + i, _mm512_cvtepi32_ps(whole));
+                }
+            }
+        }
+    }
+}
+
 /* Sums for `count` pixels of each of two observations and `vectors` * 16 units, over lines of `length` words. */
 ALWAYS_INLINE void NAME(tile)(const int count, const int vectors, const int32_t *const *at, int64_t lines,
                               int64_t pitch, int64_t length, const int32_t *weight, int64_t units, float *const *out) {
@@ -100,6 +125,7 @@ ALWAYS_INLINE int64_t NAME(tiles)(const int count, const int vectors, int64_t fr
             places[2 * p] = out + (from + p) * units;
             places[2 * p + 1] = out_second + (from + p) * units;
         }
+        if (window->ahead) look_ahead(window->ahead);
         NAME(tile)(count, vectors, at, window->lines, window->pitch, window->length, weight, units, places);
     }
     return from;
@@ -127,7 +153,7 @@ static void NAME(convolve)(const Window *window, const int32_t *first, const int
 }
 
 /* The convolutions for observations n and n + 1 (the same one twice where there is no second). */
-static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, uint8_t *scratch) {
+static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, int64_t next, uint8_t *scratch) {
     const int64_t second = n + 1 < pass->batch ? n + 1 : n;
     const Convolution *conv = &shape->convolution[0];
     const int64_t strip = conv->width * conv->channels;
@@ -139,9 +165,13 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
         const uint8_t *frames[MOST_FRAMES];
         for (int64_t f = 0; f < shape->stack; f++)
             frames[f] = pass->frames + pass->places[(i ? second : n) * pass->place_step + f] * width * height;
-        for (int64_t y = 0; y < conv->height; y++)
-            pack_strip(frames, y * shape->block * width, shape->stack, width, shape->block, LOW,
-                       (i ? in_second : in) + y * strip);
+        for (int64_t y = 0; y < conv->height; y++) {
+            Element *packed = (i ? in_second : in) + y * strip;
+            if (shape->block == 4 && shape->stack % 4 == 0)
+                NAME(pack_fours)(frames, 4 * y * width, shape->stack, width, packed);
+            else
+                pack_strip(frames, y * shape->block * width, shape->stack, width, shape->block, LOW, packed);
+        }
     }
     const int64_t group = n / PAIR, pair = second > n;
     if (pass->seen[0]) {
@@ -160,6 +190,13 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
         }
         (void)next;
     }
+    /* Frames lie anywhere in memory, so those of the observations that probably follow are asked for. */
+    Ahead ahead = {.count = 0, .bytes = width * height, .next = 0};
+    ahead.share = 2 * shape->stack * width * height / 64 / (conv->down * conv->across / 6 + 1) + 1;
+    for (int64_t i = next; i < next + 2 && i < pass->batch; i++) {
+        for (int64_t f = 0; f < shape->stack; f++)
+            ahead.frames[ahead.count++] = pass->frames + pass->places[i * pass->place_step + f] * width * height;
+    }
     for (int64_t l = 0; l < shape->convolutions; l++) {
         conv = &shape->convolution[l];
         const int64_t channel_words = conv->channels / PAIR, pixels = conv->down * conv->across;
@@ -169,7 +206,8 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
                                .across_step = conv->stride * channel_words,
                                .lines = conv->kernel,
                                .pitch = conv->width * channel_words,
-                               .length = conv->kernel * channel_words};
+                               .length = conv->kernel * channel_words,
+                               .ahead = l ? NULL : &ahead};
         NAME(convolve)(&window, (const int32_t *)in, (const int32_t *)in_second, pass->weight[l], conv->units, sums,
                        sums_second);
         const int last = l == shape->convolutions - 1;
@@ -284,7 +322,8 @@ void NAME(forward)(const Shape *shape, const Pass *passes, int64_t count, uint8_
         uint8_t *mine = scratch + THREAD * shape->scratch;
         for (int64_t i = 0; i < count; i++) {
 #pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t n = 0; n < passes[i].batch; n += 2) NAME(convolutions)(shape, &passes[i], n, mine);
+            for (int64_t n = 0; n < passes[i].batch; n += 2)
+                NAME(convolutions)(shape, &passes[i], n, n + 2 * threads, mine);
         }
 #pragma omp barrier
         for (int64_t i = 0; i < count; i++) {
@@ -378,6 +417,30 @@ static void NAME(flat_gradient)(const Shape *shape, const Pass *pass, const Back
         NAME(dense_tile)(1, weight, step, hidden + n * words, words, out + n * shape->flat, shape->flat);
 }
 
+/* (units, pixels) as (pixels, units), zero where nothing was seen. */
+static void NAME(by_pixels)(int64_t pixels, int64_t units, const Element *seen, const float *given, float *out) {
+    for (int64_t u = 0; u < units; u += 16) {
+        for (int64_t p = 0; p < pixels; p += 16) {
+            const int64_t count = pixels - p < 16 ? pixels - p : 16;
+            const __mmask16 there = (__mmask16)((1 << count) - 1);
+            __m512 block[16];
+            UNROLL for (int i = 0; i < 16; i++) {
+                const int64_t at = (u + i) * pixels + p;
+#if LOW
+                const __mmask16 on = _mm256_mask_test_epi16_mask(there, _mm256_maskz_loadu_epi16(there, seen + at),
+                                                                 _mm256_set1_epi16(-1));
+#else
+                const __mmask16 on =
+                    _mm512_mask_cmp_ps_mask(there, _mm512_maskz_loadu_ps(there, seen + at), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#endif
+                block[i] = _mm512_maskz_loadu_ps(on, given + at);
+            }
+            turn(block);
+            for (int64_t i = 0; i < count; i++) _mm512_storeu_ps(out + (p + i) * units + u, block[i]);
+        }
+    }
+}
+
 /* The gradients by the sums of every convolution, from the dense layer's inputs down, of observations n and n + 1. */
 static void NAME(way_back)(const Shape *shape, const Pass *pass, const Back *back, int64_t n, uint8_t *scratch) {
     const int64_t pair = n + 1 < pass->batch, second = n + pair, group = n / PAIR;
@@ -392,13 +455,8 @@ static void NAME(way_back)(const Shape *shape, const Pass *pass, const Back *bac
         if (l == shape->convolutions - 1) {
             const Element *flat = (const Element *)pass->flat + n * size, *flat_second = flat + pair * size;
             const float *given = back->flat + n * size, *given_second = given + pair * size;
-            for (int64_t u = 0; u < units; u++) {
-                for (int64_t p = 0; p < pixels; p++) {
-                    const int64_t i = u * pixels + p;
-                    sums[p * units + u] = flat[i] != 0 ? given[i] : 0.0f;
-                    sums_second[p * units + u] = flat_second[i] != 0 ? given_second[i] : 0.0f;
-                }
-            }
+            NAME(by_pixels)(pixels, units, flat, given, sums);
+            NAME(by_pixels)(pixels, units, flat_second, given_second, sums_second);
         }
         if (border) {
             memset(in, 0, (conv->down + 2 * border) * wide * units * sizeof(Element));
