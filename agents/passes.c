@@ -90,7 +90,8 @@ typedef struct {
 /* Where and over what sums are taken: at (y, x), `lines` lines of `length` words from y * down_step + x * across_step. */
 typedef struct {
     int64_t down, across, down_step, across_step, lines, pitch, length;
-    Ahead *ahead; /* what is wanted next; may be NULL */
+    int64_t border, inner; /* lines above that are zero, and how many are not; 0: none is known to be */
+    Ahead *ahead;          /* what is wanted next; may be NULL */
 } Window;
 
 /* Transpose 16 by 16. */

@@ -114,6 +114,15 @@ ALWAYS_INLINE void NAME(tile)(const int count, const int vectors, const int32_t 
 ALWAYS_INLINE int64_t NAME(tiles)(const int count, const int vectors, int64_t from, int64_t to, const Window *window,
                                   const int32_t *first, const int32_t *second, const int32_t *weight, int64_t units,
                                   float *out, float *out_second) {
+    int64_t line = 0, lines = window->lines;
+    if (window->border) {
+        const int64_t y = from / window->across, end = window->border + window->inner - y;
+        line = window->border > y ? window->border - y : 0;
+        lines = (end < lines ? end : lines) - line;
+    }
+    first += line * window->pitch;
+    second += line * window->pitch;
+    weight += line * window->length * units;
     for (; from + count <= to; from += count) {
         const int32_t *at[12];
         float *places[12];
@@ -126,7 +135,7 @@ ALWAYS_INLINE int64_t NAME(tiles)(const int count, const int vectors, int64_t fr
             places[2 * p + 1] = out_second + (from + p) * units;
         }
         if (window->ahead) look_ahead(window->ahead);
-        NAME(tile)(count, vectors, at, window->lines, window->pitch, window->length, weight, units, places);
+        NAME(tile)(count, vectors, at, lines, window->pitch, window->length, weight, units, places);
     }
     return from;
 }
@@ -135,21 +144,25 @@ ALWAYS_INLINE int64_t NAME(tiles)(const int count, const int vectors, int64_t fr
 static void NAME(convolve)(const Window *window, const int32_t *first, const int32_t *second, const int32_t *weight,
                            int64_t units, float *out, float *out_second) {
     const int64_t pixels = window->down * window->across;
-    int64_t u = 0, p;
-#define AT first, second, weight + u, units, out + u, out_second + u
-    for (; u + 64 <= units; u += 64) {
-        p = NAME(tiles)(3, 4, 0, pixels, window, AT);
-        NAME(tiles)(1, 4, p, pixels, window, AT);
+    /* Where lines are known to be zero each line of places leaves out its own. */
+    const int64_t band = window->border ? window->across : pixels;
+    int64_t u = 0, p, from;
+#define BANDS for (from = 0; from < pixels; from += band)
+#define REST from + band, window, first, second, weight + u, units, out + u, out_second + u
+    for (; u + 64 <= units; u += 64) BANDS {
+        p = NAME(tiles)(3, 4, from, REST);
+        NAME(tiles)(1, 4, p, REST);
     }
-    for (; u + 32 <= units; u += 32) {
-        p = NAME(tiles)(5, 2, 0, pixels, window, AT);
-        NAME(tiles)(1, 2, p, pixels, window, AT);
+    for (; u + 32 <= units; u += 32) BANDS {
+        p = NAME(tiles)(5, 2, from, REST);
+        NAME(tiles)(1, 2, p, REST);
     }
-    for (; u < units; u += 16) {
-        p = NAME(tiles)(6, 1, 0, pixels, window, AT);
-        NAME(tiles)(1, 1, p, pixels, window, AT);
+    for (; u < units; u += 16) BANDS {
+        p = NAME(tiles)(6, 1, from, REST);
+        NAME(tiles)(1, 1, p, REST);
     }
-#undef AT
+#undef REST
+#undef BANDS
 }
 
 /* The convolutions for observations n and n + 1 (the same one twice where there is no second). */
@@ -482,7 +495,9 @@ static void NAME(way_back)(const Shape *shape, const Pass *pass, const Back *bac
                                .across_step = unit_words,
                                .lines = taps,
                                .pitch = wide * unit_words,
-                               .length = taps * unit_words};
+                               .length = taps * unit_words,
+                               .border = border,
+                               .inner = conv->down};
         const int32_t *seen = pass->seen[l] + group * conv->height * conv->width * channels;
         const int32_t *seen_second = seen + (LOW ? 0 : pair * conv->height * conv->width * channels);
         float *made = sums_second + shape->largest, *made_second = made + shape->largest;
