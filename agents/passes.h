@@ -303,10 +303,12 @@ ALWAYS_INLINE void NAME(dots)(const int units, const int count, const int32_t *w
 
 /* The dense hidden layer's units [from, from + 16) for all observations, which are taken by so many and over so many
  * inputs at a time that they stay in the nearest cache for all of these units. */
-static void NAME(dense)(const Shape *shape, const Pass *pass, int64_t from) {
+static void NAME(dense)(const Shape *shape, const Pass *pass, int64_t from, int64_t next) {
     const int64_t words = shape->flat / PAIR, range = NEAREST / 3 / (6 * sizeof(int32_t)) / 16 * 16;
     const int32_t *weight = (const int32_t *)pass->dense + from * words, *x = (const int32_t *)pass->flat;
     float sums[4][24 * 16];
+    const int32_t *ahead = (const int32_t *)pass->dense + (next < shape->hidden ? next : from) * words;
+    const int64_t share = 16 * words / (4 * ((pass->batch + 5) / 6) * ((words + range - 1) / range)) + 16;
     for (int64_t n = 0; n < pass->batch;) {
         const int64_t count = n + 6 <= pass->batch ? 6 : n + 2 <= pass->batch ? 2 : 1;
         for (int64_t k = 0; k < words; k += range) {
@@ -314,6 +316,7 @@ static void NAME(dense)(const Shape *shape, const Pass *pass, int64_t from) {
             for (int64_t u = 0; u < 16; u += 4) {
                 const float *bias = pass->dense_bias + from + u;
                 float *out = pass->hidden + n * shape->hidden + from + u;
+                fetch(&ahead, share);
 #define REST weight + u * words, x + n * words, words, k, to, sums[u / 4], bias, out, shape->hidden
                 if (count == 6)
                     NAME(dots)(4, 6, REST);
@@ -341,7 +344,7 @@ void NAME(forward)(const Shape *shape, const Pass *passes, int64_t count, uint8_
 #pragma omp barrier
         for (int64_t i = 0; i < count; i++) {
 #pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t u = 0; u < shape->hidden; u += 16) NAME(dense)(shape, &passes[i], u);
+            for (int64_t u = 0; u < shape->hidden; u += 16) NAME(dense)(shape, &passes[i], u, u + 16 * threads);
         }
 #pragma omp barrier
         for (int64_t i = 0; i < count; i++) {
