@@ -264,7 +264,8 @@ class DQN:
         """Do all of :meth:`work_of_update` in one call."""
         adamax = optimizer.next_step()
         loss = compiled.learn(self._targets_weights(compiled), batch, self._loss, adamax)
-        self._refuse(loss, batch)
+        if batch.numbers is not None:
+            self._refuse(loss, batch.numbers)
         optimizer.count_step(adamax[0])
 
     def _targets_weights(self, fused: FusedNetwork) -> Working:
@@ -320,17 +321,16 @@ class DQN:
         if batch.numbers is None:
             return
         if not self.static:
-            self._refuse(loss.item(), batch)
+            self._refuse(loss.item(), batch.numbers)
             return
         known = loss.isfinite() | (self._offending[0] >= 0)
         self._offending.copy_(torch.where(known, self._offending, batch.numbers))
 
-    def _refuse(self, loss: float, batch: Minibatch) -> None:
-        """Stop at a loss that is not finite."""
+    def _refuse(self, loss: float, numbers: Tensor) -> None:
+        """Stop at a loss that is not finite, of the transitions with these numbers."""
         if math.isfinite(loss):
             return
-        if batch.numbers is not None:
-            self._offending.copy_(batch.numbers)
+        self._offending.copy_(numbers)
         raise NonFiniteLossError(f"the loss of update {self.updates + 1:,} is {loss}")
 
     def has_offending(self) -> Tensor:

@@ -70,6 +70,7 @@ typedef struct {
     double *sums;           /* to these are added the means of loss, |TD error| and Q-value */
     float gamma, clip;      /* of the rewards; 0: as they are */
     int64_t mean;           /* 1: the loss is the mean over the minibatch, 0: the sum */
+    int64_t unchecked;      /* 1: a loss that is not finite is no reason to stop */
 } Objective;
 
 /* What of the way back is left to do. Two kinds of work go on side by side: convolutions keep a core busy, the dense
@@ -150,7 +151,7 @@ static float lose(const Objective *objective, int64_t batch, int64_t actions, co
         memset(gradient, 0, actions * sizeof(float));
         gradient[objective->actions[n]] = objective->mean ? slope / (float)batch : slope;
     }
-    if (isfinite(losses)) {
+    if (objective->unchecked || isfinite(losses)) {
         objective->sums[0] += losses / (float)batch;
         objective->sums[1] += errors / (float)batch;
         objective->sums[2] += values / (float)batch;

@@ -776,8 +776,8 @@ void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *b
     }
 }
 
-/* A whole update: `passes` are the target network's and the network's own. Returns the loss, and if it is not finite has
- * changed nothing. Without a store the transitions are in the objective already. */
+/* A whole update: `passes` are the target network's and the network's own. Returns the loss, and if it is checked and not
+ * finite has changed nothing. Without a store the transitions are in the objective already. */
 float NAME(learn)(const Shape *shape, const Pass *passes, const Store *store, const int64_t *numbers,
                   const Objective *objective, const Back *back, const Layer *layers, uint8_t *scratch, int64_t threads,
                   float rate, float beta1, float beta2, float eps) {
@@ -785,7 +785,7 @@ float NAME(learn)(const Shape *shape, const Pass *passes, const Store *store, co
     NAME(forward)(shape, passes, 2, scratch, threads);
     const float loss =
         lose(objective, passes[1].batch, shape->actions, passes[1].q_values, passes[0].q_values);
-    if (isfinite(loss))
+    if (objective->unchecked || isfinite(loss))
         NAME(backward_and_step)(shape, &passes[1], back, layers, scratch, threads, rate, beta1, beta2, eps);
     return loss;
 }

@@ -71,7 +71,7 @@ class _Objective(ctypes.Structure):
     _fields_ = (
         *((name, Pointer) for name in ("places", "actions", "rewards", "terminals", "q_gradient", "sums")),
         *((name, ctypes.c_float) for name in ("gamma", "clip")),
-        ("mean", Integer),
+        *((name, Integer) for name in ("mean", "unchecked")),
     )
 
 
@@ -380,7 +380,7 @@ class CompiledNetwork(FusedNetwork):
             adamax: rate without the bias of the first moment, β1, β2, ε.
 
         Returns:
-            The loss; if it is not finite nothing has changed.
+            The loss; if it is not finite and the transitions have numbers, nothing has changed.
         """
         drawn = batch if isinstance(batch, DrawnMinibatch) else None
         numbers = None if drawn is None else drawn.numbers.contiguous()
@@ -430,7 +430,8 @@ class CompiledNetwork(FusedNetwork):
             self._fill(struct, working, seen, room, q_values)
             alive += [room, q_values]
         given = (places, actions, rewards, terminals, q_gradient, loss.sums)
-        objective = _Objective(*(tensor.data_ptr() for tensor in given), loss.gamma, loss.reward_clip, loss.mean)
+        settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
+        objective = _Objective(*(tensor.data_ptr() for tensor in given), *settings)
         back = self._make_back(q_gradient)
         kept_alive = batch.kept if isinstance(batch, DrawnMinibatch) else None
         return _Call(target, kept_alive, size, loss, structs, store, objective, back, q_gradient, [*alive, *given])

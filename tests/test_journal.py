@@ -201,14 +201,14 @@ def content(replay: Replay) -> dict[str, list[bytes]]:
         for row in range(oldest, replay._newest + 1)
     ]
     low, high = replay.drawable
-    numbers = torch.arange(low, high) % len(replay._entry_of)
+    numbers = torch.arange(low, high) % len(replay.kept.entry_of)
     return {
-        "frames": [replay._frames[row].numpy().tobytes() for row in rows],
-        "ages": [replay._age[row].numpy().tobytes() for row in rows],
-        "actions": [replay._actions[row].numpy().tobytes() for row in rows[:-1]],
-        "rewards": [replay._rewards[row].numpy().tobytes() for row in rows[:-1]],
-        "terminals": [replay._terminals[row].numpy().tobytes() for row in rows[:-1]],
-        "numbers": [replay._entry_of[numbers].numpy().tobytes(), f"{low} {high}".encode()],
+        "frames": [replay.kept.frames[row].numpy().tobytes() for row in rows],
+        "ages": [replay.kept.age[row].numpy().tobytes() for row in rows],
+        "actions": [replay.kept.actions[row].numpy().tobytes() for row in rows[:-1]],
+        "rewards": [replay.kept.rewards[row].numpy().tobytes() for row in rows[:-1]],
+        "terminals": [replay.kept.terminals[row].numpy().tobytes() for row in rows[:-1]],
+        "numbers": [replay.kept.entry_of[numbers].numpy().tobytes(), f"{low} {high}".encode()],
     }
 
 

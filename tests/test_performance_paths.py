@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import resource
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -312,8 +312,8 @@ def test_same_seed_same_threads_same_weights(num_envs: int) -> None:
     assert first.updates > 50
     for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(first_replay._frames, second_replay._frames)
-    assert torch.equal(first_replay._actions, second_replay._actions)
+    assert torch.equal(first_replay.kept.frames, second_replay.kept.frames)
+    assert torch.equal(first_replay.kept.actions, second_replay.kept.actions)
 
 
 @needs_compiler
@@ -326,10 +326,11 @@ def test_replay_holds_the_same_whatever_path_the_updates_take() -> None:
         assert dqn.updates > 30
         found.append(replay)
     first, second = found
-    assert torch.equal(first._frames, second._frames)
-    assert torch.equal(first._rewards, second._rewards)
-    for ours, theirs in zip(vars(first.sample(16)).values(), vars(second.sample(16)).values(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert torch.equal(first.kept.frames, second.kept.frames)
+    assert torch.equal(first.kept.rewards, second.kept.rewards)
+    ours, theirs = first.sample(16), second.sample(16)
+    for entry in fields(Minibatch):
+        assert torch.equal(getattr(ours, entry.name), getattr(theirs, entry.name))
 
 
 @needs_compiler

@@ -194,7 +194,7 @@ class Replay:
         self._rows = capacity // num_envs
         self._ring = self._rows + stack_size
         entries = self._ring * num_envs
-        self._kept = Entries(
+        self.kept = Entries(
             frames=torch.zeros((entries + 1, *frame_shape), dtype=torch.uint8, device=self.device),
             age=torch.zeros(entries, dtype=torch.uint8, device=self.device),
             actions=torch.zeros(entries, dtype=torch.uint8, device=self.device),
@@ -253,7 +253,7 @@ class Replay:
     @property
     def nbytes(self) -> int:
         """Bytes that the ring occupies on the device."""
-        return self._kept.nbytes
+        return self.kept.nbytes
 
     def start(self, frames: Array) -> None:
         """Store the first frame of every emulator's episode: uint8, shape (N, 84, 84)."""
@@ -313,12 +313,12 @@ class Replay:
         if self._staging is not None:
             self._stage(self._staging, row, actions, rewards, terminals, next_frames, np.asarray(is_reset, bool))
             return
-        self._kept.actions[row] = torch.as_tensor(actions, device=self.device)
-        self._kept.rewards[row] = torch.as_tensor(rewards, device=self.device)
-        self._kept.terminals[row] = torch.as_tensor(terminals, device=self.device)
+        self.kept.actions[row] = torch.as_tensor(actions, device=self.device)
+        self.kept.rewards[row] = torch.as_tensor(rewards, device=self.device)
+        self.kept.terminals[row] = torch.as_tensor(terminals, device=self.device)
         (slots,) = np.nonzero(~np.asarray(is_reset, bool))
-        numbers = (self._stored + np.arange(len(slots))) % len(self._kept.entry_of)
-        self._kept.entry_of[torch.as_tensor(numbers, device=self.device)] = torch.as_tensor(
+        numbers = (self._stored + np.arange(len(slots))) % len(self.kept.entry_of)
+        self.kept.entry_of[torch.as_tensor(numbers, device=self.device)] = torch.as_tensor(
             row.start + slots, device=self.device
         )
         self._stored += len(slots)
@@ -326,8 +326,8 @@ class Replay:
 
     def _observe(self, frames: Array, is_reset: Array) -> None:
         row, frames = self._next_row(frames, is_reset)
-        self._kept.frames[row] = torch.as_tensor(frames, device=self.device)
-        self._kept.age[row] = torch.as_tensor(self._newest_age, device=self.device)
+        self.kept.frames[row] = torch.as_tensor(frames, device=self.device)
+        self.kept.age[row] = torch.as_tensor(self._newest_age, device=self.device)
         if self._staging is not None:
             self._place.copy_(torch.tensor([*self.drawable, row.start]))
 
@@ -358,7 +358,7 @@ class Replay:
         # As many numbers as emulators whatever happened: those of resets are taken back by the next real transitions,
         # which come before anybody may draw them.
         order = np.argsort(is_reset, kind="stable")
-        fields["numbers"][:] = (self._stored + np.arange(self.num_envs)) % len(self._kept.entry_of)
+        fields["numbers"][:] = (self._stored + np.arange(self.num_envs)) % len(self.kept.entry_of)
         fields["entries"][:] = row.start + order
         self._stored += int((~is_reset).sum())
         next_row, frames = self._next_row(frames, is_reset)
@@ -366,12 +366,12 @@ class Replay:
         fields["place"][:] = (*self.drawable, next_row.start)
         staging.send()
         sent = staging.device
-        self._kept.actions[row] = sent["actions"]
-        self._kept.rewards[row] = sent["rewards"]
-        self._kept.terminals[row] = sent["terminals"]
-        self._kept.entry_of.index_copy_(0, sent["numbers"], sent["entries"])
-        self._kept.frames[next_row] = sent["frames"]
-        self._kept.age[next_row] = sent["age"]
+        self.kept.actions[row] = sent["actions"]
+        self.kept.rewards[row] = sent["rewards"]
+        self.kept.terminals[row] = sent["terminals"]
+        self.kept.entry_of.index_copy_(0, sent["numbers"], sent["entries"])
+        self.kept.frames[next_row] = sent["frames"]
+        self.kept.age[next_row] = sent["age"]
         self._place.copy_(sent["place"])
 
     def observations(self) -> Tensor:
@@ -381,7 +381,7 @@ class Replay:
         else:
             place = self._newest % self._ring
             entries = torch.arange(place * self.num_envs, (place + 1) * self.num_envs, device=self.device)
-        return self._kept.frames_at(self._kept.places(entries, self.stack_size))
+        return self.kept.frames_at(self.kept.places(entries, self.stack_size))
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Minibatch:
         """Draw ``batch_size`` transitions uniformly, with replacement.
@@ -412,7 +412,7 @@ class Replay:
         return self._gather(numbers)
 
     def _gather(self, numbers: Tensor) -> DrawnMinibatch:
-        return DrawnMinibatch(self._kept, numbers)
+        return DrawnMinibatch(self.kept, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the generator and :meth:`checksum`: the frames are made anew from the journal."""
