@@ -377,7 +377,7 @@ class CompiledNetwork(FusedNetwork):
             target: the target network's working weights.
             batch: transitions; those of a replay in ordinary memory are looked up there.
             loss: what is minimized.
-            adamax: rate without the bias of the first moment, β1, β2, ε.
+            adamax: what :meth:`agents.fused.FusedAdamax.next_step` returned: rate, β1, β2, ε.
 
         Returns:
             The loss; if it is not finite and the transitions have numbers, nothing has changed.

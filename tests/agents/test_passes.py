@@ -17,6 +17,7 @@ from agents.dqn import DQN
 from agents.fused import FusedAdamax, FusedNetwork
 from agents.passes import CompiledNetwork
 from wn_rl.config import TrainConfig, load, resolve
+from wn_rl.errors import NonFiniteLossError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold
 from wn_rl.parameterizations.base import entry_of
@@ -208,6 +209,74 @@ def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reward_clip", [0.0, 0.5, 1.0])
+def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, reward_clip: float) -> None:
+    agent = made(precision, loss_reduction=reduction, reward_clip=reward_clip)
+    compiled = agent._fused
+    assert isinstance(compiled, CompiledNetwork)
+    assert isinstance(agent.optimizer, FusedAdamax)
+    sizes = []
+    for number in range(3):
+        batch = drawn(number)
+        with torch.no_grad():
+            direction_and_scale(agent.q_network.output)[1].mul_(5.0)  # errors on both sides of 1
+            next_q_values, q_values, _ = compiled.compare(agent._targets_weights(compiled), batch)
+        leaf = q_values.clone().requires_grad_(True)
+        losses, error, value = agent._compare(batch, leaf, next_q_values)
+        loss = losses.sum() if reduction == "sum" else losses.mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        found = compiled.learn(agent._targets_weights(compiled), batch, agent._loss, agent.optimizer.next_step())
+        assert compiled._call is not None
+        torch.testing.assert_close(compiled._call.q_gradient, leaf.grad, rtol=1e-6, atol=0)
+        assert found == pytest.approx(float(loss.detach()), rel=1e-5)
+        expected = torch.stack([losses.mean(), error.abs().mean(), value.mean()]).tolist()
+        assert agent._sums.tolist() == pytest.approx(expected, rel=1e-5)
+        agent._sums.zero_()
+        sizes.append(error.detach().abs())
+    assert (torch.cat(sizes) > 1).any()
+    assert (torch.cat(sizes) < 1).any()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> None:
+    agent = made(precision)
+    agent.update(drawn(0))
+    with torch.no_grad():
+        agent.q_network.output.bias[2] = float("inf")
+    before, batch = copy.deepcopy(agent.state_dict()), drawn(1)
+    weights = [parameter.detach().clone() for parameter in agent.q_network.parameters()]
+    with pytest.raises(NonFiniteLossError):
+        agent.update(batch)
+    assert agent.offending_transitions().tolist() == batch.numbers.tolist()  # type: ignore[union-attr]
+    for ours, theirs in zip(weights, agent.q_network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    after = agent.state_dict()
+    assert after["sums"].tolist() == before["sums"].tolist()
+    for index, state in before["optimizer"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, after["optimizer"][index][name])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_leaves_the_working_weights_that_are_made_of_what_is_trained(precision: torch.dtype) -> None:
+    agent = made(precision)
+    compiled = agent._fused
+    assert isinstance(compiled, CompiledNetwork)
+    for number in range(2):
+        agent.update(drawn(number))
+    kept = [*compiled.working.weights, *(weight for weight in compiled._back_weights if weight is not None)]
+    assert len(kept) == 7
+    stepped = [tensor.clone() for tensor in kept]
+    for tensor in kept:
+        tensor.zero_()
+    compiled._versions = []  # as after somebody else's change
+    compiled.refresh()
+    for ours, theirs in zip(stepped, kept, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: torch.dtype) -> None:
     agent = made(precision)
     agent.update(drawn(0))
@@ -247,8 +316,8 @@ def test_what_the_passes_cannot_compute_is_said(changes: dict[str, object], reas
     assert reason in passes.unsupported(network, LIBRARY, torch.float32)
 
 
-def made(precision: torch.dtype) -> DQN:
-    values: dict[str, object] = {"game": "breakout", "param": "wn", "hidden_units": 64, "compile": "on"}
+def made(precision: torch.dtype, **changes: object) -> DQN:
+    values: dict[str, object] = {"game": "breakout", "param": "wn", "hidden_units": 64, "compile": "on", **changes}
     name = "bfloat16" if precision is torch.bfloat16 else "float32"
     config: TrainConfig = resolve(replace(load("paper"), **values, precision=name, batch_size=9))  # type: ignore[arg-type]
     agent = DQN(replace(config, device="cpu"), 4, CPU)
@@ -263,5 +332,6 @@ def drawn(seed: int) -> Minibatch:
     replay.start(generator.integers(0, 256, (2, 84, 84), np.uint8))
     for step in range(50):
         shown = generator.integers(0, 256, (2, 84, 84), np.uint8)
-        replay.add(generator.integers(0, 4, 2), np.ones(2), np.zeros(2, bool), shown, np.full(2, step % 7 == 6))
+        rewards, ends = generator.integers(-3, 4, 2) / 2, generator.random(2) < 0.3
+        replay.add(generator.integers(0, 4, 2), rewards, ends, shown, np.full(2, step % 7 == 6))
     return replay.sample(9)
