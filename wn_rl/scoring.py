@@ -18,7 +18,7 @@ from wn_rl.errors import CheckpointError, Failure, UsageError, WnRlError, one_li
 from wn_rl.evaluation import EvaluationResult, evaluate
 from wn_rl.machine import pick_device, set_float32_precision
 from wn_rl.protocols import TRAINING, ActionSet, ScoreProtocol, find_protocol
-from wn_rl.report.statistics import Estimate, mean_interval
+from wn_rl.statistics import Estimate, mean_interval
 from wn_rl.trained import Trained
 
 MAX_EMULATORS = 30
