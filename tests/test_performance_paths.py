@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents import native
+from agents import native, passes
 from agents.dqn import DQN
 from agents.fused import FusedAdamax, FusedNetwork, unsupported
 from wn_rl.atari.env import make_atari
@@ -335,14 +335,18 @@ def test_replay_holds_the_same_whatever_path_the_updates_take() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_memory_stays_flat_over_200_000_updates() -> None:
+@pytest.mark.parametrize("kind", [FusedNetwork, passes.CompiledNetwork])
+def test_memory_stays_flat_over_200_000_updates(kind: type[FusedNetwork]) -> None:
     """A small network on small frames, or it would take an hour; the code is that of the large one."""
-    spec = QNetworkSpec(3, "wn", observation_shape=(4, 16, 16), convolutions=((4, 4, 2), (4, 3, 1)), hidden_units=8)
-    dqn = DQN(configured(param="wn", precision="bfloat16", compile="on", hidden_units=8), 3, CPU)
+    convolutions = ((16, 4, 4), (16, 2, 2))
+    spec = QNetworkSpec(3, "wn", observation_shape=(4, 16, 16), convolutions=convolutions, hidden_units=16)
+    dqn = DQN(configured(param="wn", precision="bfloat16", compile="on", hidden_units=16), 3, CPU)
     library = native.load()
     assert not isinstance(library, str)
     network = build_q_network(spec, seed=0)
-    dqn._fused = FusedNetwork(network, library, precision=torch.bfloat16)
+    if kind is passes.CompiledNetwork and (reason := passes.unsupported(network, library, torch.bfloat16)):
+        pytest.skip(reason)
+    dqn._fused = kind(network, library, precision=torch.bfloat16)
     dqn.q_network, dqn.target_network = network, copy.deepcopy(network)
     dqn.optimizer = FusedAdamax(dqn._fused, 1e-4, (0.5, 0.999), 1e-8)
     replay = Replay(500, 4, frame_shape=(16, 16))
