@@ -3,6 +3,7 @@
  * Each number is computed by one thread in one order, so no result depends on the number of threads.
  */
 #include "kernels.h"
+#include <time.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
 
@@ -68,6 +69,7 @@ typedef struct {
     uint8_t *terminals;
     float *q_gradient;      /* (batch, actions), written: the loss's by the Q-values */
     double *sums;           /* to these are added the means of loss, |TD error| and Q-value */
+    double *seconds;        /* and to these what looking up, the way forward, and the way back with the step took */
     float gamma, clip;      /* of the rewards; 0: as they are */
     int64_t mean;           /* 1: the loss is the mean over the minibatch, 0: the sum */
     int64_t unchecked;      /* 1: a loss that is not finite is no reason to stop */
@@ -126,6 +128,12 @@ static void look_up(const Store *store, const int64_t *numbers, int64_t batch, c
         objective->rewards[n] = store->rewards[entry];
         objective->terminals[n] = store->terminals[entry];
     }
+}
+
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 /* The loss of Q-learning with clipped TD errors and its gradient by the Q-values; what is not a number stays so. */

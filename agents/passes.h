@@ -781,11 +781,16 @@ void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *b
 float NAME(learn)(const Shape *shape, const Pass *passes, const Store *store, const int64_t *numbers,
                   const Objective *objective, const Back *back, const Layer *layers, uint8_t *scratch, int64_t threads,
                   float rate, float beta1, float beta2, float eps) {
+    const double start = seconds();
     if (store) look_up(store, numbers, passes[1].batch, objective);
+    const double found = seconds();
     NAME(forward)(shape, passes, 2, scratch, threads);
-    const float loss =
-        lose(objective, passes[1].batch, shape->actions, passes[1].q_values, passes[0].q_values);
+    const float loss = lose(objective, passes[1].batch, shape->actions, passes[1].q_values, passes[0].q_values);
+    const double halfway = seconds();
     if (objective->unchecked || isfinite(loss))
         NAME(backward_and_step)(shape, &passes[1], back, layers, scratch, threads, rate, beta1, beta2, eps);
+    objective->seconds[0] += found - start;
+    objective->seconds[1] += halfway - found;
+    objective->seconds[2] += seconds() - halfway;
     return loss;
 }

@@ -1,4 +1,4 @@
-"""The whole update in compiled passes, for processors with vectors of 512 bits: what torch's operations are for others.
+"""The whole update in one compiled call, for processors with vectors of 512 bits; others take torch's operations.
 
 The same arithmetic as :class:`agents.fused.FusedNetwork`'s with float32 where that rounds to bfloat16 between two
 operations: sums, biases, the hidden layer and all gradients of weights. Layouts are said in ``passes.c``.
@@ -69,7 +69,7 @@ class _Store(ctypes.Structure):
 
 class _Objective(ctypes.Structure):
     _fields_ = (
-        *((name, Pointer) for name in ("places", "actions", "rewards", "terminals", "q_gradient", "sums")),
+        *((name, Pointer) for name in ("places", "actions", "rewards", "terminals", "q_gradient", "sums", "seconds")),
         *((name, ctypes.c_float) for name in ("gamma", "clip")),
         *((name, Integer) for name in ("mean", "unchecked")),
     )
@@ -179,7 +179,12 @@ def _of(observations: Tensor) -> Seen:
 
 
 class CompiledNetwork(FusedNetwork):
-    """A Q-network's passes and step as two compiled calls per update."""
+    """A Q-network's passes and step in compiled code; an update is one call.
+
+    Attributes:
+        seconds: float64, shape (3,): what :meth:`learn` has taken so far for looking up transitions, for the way
+            forward with the loss, and for the way back with the step.
+    """
 
     def _prepare(self) -> None:
         self.pair = 2 if self.precision is torch.bfloat16 else 1
@@ -209,6 +214,7 @@ class CompiledNetwork(FusedNetwork):
         self._q_gradient = torch.empty(0)
         self._shape = self._make_shape()
         self._forward = getattr(self.library, f"forward_{_name(self.precision)}")
+        self.seconds = torch.zeros(3, dtype=torch.float64)
         self._call: _Call | None = None
         self._learn = getattr(self.library, f"learn_{_name(self.precision)}")
         self._backward_and_step = getattr(self.library, f"backward_and_step_{_name(self.precision)}")
@@ -429,7 +435,7 @@ class CompiledNetwork(FusedNetwork):
             room, q_values = self._room(size, keep), torch.empty(size, self.actions)
             self._fill(struct, working, seen, room, q_values)
             alive += [room, q_values]
-        given = (places, actions, rewards, terminals, q_gradient, loss.sums)
+        given = (places, actions, rewards, terminals, q_gradient, loss.sums, self.seconds)
         settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
         objective = _Objective(*(tensor.data_ptr() for tensor in given), *settings)
         back = self._make_back(q_gradient)
