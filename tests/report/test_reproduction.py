@@ -223,6 +223,13 @@ def test_figures_are_drawn_for_games_with_runs(results: Path, docs: Path, capsys
     assert "reproduction-Breakout.png is missing" in capsys.readouterr().err
 
 
+def test_a_run_that_later_code_resumed_names_both(results: Path, docs: Path) -> None:
+    run = results / "r1" / "SpaceInvaders-wn-paper-s2"
+    (run / "provenance.json").write_text('{"commit": ["0123abc", "4567def"]}')
+    assert reproduction.main([str(results), "--out", str(docs)]) == 0
+    assert "| 1.50 h | `0123abc`, `4567def` |" in (docs / "reproduction.md").read_text()
+
+
 def test_what_cannot_be_read_is_one_line_and_leaves_the_page(
     results: Path, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,8 +249,9 @@ def test_what_cannot_be_read_is_one_line_and_leaves_the_page(
     (run / "evaluations.csv").write_text(good.replace("350.0", "many"))
     fails("evaluations.csv is damaged")
     (run / "evaluations.csv").write_text(good)
-    (run / "provenance.json").write_text('{"commit": "| x |"}')
-    fails("provenance.json must hold")
+    for told in ("| x |", [], [7], ["0123abc", "| x |"], None):
+        (run / "provenance.json").write_text(json.dumps({"commit": told}))
+        fails("provenance.json must hold")
     (run / "provenance.json").write_text("{")
     fails("provenance.json is damaged")
     (run / "provenance.json").unlink()

@@ -14,7 +14,7 @@ from wn_rl.report.references import PAPER_GAME, ReferenceCurve, paper_curves, pu
 from wn_rl.report.results import RunResult
 
 PROVENANCE = "provenance.json"
-"""Beside a run's files: {"commit": …} of the code that trained it."""
+"""Beside a run's files: {"commit": …} of the code that trained it, a list where later code resumed it."""
 OPEN = "*open*"
 EQUAL_FRAMES = (1, 2, 3, 4, 5, 10, 20, 40, 100, 200)
 """Millions of frames at which curves are compared."""
@@ -183,10 +183,12 @@ def _commit(run: RunResult) -> str:
         raise WnRlError(f"cannot read {file}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise WnRlError(f"{file} is damaged: it is no JSON") from None
-    commit = value.get("commit") if isinstance(value, dict) else None
-    if not isinstance(commit, str) or not commit.isalnum() or len(commit) > 40:
+    given = value.get("commit") if isinstance(value, dict) else None
+    # A list, in order, where a run was resumed with later code.
+    commits = given if isinstance(given, list) and given else [given]
+    if not all(isinstance(commit, str) and commit.isalnum() and len(commit) <= 40 for commit in commits):
         raise WnRlError(f'{file} must hold {{"commit": "…"}}, letters and digits')
-    return f"`{commit[:10]}`"
+    return ", ".join(f"`{commit[:10]}`" for commit in commits)
 
 
 def _runs(ladder: Ladder) -> str:
