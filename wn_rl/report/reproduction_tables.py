@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 
 from wn_rl.errors import WnRlError
@@ -185,10 +186,11 @@ def _commit(run: RunResult) -> str:
         raise WnRlError(f"{file} is damaged: it is no JSON") from None
     given = value.get("commit") if isinstance(value, dict) else None
     # A list, in order, where a run was resumed with later code.
-    commits = given if isinstance(given, list) and given else [given]
-    if not all(isinstance(commit, str) and commit.isalnum() and len(commit) <= 40 for commit in commits):
+    commits = given if isinstance(given, list) else [given]
+    named = [f"`{commit[:10]}`" for commit in commits if isinstance(commit, str) and re.fullmatch(r"\w{1,40}", commit)]
+    if not named or len(named) < len(commits):
         raise WnRlError(f'{file} must hold {{"commit": "…"}}, letters and digits')
-    return ", ".join(f"`{commit[:10]}`" for commit in commits)
+    return ", ".join(named)
 
 
 def _runs(ladder: Ladder) -> str:
