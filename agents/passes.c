@@ -63,7 +63,7 @@ typedef struct {
 
 /* What of the transitions of a minibatch is not in the frames, and the loss. */
 typedef struct {
-    int64_t *places;        /* (batch, stack + 1); of both passes */
+    int64_t *places;        /* (batch, stack + 1): of both passes, written from the store; else unused */
     int64_t *actions;       /* (batch) each */
     float *rewards;
     uint8_t *terminals;
@@ -115,9 +115,11 @@ ALWAYS_INLINE void turn(__m512 *block) {
     }
 }
 
-/* Look up transitions by number, with the places of their frames: the one after the last entry is black. */
-static void look_up(const Store *store, const int64_t *numbers, int64_t batch, const Objective *objective) {
+/* Look up transitions by number, with the places of their frames: the one after the last entry is black. Returns whether
+ * there are such numbers. */
+static int look_up(const Store *store, const int64_t *numbers, int64_t batch, const Objective *objective) {
     for (int64_t n = 0; n < batch; n++) {
+        if (numbers[n] < 0) return 0;
         const int64_t entry = store->entry_of[numbers[n] % store->entries];
         for (int64_t f = 0; f <= store->stack; f++) {
             const int64_t back = store->stack - 1 - f; /* rows before the entry's; one after it is -1 */
@@ -128,12 +130,21 @@ static void look_up(const Store *store, const int64_t *numbers, int64_t batch, c
         objective->rewards[n] = store->rewards[entry];
         objective->terminals[n] = store->terminals[entry];
     }
+    return 1;
 }
 
 static double seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Whether the network has all actions that were taken. */
+static int has_actions(const Objective *objective, int64_t batch, int64_t actions) {
+    for (int64_t n = 0; n < batch; n++) {
+        if (objective->actions[n] < 0 || objective->actions[n] >= actions) return 0;
+    }
+    return 1;
 }
 
 /* The loss of Q-learning with clipped TD errors and its gradient by the Q-values; what is not a number stays so. */

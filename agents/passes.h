@@ -308,7 +308,7 @@ static void NAME(dense)(const Shape *shape, const Pass *pass, int64_t from, int6
     const int32_t *weight = (const int32_t *)pass->dense + from * words, *x = (const int32_t *)pass->flat;
     float sums[4][24 * 16];
     const int32_t *ahead = (const int32_t *)pass->dense + (next < shape->hidden ? next : from) * words;
-    const int64_t share = 16 * words / (4 * ((pass->batch + 5) / 6) * ((words + range - 1) / range)) + 16;
+    const int64_t share = 16 * words / (4 * (pass->batch / 6 + 1) * ((words + range - 1) / range)) + 16;
     for (int64_t n = 0; n < pass->batch;) {
         const int64_t count = n + 6 <= pass->batch ? 6 : n + 2 <= pass->batch ? 2 : 1;
         for (int64_t k = 0; k < words; k += range) {
@@ -777,12 +777,13 @@ void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *b
 }
 
 /* A whole update: `passes` are the target network's and the network's own. Returns the loss, and if it is checked and not
- * finite has changed nothing. Without a store the transitions are in the objective already. */
+ * finite has changed nothing; below zero where there is no such transition or action. Without a store the transitions are in the objective already. */
 float NAME(learn)(const Shape *shape, const Pass *passes, const Store *store, const int64_t *numbers,
                   const Objective *objective, const Back *back, const Layer *layers, uint8_t *scratch, int64_t threads,
                   float rate, float beta1, float beta2, float eps) {
     const double start = seconds();
-    if (store) look_up(store, numbers, passes[1].batch, objective);
+    if (store && !look_up(store, numbers, passes[1].batch, objective)) return -1.0f;
+    if (!has_actions(objective, passes[1].batch, shape->actions)) return -1.0f;
     const double found = seconds();
     NAME(forward)(shape, passes, 2, scratch, threads);
     const float loss = lose(objective, passes[1].batch, shape->actions, passes[1].q_values, passes[0].q_values);

@@ -7,6 +7,8 @@ operations: sums, biases, the hidden layer and all gradients of weights. Layouts
 from __future__ import annotations
 
 import ctypes
+import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -142,10 +144,14 @@ class _Room:
 
 @dataclass
 class _Call:
-    """What an update is told, made once for a target network's weights, a replay and a size; keeps it all alive."""
+    """What an update is told, made once for a target network's weights, a replay and a size.
+
+    It keeps everything alive but the replay, which may be as large as the machine, and the memory of the way back,
+    whose owner forgets a call that refers to it.
+    """
 
     target: Working
-    kept: Entries | None
+    kept: weakref.ref[Entries] | None
     size: int
     loss: Loss
     passes: ctypes.Array[_Pass]
@@ -153,10 +159,26 @@ class _Call:
     objective: _Objective
     back: _Back
     q_gradient: Tensor
+    room: _Room
+    spare: Tensor
     alive: list[Any]
 
-    def serves(self, target: Working, kept: Entries | None, size: int, loss: Loss) -> bool:
-        return self.target is target and self.kept is kept and self.size == size and self.loss is loss
+    def serves(self, target: Working, kept: Entries, size: int, loss: Loss) -> bool:
+        """Whether this is the call for such an update."""
+        same_replay = self.kept is not None and self.kept() is kept
+        return same_replay and self.target is target and self.size == size and self.loss is loss
+
+    def turn(self) -> None:
+        """Let what the dense layer sees go to the other of two places.
+
+        After a refused update somebody asks for the gradient of the one before.
+        """
+        room, own = self.room, self.passes[1]
+        room.flat, self.spare = self.spare, room.flat
+        own.flat = room.flat.data_ptr()
+        if room.seen[-1] is self.spare:  # where a word is one number
+            room.seen[-1] = room.flat
+            own.seen[len(room.seen) - 1] = own.flat
 
 
 class Seen(NamedTuple):
@@ -381,20 +403,24 @@ class CompiledNetwork(FusedNetwork):
 
         Args:
             target: the target network's working weights.
-            batch: transitions; those of a replay in ordinary memory are looked up there.
+            batch: transitions; drawn ones that nobody has looked at are looked up in the replay.
             loss: what is minimized.
             adamax: what :meth:`agents.fused.FusedAdamax.next_step` returned: rate, β1, β2, ε.
 
         Returns:
             The loss; if it is not finite and the transitions have numbers, nothing has changed.
+
+        Raises:
+            IndexError: a transition has a number or an action that does not exist.
+            ValueError: the observations are not what the network takes, or fields differ in length.
         """
-        drawn = batch if isinstance(batch, DrawnMinibatch) else None
-        numbers = None if drawn is None else drawn.numbers.contiguous()
+        drawn = batch if isinstance(batch, DrawnMinibatch) and batch.untouched else None
+        numbers = None if drawn is None else drawn.numbers.long().contiguous()
         call = self._call
         if call is None or drawn is None or not call.serves(target, drawn.kept, len(drawn.numbers), loss):
-            call = self._call = self._make_call(target, batch, loss)
+            call = self._call = self._make_call(target, batch, drawn, loss)
         threads = self._threads()
-        self._pass, self._q_gradient = call.passes[1], call.q_gradient
+        call.turn()
         made: float = self._learn(
             ctypes.byref(self._shape),
             call.passes,
@@ -407,45 +433,68 @@ class CompiledNetwork(FusedNetwork):
             threads,
             *adamax,
         )
+        if made < 0.0 or not (math.isfinite(made) or call.objective.unchecked):
+            call.turn()  # what the step before left is still asked for
+        if made < 0.0:
+            raise IndexError("a transition has a number or an action that does not exist")
+        self._pass, self._q_gradient = call.passes[1], call.q_gradient
         return made
 
-    def _make_call(self, target: Working, batch: Minibatch, loss: Loss) -> _Call:
+    def _make_call(self, target: Working, batch: Minibatch, drawn: DrawnMinibatch | None, loss: Loss) -> _Call:
         store = None
-        if isinstance(batch, DrawnMinibatch):
-            kept, numbers = batch.kept, batch.numbers
-            size, stack = len(numbers), len(kept.offsets) - 1
+        if drawn is not None:
+            kept, size, stack = drawn.kept, len(drawn.numbers), len(drawn.kept.offsets) - 1
             places = torch.empty(size, stack + 1, dtype=torch.int64)
             then, now = Seen(kept.frames, places[:, 1:]), Seen(kept.frames, places[:, :-1])
             actions, rewards = torch.empty(size, dtype=torch.int64), torch.empty(size)
             terminals = torch.empty(size, dtype=torch.bool)
             tensors = (kept.entry_of, kept.age, kept.actions, kept.terminals, kept.rewards)
             store = _Store(*(tensor.data_ptr() for tensor in tensors), len(kept.age), kept.num_envs, stack)
+            shape, sizes = (stack, *kept.frames.shape[1:]), {size}
         else:
             size = len(batch.actions)
             then, now = _of(batch.next_observations), _of(batch.observations)
             places = now.places
-            actions, rewards = batch.actions.contiguous(), batch.rewards.float().contiguous()
+            actions, rewards = batch.actions.long().contiguous(), batch.rewards.float().contiguous()
             terminals = batch.terminals.bool().contiguous()
+            shape = tuple(batch.observations.shape[1:])
+            sizes = {size, len(rewards), len(terminals), len(then.places), len(now.places)}
+        if shape != tuple(self.network.spec.observation_shape) or len(sizes) > 1:
+            raise ValueError(f"a minibatch of {size} transitions with observations of {shape} does not fit the network")
         q_gradient = torch.empty(size, self.actions)
         structs = (_Pass * 2)()
-        alive: list[Any] = [then, now]
-        for struct, working, seen, keep in zip(
-            structs, (target, self.working), (then, now), (False, True), strict=True
+        rooms = [self._room(size, keep) for keep in (False, True)]
+        q_values = torch.empty(2, size, self.actions)
+        for struct, working, seen, room, q in zip(
+            structs, (target, self.working), (then, now), rooms, q_values, strict=True
         ):
-            room, q_values = self._room(size, keep), torch.empty(size, self.actions)
-            self._fill(struct, working, seen, room, q_values)
-            alive += [room, q_values]
+            self._fill(struct, working, seen, room, q)
         given = (places, actions, rewards, terminals, q_gradient, loss.sums, self.seconds)
         settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
         objective = _Objective(*(tensor.data_ptr() for tensor in given), *settings)
         back = self._make_back(q_gradient)
-        kept_alive = batch.kept if isinstance(batch, DrawnMinibatch) else None
-        return _Call(target, kept_alive, size, loss, structs, store, objective, back, q_gradient, [*alive, *given])
+        alive = [q_values, *rooms, *given, *(() if drawn else (then, now))]
+        kept_reference = None if drawn is None else weakref.ref(drawn.kept)
+        return _Call(
+            target,
+            kept_reference,
+            size,
+            loss,
+            structs,
+            store,
+            objective,
+            back,
+            q_gradient,
+            rooms[1],
+            torch.empty_like(rooms[1].flat),
+            alive,
+        )
 
     def _make_back(self, q_gradient: Tensor) -> _Back:
         """Return what the way back is told, with memory for as many observations."""
         batch, dense = len(q_gradient), len(self.convolutions)
         if self._room_back[0] != batch:
+            self._call = None  # it refers to what is replaced
             groups = -(-batch // self.pair)
             words = [conv.down * conv.across * conv.units for conv in self.convolutions]
             self._room_back = (

@@ -71,8 +71,8 @@ class Arguments:
 COLUMNS = ("hardware", "threads", "precision", "torch", "minibatch", "param", "ms", "ratio", "ratio_low", "ratio_high")
 
 
-def play(game: str, count: int, device: torch.device) -> Replay:
-    """Return a replay with ``count`` transitions of random play."""
+def play(game: str, count: int, device: torch.device) -> tuple[Replay, int]:
+    """Return a replay with ``count`` transitions of random play, and how many actions the game has."""
     config = resolve(replace(load("quick"), game=game, param="standard"))
     env: AtariVector = make_atari(game, 8, num_threads=2, **environment_options(config))
     replay = Replay(count, 8, device=device, seed=0)
@@ -84,29 +84,31 @@ def play(game: str, count: int, device: torch.device) -> Replay:
         observations, rewards, terminated, _, info = env.step(actions)
         replay.add(actions, rewards, terminated, observations[:, -1], info["is_reset"])
     env.close()
-    return replay
+    return replay, env.num_actions
 
 
-def measure(arguments: Arguments, batch_size: int, replay: Replay, device: torch.device) -> dict[str, list[float]]:
+def measure(
+    arguments: Arguments, batch_size: int, replay: Replay, num_actions: int, device: torch.device
+) -> dict[str, list[float]]:
     """Return seconds per update of each round, by entry."""
     entries = ["standard", *(arguments.params or [name for name in names() if name != "standard"])]
     agents = {}
     for name in entries:
         config = resolve(replace(load("paper"), game=arguments.game, param=name, batch_size=batch_size))
         config = resolve_device(replace(config, device=arguments.device, precision=arguments.precision))
-        agents[name] = DQN(config, 4, device)
+        agents[name] = DQN(config, num_actions, device)
         agents[name].initialize(replay.sample(256).observations)
-    batches = [replay.sample(batch_size) for _ in range(arguments.updates)]
+    drawn = [replay.draw(batch_size) for _ in range(arguments.updates)]
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     for turn in range(arguments.rounds + 2):
         for name in entries if turn % 2 else reversed(entries):
             wait(device)
             started = time.perf_counter()
-            for batch in batches:
-                agents[name].update(batch)
+            for numbers in drawn:  # looked up by each, since a minibatch keeps what it looked up
+                agents[name].update(replay.transitions(numbers))
             wait(device)
             if turn >= 2:  # the first rounds warm up
-                seconds[name].append((time.perf_counter() - started) / len(batches))
+                seconds[name].append((time.perf_counter() - started) / len(drawn))
         if turn == 1 and any(not agent.is_finite() for agent in agents.values()):
             raise UsageError("a weight is not finite: the times would be those of no real update")
     return seconds
@@ -128,11 +130,11 @@ def main(words: Sequence[str]) -> int:
         replace(load("paper"), device=arguments.device, precision=arguments.precision, game=arguments.game)
     )
     device = torch.device(config.device)
-    replay = play(arguments.game, 4000, device)
+    replay, num_actions = play(arguments.game, 4000, device)
     hardware = device_name(device)
     rows = []
     for batch_size in arguments.batch_sizes:
-        seconds = measure(arguments, batch_size, replay, device)
+        seconds = measure(arguments, batch_size, replay, num_actions, device)
         print(f"\nminibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads")
         print(f"{'entry':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
         for name, times in seconds.items():

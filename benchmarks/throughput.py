@@ -166,8 +166,9 @@ class Ours:
         if graphs:  # one graph holds all of it
             watch(self.loop.stepper, "update", "update, sampling included")
         else:
-            watch(self.loop.replay, "sample", "sampling")
-            watch(self.agent.optimizer, "step", "optimizer")
+            watch(self.loop.replay, "sample", "drawing")
+            if not isinstance(self.agent._fused, CompiledNetwork):
+                watch(self.agent.optimizer, "step", "optimizer")
             watch(self.agent, "update", "update", ["optimizer"])
         watch(self.agent, "copy_target", "target copy")
         fused = self.agent._fused

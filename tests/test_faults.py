@@ -148,8 +148,12 @@ class Poisoned(DQN):
         super().update(batch)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_minibatch(tmp_path: Path) -> None:
-    config = tiny(frames=4000, reward_clip=0.0)
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_minibatch(
+    tmp_path: Path,
+    compile: str,  # noqa: A002
+) -> None:
+    config = tiny(frames=4000, reward_clip=0.0, compile=compile)
     with pytest.raises(NonFiniteLossError) as stopped:
         train(config, Poisoned, tmp_path, quiet=True)
     message = str(stopped.value)

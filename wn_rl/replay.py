@@ -100,6 +100,11 @@ class DrawnMinibatch(Minibatch):
         object.__setattr__(self, "kept", kept)
         object.__setattr__(self, "numbers", numbers)
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody has looked at a field yet, so that what the replay keeps is all there is to it."""
+        return len(vars(self)) == 2
+
     @cached_property
     def _entries(self) -> Tensor:
         return self.kept.entry_of[self.numbers % len(self.kept.entry_of)]
@@ -386,6 +391,8 @@ class Replay:
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Minibatch:
         """Draw ``batch_size`` transitions uniformly, with replacement.
 
+        Each field is looked up when somebody looks at it, which must be before the next vector step.
+
         Args:
             batch_size: B.
             generator: draws instead of the replay's own.
@@ -408,7 +415,10 @@ class Replay:
         return low + (uniform * (high - low)).long()
 
     def transitions(self, numbers: Tensor) -> Minibatch:
-        """Return the transitions with these numbers (int64, shape (B,)), each within :attr:`drawable`."""
+        """Return the transitions with these numbers, int64, shape (B,), each within :attr:`drawable`.
+
+        When their fields are looked up: see :meth:`sample`.
+        """
         return self._gather(numbers)
 
     def _gather(self, numbers: Tensor) -> DrawnMinibatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -201,9 +201,12 @@ def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -
         copied = Minibatch(
             batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.terminals, batch.numbers
         )
-        assert isinstance(batch, DrawnMinibatch)
-        first.update(batch)
-        second.update(copied)
+        untouched = drawn(number)
+        assert isinstance(untouched, DrawnMinibatch)
+        assert untouched.untouched
+        first.update(untouched)
+        assert untouched.untouched
+        second.update(batch if number == 1 else copied)
     for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -245,6 +248,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> No
     with torch.no_grad():
         agent.q_network.output.bias[2] = float("inf")
     before, batch = copy.deepcopy(agent.state_dict()), drawn(1)
+    assert before["gradient_norm"] > 0.0
     weights = [parameter.detach().clone() for parameter in agent.q_network.parameters()]
     with pytest.raises(NonFiniteLossError):
         agent.update(batch)
@@ -253,9 +257,67 @@ def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> No
         assert torch.equal(ours, theirs)
     after = agent.state_dict()
     assert after["sums"].tolist() == before["sums"].tolist()
+    assert after["gradient_norm"] == before["gradient_norm"]
     for index, state in before["optimizer"].items():
         for name, tensor in state.items():
             assert torch.equal(tensor, after["optimizer"][index][name])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_somebody_writes_into_a_minibatch_counts(precision: torch.dtype) -> None:
+    agents = [made(precision, compile=choice) for choice in ("on", "off")]
+    for agent in agents:
+        batch = drawn(3)
+        batch.rewards[:] = torch.arange(9) / 8
+        batch.actions.fill_(2)
+        agent.update(batch)
+    ours, theirs = (agent.read_statistics() for agent in agents)
+    assert ours.td_error == pytest.approx(theirs.td_error, rel=1e-4 if precision is torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_does_not_exist_is_refused(precision: torch.dtype) -> None:
+    agent = made(precision)
+    agent.update(drawn(0))
+    before = [parameter.detach().clone() for parameter in agent.q_network.parameters()]
+    batch = drawn(1)
+    assert isinstance(batch, DrawnMinibatch)
+    with pytest.raises(IndexError, match="does not exist"):
+        agent.update(DrawnMinibatch(batch.kept, torch.tensor([3, -1])))
+    actions = batch.kept.actions.clone()
+    batch.kept.actions.fill_(4)
+    with pytest.raises(IndexError, match="does not exist"):
+        agent.update(DrawnMinibatch(batch.kept, batch.numbers))
+    batch.kept.actions.copy_(actions)
+    fewer = Minibatch(batch.observations[:5], *[getattr(batch, entry.name) for entry in fields(batch)[1:]])
+    with pytest.raises(ValueError, match="does not fit"):
+        agent.update(fewer)
+    other = Replay(60, 2, frame_shape=(88, 84))
+    with pytest.raises(ValueError, match="does not fit"):
+        agent.update(DrawnMinibatch(other.kept, batch.numbers))
+    assert agent.q_values(batch.observations[:0]).shape == (0, 4)
+    for ours, theirs in zip(before, agent.q_network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_passes_of_another_size_between_two_updates_change_nothing(precision: torch.dtype) -> None:
+    """The memory of the way back is made anew for them, and no update may go on with the old one."""
+    first, second = made(precision), made(precision)
+    for agent in (first, second):
+        compiled, batch = agent._fused, drawn(0)
+        assert isinstance(compiled, CompiledNetwork)
+        assert isinstance(batch, DrawnMinibatch)
+        agent.update(batch)
+        if agent is first:
+            for size in (3, 40):
+                numbers = batch.numbers[:1].expand(size)
+                *_, seen = compiled.compare(agent._targets_weights(compiled), DrawnMinibatch(batch.kept, numbers))
+                compiled.backward(seen, torch.zeros(size, 4))
+                compiled._make_back(torch.zeros(size, 4))
+        agent.update(drawn(1))
+    for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
