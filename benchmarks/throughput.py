@@ -167,9 +167,10 @@ class Ours:
             watch(self.loop.stepper, "update", "update, sampling included")
         else:
             watch(self.loop.replay, "sample", "drawing")
-            if not isinstance(self.agent._fused, CompiledNetwork):
+            apart = () if isinstance(self.agent._fused, CompiledNetwork) else ("optimizer",)
+            if apart:
                 watch(self.agent.optimizer, "step", "optimizer")
-            watch(self.agent, "update", "update", ["optimizer"])
+            watch(self.agent, "update", "update", apart)
         watch(self.agent, "copy_target", "target copy")
         fused = self.agent._fused
         inside = fused.seconds.clone() if isinstance(fused, CompiledNetwork) else None
