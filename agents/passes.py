@@ -473,7 +473,7 @@ class CompiledNetwork(FusedNetwork):
         settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
         objective = _Objective(*(tensor.data_ptr() for tensor in given), *settings)
         back = self._make_back(q_gradient)
-        alive = [q_values, *rooms, *given, *(() if drawn else (then, now))]
+        alive = [q_values, *rooms, *given, *((then, now) if drawn is None else ())]
         kept_reference = None if drawn is None else weakref.ref(drawn.kept)
         return _Call(
             target,
