@@ -47,8 +47,10 @@ def _cache() -> Path:
 
 
 @functools.cache
-def load() -> ctypes.CDLL | str:
+def load(*macros: str) -> ctypes.CDLL | str:
     """Return the compiled functions, or why there are none.
+
+    ``macros`` are defined for the compiler: with ``VISIT_ALL`` nothing black is left out, to compare with.
 
     Compiling takes a second; the result is kept in the user's cache directory under a name that changes with the
     source, the compiler and the processor.
@@ -56,21 +58,22 @@ def load() -> ctypes.CDLL | str:
     command = compiler()
     if command is None:
         return "there is no C compiler"
+    flags = (*FLAGS, *(f"-D{macro}" for macro in macros))
     try:
         version = subprocess.run([command, "--version"], capture_output=True, check=True, timeout=60).stdout  # noqa: S603
         told = (
             *(path.read_bytes() for path in (*SOURCES, *HEADERS)),
             version,
-            " ".join(FLAGS).encode(),
+            " ".join(flags).encode(),
             _processor().encode(),
         )
         name = f"kernels-{hashlib.sha256(b'|'.join(told)).hexdigest()[:20]}.so"
         try:
             directory = _cache()
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return _open(command, directory / name)
+            return _open(command, flags, directory / name)
         except OSError:  # a cache that cannot be written or does not allow programs
-            return _open(command, Path(tempfile.mkdtemp(prefix="wn_rl-")) / name)
+            return _open(command, flags, Path(tempfile.mkdtemp(prefix="wn_rl-")) / name)
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         return one_line(error)[:200]
 
@@ -84,14 +87,14 @@ def _processor() -> str:
         return platform.machine() + platform.processor()
 
 
-def _open(command: str, path: Path) -> ctypes.CDLL:
+def _open(command: str, flags: tuple[str, ...], path: Path) -> ctypes.CDLL:
     if not path.exists():
         # Under another name first: two runs may compile at the same time, or one may be stopped.
         descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".so")
         os.close(descriptor)
         try:
             made = subprocess.run(  # noqa: S603 - the compiler of this machine on a file of this package
-                [command, *FLAGS, *map(str, SOURCES), "-o", unfinished, "-lm"],
+                [command, *flags, *map(str, SOURCES), "-o", unfinished, "-lm"],
                 capture_output=True,
                 text=True,
                 timeout=300,

@@ -9,6 +9,7 @@
 
 #define MOST_CONVOLUTIONS 8
 #define MOST_FRAMES 64
+#define MOST_LINES 64
 #define NEAREST 49152 /* bytes of the nearest cache */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -25,6 +26,7 @@ typedef struct {
     int64_t stack, block;            /* frames of an observation; pixels of a block's side */
     int64_t flat, hidden, actions;   /* inputs and units of the dense layers */
     int64_t largest;                 /* numbers in the largest of the arrays that scratch holds */
+    int64_t most_places;             /* in its lists */
     int64_t scratch;                 /* bytes of a thread's scratch */
 } Shape;
 
@@ -38,6 +40,7 @@ typedef struct {
     const int64_t *places;                    /* which frames an observation has: place_step numbers further each */
     int64_t place_step, batch;
     int32_t *seen[MOST_CONVOLUTIONS + 1];     /* words (batch / pair, pixels, channels) that a layer saw; NULL: not kept */
+    uint64_t *lit;                            /* (batch / pair, height): bits of the first layer's that are not zero */
     void *flat;                               /* elements (batch, flat) */
     float *hidden, *q_values;                 /* (batch, hidden), (batch, actions) */
 } Pass;
@@ -94,8 +97,14 @@ typedef struct {
 typedef struct {
     int64_t down, across, down_step, across_step, lines, pitch, length;
     int64_t border, inner; /* lines above that are zero, and how many are not; 0: none is known to be */
-    Ahead *ahead;          /* what is wanted next; may be NULL */
 } Window;
+
+/* Where words begin over which sums are taken, and where the sums go. */
+typedef struct {
+    const int32_t **at;
+    float **out;
+    int64_t count;
+} Places;
 
 /* Transpose 16 by 16. */
 ALWAYS_INLINE void turn(__m512 *block) {
@@ -176,6 +185,65 @@ static float lose(const Objective *objective, int64_t batch, int64_t actions, co
         objective->sums[2] += values / (float)batch;
     }
     return objective->mean ? losses / (float)batch : losses;
+}
+
+/* Bits [0, count). */
+static inline uint64_t first_bits(int64_t count) { return count < 64 ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0; }
+
+/* From which inputs of a convolution are lit, line by line, to which of its places see one that is; in the same memory. */
+static void spread(const Convolution *conv, uint64_t *lit) {
+    uint64_t every = 0;
+    for (int64_t x = 0; x < conv->across; x++) every |= (uint64_t)1 << x * conv->stride;
+    for (int64_t y = 0; y < conv->down; y++) {
+        uint64_t any = 0, seen = 0;
+        for (int64_t tap = 0; tap < conv->kernel; tap++) any |= lit[y * conv->stride + tap];
+        for (int64_t tap = 0; tap < conv->kernel; tap++) seen |= any >> tap;
+        lit[y] = _pext_u64(seen, every);
+    }
+}
+
+/* List the places of a convolution of `words`; of those that see nothing lit, which all have the same sums, only one. */
+static void list_places(const Convolution *conv, const int32_t *words, int64_t channel_words, const uint64_t *lit,
+                        float *out, Places *places) {
+    int dark = 0;
+    for (int64_t y = 0; y < conv->down; y++, out += conv->across * conv->units) {
+        uint64_t wanted = lit[y], rest = first_bits(conv->across) & ~wanted;
+        if (rest && !dark++) wanted |= rest & -rest;
+        for (; wanted; wanted &= wanted - 1) {
+            const int64_t x = __builtin_ctzll(wanted);
+            places->at[places->count] = words + (y * conv->width + x) * conv->stride * channel_words;
+            places->out[places->count++] = out + x * conv->units;
+        }
+    }
+}
+
+/* Copy the sums of the first place that sees nothing lit to all others. */
+static void copy_dark(const Convolution *conv, const uint64_t *lit, float *out) {
+    const float *first = NULL;
+    for (int64_t y = 0; y < conv->down; y++, out += conv->across * conv->units) {
+        for (uint64_t dark = first_bits(conv->across) & ~lit[y]; dark; dark &= dark - 1) {
+            float *place = out + __builtin_ctzll(dark) * conv->units;
+            if (!first) first = place;
+            for (int64_t u = 0; u < conv->units; u += 16) _mm512_storeu_ps(place + u, _mm512_loadu_ps(first + u));
+        }
+    }
+}
+
+/* List where one tap of the first layer's kernel sees blocks that are lit, in `count` lines of places: how far on the
+ * blocks and the sums are. Returns how many, -1 where all are lit. */
+static int64_t list_lit(const Convolution *conv, const uint64_t *lit, int64_t count, int64_t tap, int32_t (*places)[2]) {
+    const uint64_t all = first_bits(conv->across);
+    int64_t there = 0, dark = 0;
+    for (int64_t y = 0; y < count; y++) dark |= (lit[y] >> tap & all) != all;
+    if (!dark) return -1;
+    for (int64_t y = 0; y < count; y++) {
+        for (uint64_t left = lit[y] >> tap & all; left; left &= left - 1) {
+            const int64_t x = __builtin_ctzll(left);
+            places[there][0] = (int32_t)((y * conv->width + x) * conv->channels);
+            places[there++][1] = (int32_t)((y * conv->across + x) * conv->units);
+        }
+    }
+    return there;
 }
 
 /* Load 16 words that are used several times: left to itself, gcc loads them for each use, more than a core can. */

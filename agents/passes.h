@@ -63,8 +63,11 @@ static inline Element NAME(element)(float value) {
 #endif
 }
 
-/* pack_strip for blocks of 4 x 4 pixels and frames by fours: a block's line of pixels is a word, 16 lines are turned. */
-static void NAME(pack_fours)(const uint8_t *const *frames, int64_t start, int64_t stack, int64_t width, Element *packed) {
+/* pack_strip for blocks of 4 x 4 pixels and frames by fours: a block's line of pixels is a word, 16 lines are turned.
+ * Returns a bit for each block that has a pixel that is not black. */
+static uint64_t NAME(pack_fours)(const uint8_t *const *frames, int64_t start, int64_t stack, int64_t width,
+                                 Element *packed) {
+    uint64_t lit = 0;
     const int64_t across = width / 4, channels = stack * 16;
     for (int64_t f = 0; f < stack; f += 4) {
         for (int64_t x = 0; x < across; x += 16) {
@@ -78,6 +81,8 @@ static void NAME(pack_fours)(const uint8_t *const *frames, int64_t start, int64_
             Element *out = packed + x * channels + f * 16;
             for (int64_t j = 0; j < count; j++, out += channels) {
                 uint8_t pixels[64];
+                const __m512i words = _mm512_castps_si512(block[j]);
+                lit |= (uint64_t)(_mm512_test_epi32_mask(words, words) != 0) << (x + j);
                 _mm512_storeu_ps(pixels, block[j]);
                 for (int i = 0; i < 64; i += 16) {
                     const __m512i whole = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(pixels + i)));
@@ -86,31 +91,32 @@ static void NAME(pack_fours)(const uint8_t *const *frames, int64_t start, int64_
             }
         }
     }
+    return lit;
 }
 
-/* Sums for `count` pixels of each of two observations and `vectors` * 16 units, over lines of `length` words. */
+/* Sums at `count` places and for `vectors` * 16 units, over lines of `length` words. */
 ALWAYS_INLINE void NAME(tile)(const int count, const int vectors, const int32_t *const *at, int64_t lines,
                               int64_t pitch, int64_t length, const int32_t *weight, int64_t units, float *const *out) {
     __m512 sum[12][4];
-    UNROLL for (int p = 0; p < 2 * count; p++) UNROLL for (int v = 0; v < vectors; v++) sum[p][v] = _mm512_setzero_ps();
+    UNROLL for (int p = 0; p < count; p++) UNROLL for (int v = 0; v < vectors; v++) sum[p][v] = _mm512_setzero_ps();
     for (int64_t line = 0; line < lines; line++) {
         const int64_t start = line * pitch;
         for (int64_t w = 0; w < length; w++) {
             __m512i b[4];
             UNROLL for (int v = 0; v < vectors; v++) b[v] = held(weight + 16 * v);
-            UNROLL for (int p = 0; p < 2 * count; p++) {
+            UNROLL for (int p = 0; p < count; p++) {
                 const int32_t a = at[p][start + w];
                 UNROLL for (int v = 0; v < vectors; v++) sum[p][v] = NAME(multiply_add)(sum[p][v], a, b[v]);
             }
             weight += units;
         }
     }
-    UNROLL for (int p = 0; p < 2 * count; p++) {
+    UNROLL for (int p = 0; p < count; p++) {
         UNROLL for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[p] + 16 * v, sum[p][v]);
     }
 }
 
-/* Tiles of `count` pixels from number `from` on; returns the first pixel that is left over. */
+/* Tiles of `count` pixels of each of two observations from number `from` on; returns the first that is left over. */
 ALWAYS_INLINE int64_t NAME(tiles)(const int count, const int vectors, int64_t from, int64_t to, const Window *window,
                                   const int32_t *first, const int32_t *second, const int32_t *weight, int64_t units,
                                   float *out, float *out_second) {
@@ -134,8 +140,7 @@ ALWAYS_INLINE int64_t NAME(tiles)(const int count, const int vectors, int64_t fr
             places[2 * p] = out + (from + p) * units;
             places[2 * p + 1] = out_second + (from + p) * units;
         }
-        if (window->ahead) look_ahead(window->ahead);
-        NAME(tile)(count, vectors, at, lines, window->pitch, window->length, weight, units, places);
+        NAME(tile)(2 * count, vectors, at, lines, window->pitch, window->length, weight, units, places);
     }
     return from;
 }
@@ -165,6 +170,66 @@ static void NAME(convolve)(const Window *window, const int32_t *first, const int
 #undef BANDS
 }
 
+/* Sums at listed places, over `lines` lines of `length` words: float32, `units` at each. */
+ALWAYS_INLINE void NAME(listed)(const int count, const int vectors, const Places *places, int64_t lines, int64_t pitch,
+                                int64_t length, const int32_t *weight, int64_t units, int64_t u, Ahead *ahead) {
+    for (int64_t from = 0; from < places->count; from += count) {
+        /* The last tile visits places of the one before it again, and finds the same. */
+        const int64_t start = from + count <= places->count ? from : places->count > count ? places->count - count : 0;
+        const int32_t *at[12];
+        float *out[12];
+        for (int p = 0; p < count; p++) {
+            at[p] = places->at[start + p];
+            out[p] = places->out[start + p] + u;
+        }
+        if (ahead) look_ahead(ahead);
+        NAME(tile)(count, vectors, at, lines, pitch, length, weight + u, units, out);
+    }
+}
+
+/* By themselves: within a larger function gcc may run out of registers. */
+#define SUMS const Places *p, int64_t n, int64_t pitch, int64_t length, const int32_t *w, int64_t units, int64_t u, Ahead *a
+static __attribute__((noinline)) void NAME(listed_64)(SUMS) {
+    NAME(listed)(6, 4, p, n, pitch, length, w, units, u, a);
+}
+static __attribute__((noinline)) void NAME(listed_32)(SUMS) {
+    NAME(listed)(10, 2, p, n, pitch, length, w, units, u, a);
+}
+static __attribute__((noinline)) void NAME(listed_16)(SUMS) {
+    NAME(listed)(12, 1, p, n, pitch, length, w, units, u, a);
+}
+#undef SUMS
+
+/* A bit for each of `count` blocks that has a pixel that is not black. */
+static uint64_t NAME(find_lit)(const Element *blocks, int64_t count, int64_t channels) {
+    uint64_t lit = 0;
+    for (int64_t b = 0; b < count; b++, blocks += channels) {
+        __m256i any = _mm256_setzero_si256();
+        for (const Element *at = blocks; at < blocks + channels; at += 32 / sizeof(Element))
+            any = _mm256_or_si256(any, _mm256_loadu_si256((const __m256i *)at));
+        lit |= (uint64_t)!_mm256_testz_si256(any, any) << b;
+    }
+    return lit;
+}
+
+/* Keep a line's blocks that are `lit`, of one observation or of a pair. */
+static void NAME(keep_lit)(uint64_t lit, int64_t channels, const Element *in, const Element *in_second, int32_t *words) {
+    for (; lit; lit &= lit - 1) {
+        const int64_t start = __builtin_ctzll(lit) * channels;
+        for (int64_t i = start; i < start + channels; i += 16) {
+#if LOW
+            __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(in + i)));
+            __m512i high = _mm512_setzero_si512();
+            if (in_second) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(in_second + i)));
+            _mm512_storeu_si512(words + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+            (void)in_second;
+            _mm512_storeu_ps(words + i, _mm512_loadu_ps(in + i));
+#endif
+        }
+    }
+}
+
 /* The convolutions for observations n and n + 1 (the same one twice where there is no second). */
 static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, int64_t next, uint8_t *scratch) {
     const int64_t second = n + 1 < pass->batch ? n + 1 : n;
@@ -174,38 +239,41 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
     Element *out = in_second + shape->largest, *out_second = out + shape->largest;
     float *sums = (float *)(out_second + shape->largest), *sums_second = sums + shape->largest;
     const int64_t width = conv->width * shape->block, height = conv->height * shape->block;
+    Places places = {.at = (const int32_t **)(sums_second + shape->largest)};
+    places.out = (float **)(places.at + shape->most_places);
+    uint64_t lit[2][MOST_LINES];
     for (int i = 0; i < 2; i++) {
         const uint8_t *frames[MOST_FRAMES];
         for (int64_t f = 0; f < shape->stack; f++)
             frames[f] = pass->frames + pass->places[(i ? second : n) * pass->place_step + f] * width * height;
         for (int64_t y = 0; y < conv->height; y++) {
             Element *packed = (i ? in_second : in) + y * strip;
-            if (shape->block == 4 && shape->stack % 4 == 0)
-                NAME(pack_fours)(frames, 4 * y * width, shape->stack, width, packed);
-            else
+            if (shape->block == 4 && shape->stack % 4 == 0) {
+                lit[i][y] = NAME(pack_fours)(frames, 4 * y * width, shape->stack, width, packed);
+            } else {
                 pack_strip(frames, y * shape->block * width, shape->stack, width, shape->block, LOW, packed);
+                lit[i][y] = NAME(find_lit)(packed, conv->width, conv->channels);
+            }
+#ifdef VISIT_ALL
+            lit[i][y] = first_bits(conv->width);
+#endif
         }
     }
     const int64_t group = n / PAIR, pair = second > n;
     if (pass->seen[0]) {
-        const int64_t size = conv->height * strip;
-        int32_t *words = pass->seen[0] + group * size, *next = pair ? words + size : NULL;
-        for (int64_t i = 0; i < size; i += 16) {
-#if LOW
-            __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(in + i)));
-            __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(in_second + i)));
-            if (!pair) high = _mm512_setzero_si512();
-            _mm512_storeu_si512(words + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#else
-            _mm512_storeu_ps(words + i, _mm512_loadu_ps(in + i));
-            if (next) _mm512_storeu_ps(next + i, _mm512_loadu_ps(in_second + i));
-#endif
+        int32_t *words = pass->seen[0] + group * conv->height * strip, *next = words + conv->height * strip;
+        uint64_t *kept = pass->lit + group * conv->height;
+        for (int64_t y = 0; y < conv->height; y++, words += strip, next += strip) {
+            const Element *line = in + y * strip, *line_second = in_second + y * strip;
+            kept[y] = lit[0][y] | (LOW && pair ? lit[1][y] : 0);
+            NAME(keep_lit)(kept[y], conv->channels, line, pair ? line_second : NULL, words);
+            if (LOW || !pair) continue;
+            kept[conv->height + y] = lit[1][y];
+            NAME(keep_lit)(lit[1][y], conv->channels, line_second, NULL, next);
         }
-        (void)next;
     }
     /* Frames lie anywhere in memory, so those of the observations that probably follow are asked for. */
     Ahead ahead = {.count = 0, .bytes = width * height, .next = 0};
-    ahead.share = 2 * shape->stack * width * height / 64 / (conv->down * conv->across / 6 + 1) + 1;
     for (int64_t i = next; i < next + 2 && i < pass->batch; i++) {
         for (int64_t f = 0; f < shape->stack; f++)
             ahead.frames[ahead.count++] = pass->frames + pass->places[i * pass->place_step + f] * width * height;
@@ -213,16 +281,25 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
     for (int64_t l = 0; l < shape->convolutions; l++) {
         conv = &shape->convolution[l];
         const int64_t channel_words = conv->channels / PAIR, pixels = conv->down * conv->across;
-        const Window window = {.down = conv->down,
-                               .across = conv->across,
-                               .down_step = conv->stride * conv->width * channel_words,
-                               .across_step = conv->stride * channel_words,
-                               .lines = conv->kernel,
-                               .pitch = conv->width * channel_words,
-                               .length = conv->kernel * channel_words,
-                               .ahead = l ? NULL : &ahead};
-        NAME(convolve)(&window, (const int32_t *)in, (const int32_t *)in_second, pass->weight[l], conv->units, sums,
-                       sums_second);
+        const int64_t pitch = conv->width * channel_words, length = conv->kernel * channel_words;
+        places.count = 0;
+        for (int i = 0; i < 2; i++) {
+            spread(conv, lit[i]);
+            list_places(conv, (const int32_t *)(i ? in_second : in), channel_words, lit[i], i ? sums_second : sums, &places);
+        }
+        for (int64_t p = places.count; p < 12; p++) {
+            places.at[p] = places.at[0];
+            places.out[p] = places.out[0];
+        }
+        ahead.share = 2 * shape->stack * width * height / 64 / (places.count / 12 + 1) + 1;
+#define REST &places, conv->kernel, pitch, length, pass->weight[l], conv->units, u, l ? NULL : &ahead
+        int64_t u = 0;
+        for (; u + 64 <= conv->units; u += 64) NAME(listed_64)(REST);
+        for (; u + 32 <= conv->units; u += 32) NAME(listed_32)(REST);
+        for (; u < conv->units; u += 16) NAME(listed_16)(REST);
+#undef REST
+        for (int i = 0; i < 2; i++)
+            copy_dark(conv, lit[i], i ? sums_second : sums);
         const int last = l == shape->convolutions - 1;
         const int64_t size = pixels * conv->units;
         int32_t *words = NULL, *next = NULL;
@@ -533,10 +610,11 @@ static void NAME(way_back)(const Shape *shape, const Pass *pass, const Back *bac
     (void)second;
 }
 
-/* Add to `rows` * `vectors` * 16 sums of products: of words x[i] (i < rows) and vectors of g, at `count` places a line. */
+/* Add to `rows` * `vectors` * 16 sums of products: of words x[i] (i < rows) and vectors of g, at `count` places a line.
+ * With `lit` x is zero but at `count` places, and this is where they and their vectors begin. */
 ALWAYS_INLINE void NAME(outer)(const int rows, const int vectors, float *sums, int64_t sums_step, int fresh,
                                const int32_t *x, int64_t lines, int64_t x_line, int64_t count, int64_t x_step,
-                               const int32_t *g, int64_t g_step) {
+                               const int32_t *g, int64_t g_step, const int32_t (*lit)[2]) {
     __m512 sum[8][4];
     UNROLL for (int i = 0; i < rows; i++) {
         UNROLL for (int v = 0; v < vectors; v++)
@@ -545,14 +623,16 @@ ALWAYS_INLINE void NAME(outer)(const int rows, const int vectors, float *sums, i
     for (int64_t line = 0; line < lines; line++) {
         const int32_t *at = x + line * x_line;
         for (int64_t p = 0; p < count; p++) {
+            const int32_t *of = lit ? g + lit[p][1] : g;
+            if (lit) at = x + lit[p][0];
             __m512i b[4];
-            UNROLL for (int v = 0; v < vectors; v++) b[v] = held(g + 16 * v);
+            UNROLL for (int v = 0; v < vectors; v++) b[v] = held(of + 16 * v);
             UNROLL for (int i = 0; i < rows; i++) {
                 const int32_t a = at[i];
                 UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = NAME(multiply_add)(sum[i][v], a, b[v]);
             }
             at += x_step;
-            g += g_step;
+            g += lit ? 0 : g_step;
         }
     }
     UNROLL for (int i = 0; i < rows; i++) {
@@ -572,24 +652,41 @@ static void NAME(kernel_gradient)(const Shape *shape, const Pass *pass, const Ba
     const int64_t rest = units % 64, blocks = units / 64 * 2 + rest / 32 + rest % 32 / 16;
     const int64_t turns = conv->kernel * blocks * channels / 8;
     const int64_t x_share = near * down / turns + 16, g_share = near * conv->across * units / turns + 16;
+    int32_t lit[near * conv->across][2];
     for (int64_t from = 0; from < groups * conv->down;) {
         const int64_t y = from % conv->down, count = y + near < conv->down ? near : conv->down - y;
         const int32_t *g = back->words[l] + from * conv->across * units;
         const int32_t *at = pass->seen[l] + from / conv->down * area + y * down + line * conv->width * channels;
         const int32_t *x_next = at + count * down, *g_next = g + count * conv->across * units;
+        const uint64_t *kept = l ? NULL : pass->lit + from / conv->down * conv->height + y + line;
         for (int64_t tap = 0; tap < conv->kernel; tap++, at += channels) {
+            int64_t there;
             float *sums = back->gradient[l] + (line * conv->kernel + tap) * channels * units;
 #define NEXT fetch(&x_next, x_share), fetch(&g_next, g_share)
 #define REST units, from == 0, at + c, count, down, conv->across, step, g + u, units
+            if (kept && (there = list_lit(conv, kept, count, tap, lit)) >= 0) {
+#define LIT units, from == 0, at + c, 1, 0, there, 0, g + u, 0, (const int32_t(*)[2])lit
+                int64_t u = 0;
+                for (; u + 32 <= units; u += 32) {
+                    for (int64_t c = 0; c < channels; c += 8)
+                        NEXT, NAME(outer)(8, 2, sums + c * units + u, LIT);
+                }
+                for (; u < units; u += 16) {
+                    for (int64_t c = 0; c < channels; c += 8)
+                        NEXT, NAME(outer)(8, 1, sums + c * units + u, LIT);
+                }
+#undef LIT
+                continue;
+            }
             int64_t u = 0;
             for (; u + 64 <= units; u += 64) {
-                for (int64_t c = 0; c < channels; c += 4) NEXT, NAME(outer)(4, 4, sums + c * units + u, REST);
+                for (int64_t c = 0; c < channels; c += 4) NEXT, NAME(outer)(4, 4, sums + c * units + u, REST, NULL);
             }
             for (; u + 32 <= units; u += 32) {
-                for (int64_t c = 0; c < channels; c += 8) NEXT, NAME(outer)(8, 2, sums + c * units + u, REST);
+                for (int64_t c = 0; c < channels; c += 8) NEXT, NAME(outer)(8, 2, sums + c * units + u, REST, NULL);
             }
             for (; u < units; u += 16) {
-                for (int64_t c = 0; c < channels; c += 8) NEXT, NAME(outer)(8, 1, sums + c * units + u, REST);
+                for (int64_t c = 0; c < channels; c += 8) NEXT, NAME(outer)(8, 1, sums + c * units + u, REST, NULL);
             }
 #undef REST
 #undef NEXT
@@ -626,9 +723,9 @@ static void NAME(dense_step)(const Shape *shape, const Pass *pass, const Back *b
             float *sums = rows + u * flat + k;
             const int32_t *x = back->hidden_words + from + u;
             if (vectors == 4)
-                NAME(outer)(4, 4, sums, flat, 1, x, 1, 0, groups, hidden, seen + k, flat);
+                NAME(outer)(4, 4, sums, flat, 1, x, 1, 0, groups, hidden, seen + k, flat, NULL);
             else
-                NAME(outer)(4, 1, sums, flat, 1, x, 1, 0, groups, hidden, seen + k, flat);
+                NAME(outer)(4, 1, sums, flat, 1, x, 1, 0, groups, hidden, seen + k, flat, NULL);
         }
         k += 16 * vectors;
     }

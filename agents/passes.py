@@ -20,7 +20,7 @@ from agents.fused import FusedNetwork, Working, _arranged, _Layer
 from wn_rl.networks import QNetwork
 from wn_rl.replay import DrawnMinibatch, Entries, Minibatch
 
-MOST_CONVOLUTIONS, MOST_FRAMES = 8, 64
+MOST_CONVOLUTIONS, MOST_FRAMES, MOST_LINES = 8, 64, 64
 """As in ``passes.c``."""
 MOST_ROOMS = 8
 """Numbers of observations for which memory is kept where nothing is left for a way back; a run has three or four."""
@@ -37,7 +37,8 @@ class _Shape(ctypes.Structure):
     _fields_ = (
         ("convolutions", Integer),
         ("convolution", _Convolution * MOST_CONVOLUTIONS),
-        *((name, Integer) for name in ("stack", "block", "flat", "hidden", "actions", "largest", "scratch")),
+        *((name, Integer) for name in ("stack", "block", "flat", "hidden", "actions")),
+        *((name, Integer) for name in ("largest", "most_places", "scratch")),
     )
 
 
@@ -48,7 +49,7 @@ class _Pass(ctypes.Structure):
         *((name, Pointer) for name in ("dense", "dense_bias", "output", "output_bias", "frames", "places")),
         *((name, Integer) for name in ("place_step", "batch")),
         ("seen", Pointer * (MOST_CONVOLUTIONS + 1)),
-        *((name, Pointer) for name in ("flat", "hidden", "q_values")),
+        *((name, Pointer) for name in ("lit", "flat", "hidden", "q_values")),
     )
 
 
@@ -100,6 +101,8 @@ def unsupported(network: QNetwork, library: ctypes.CDLL, precision: torch.dtype)
         return f"it has {len(shapes)} convolutions"
     if network.spec.observation_shape[0] > MOST_FRAMES:
         return f"an observation has more than {MOST_FRAMES} frames"
+    if max(shapes[0].height, shapes[0].width) > MOST_LINES:
+        return f"an observation has more than {MOST_LINES} blocks in a line"
     for index, conv in enumerate(shapes):
         if conv.channels % 16 or conv.units % 16:
             return "a convolution's channels are no multiple of 16"
@@ -138,6 +141,7 @@ class _Room:
     """Memory of one pass over ``batch`` observations; what :meth:`CompiledNetwork.forward` leaves for the way back."""
 
     seen: list[Tensor]
+    lit: Tensor
     flat: Tensor
     hidden: Tensor
 
@@ -248,7 +252,9 @@ class CompiledNetwork(FusedNetwork):
             border = conv.kernel // conv.stride - 1 if index else 0
             bordered = (conv.down + 2 * border) * (conv.across + 2 * border) * conv.units
             largest = max(largest, conv.height * conv.width * conv.channels, bordered)
-        scratch = max(6 * largest * 4, 8 * self.flat * 4, self.hidden // self.pair * 32 * 4)
+        # Places of two observations, and of one of the largest tiles.
+        most_places = 2 * max(conv.down * conv.across for conv in self.convolutions) + 12
+        scratch = max(6 * largest * 4 + 16 * most_places, 8 * self.flat * 4, self.hidden // self.pair * 32 * 4)
         scratch = max(scratch, *(layer.v[0].numel() * 4 for layer in self.layers))
         # The rows of 16 units of a convolution, twice, and the order of their inputs.
         scratch = max(
@@ -263,6 +269,7 @@ class CompiledNetwork(FusedNetwork):
             self.hidden,
             self.actions,
             largest,
+            most_places,
             scratch + 4096 - scratch % 4096,
         )
 
@@ -339,7 +346,8 @@ class CompiledNetwork(FusedNetwork):
                 seen = [torch.empty(groups, count, dtype=torch.int32) for count in words]
                 # Where a word is one number, the dense layer's input is what it saw.
                 seen.append(flat if self.pair == 1 else torch.empty(groups, self.flat, dtype=torch.int32))
-            self._rooms[batch, keep] = _Room(seen, flat, torch.empty(batch, self.hidden))
+            lit = torch.empty(groups if keep else 0, self.convolutions[0].height, dtype=torch.int64)
+            self._rooms[batch, keep] = _Room(seen, lit, flat, torch.empty(batch, self.hidden))
         return self._rooms[batch, keep]
 
     def _fill(self, given: _Pass, working: Working, seen: Seen, room: _Room, q_values: Tensor) -> None:
@@ -353,6 +361,7 @@ class CompiledNetwork(FusedNetwork):
         given.output, given.output_bias = working.weights[-1].data_ptr(), working.biases[-1].data_ptr()
         given.frames, given.places = seen.frames.data_ptr(), seen.places.data_ptr()
         given.batch, given.place_step = len(seen.places), seen.places.stride(0)
+        given.lit = room.lit.data_ptr()
         given.flat, given.hidden, given.q_values = room.flat.data_ptr(), room.hidden.data_ptr(), q_values.data_ptr()
 
     def _threads(self) -> int:

@@ -18,24 +18,26 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import agents.dqn
+import agents.native
 import agents.passes
 from agents.dqn import DQN
 from agents.fused import FusedNetwork
 from agents.passes import CompiledNetwork
 from wn_rl import cli
+from wn_rl.atari.env import make_atari
 from wn_rl.config import Count, TrainConfig, load, resolve
+from wn_rl.evaluation import environment_options
 from wn_rl.machine import keep_freed_memory, resolve_device
 from wn_rl.networks import FirstConvolution
 from wn_rl.replay import Replay
+from wn_rl.training import TrainingLoop
 
-ACTIONS = 4
 STORED = 20_000
 """Agent steps in the replay; 141 MB, more than any cache."""
 
@@ -44,6 +46,8 @@ STORED = 20_000
 class Arguments:
     """Time an update with each technique switched off alone."""
 
+    game: str = "Breakout"
+    """The game whose frames are seen."""
     param: str = "wn"
     """Parameterization."""
     batch_size: Count = 32
@@ -58,18 +62,16 @@ class Arguments:
     """Updates of a turn."""
 
 
-def filled_replay() -> Replay:
-    """Return a replay of random frames."""
-    replay = Replay(STORED, 16)
-    generator = np.random.default_rng(0)
-    frames = generator.integers(0, 256, (64, 84, 84), np.uint8)
-    replay.start(frames[:16])
-    for _ in range(STORED // 16):
-        actions = generator.integers(0, ACTIONS, 16)
-        ends = generator.random(16) < 0.01
-        shown = frames[generator.integers(0, 64, 16)]
-        replay.add(actions, generator.integers(0, 2, 16), ends, shown, np.zeros(16, bool))
-    return replay
+def filled_replay(config: TrainConfig) -> tuple[Replay, int]:
+    """Return a replay of random play, whose frames are as black as the game's, and the number of actions."""
+    played = replace(config, num_envs=16, replay_capacity=STORED, learning_starts=2 * STORED)
+    env = make_atari(config.game, played.num_envs, **environment_options(played))
+    replay = Replay(STORED, played.num_envs)
+    loop = TrainingLoop(played, env, DQN(played, env.num_actions, torch.device("cpu")), replay)
+    loop.start()
+    while loop.agent_steps < STORED:
+        loop.vector_step()
+    return replay, env.num_actions
 
 
 def torchs_packing(fused: FusedNetwork, observations: Tensor) -> Tensor:
@@ -82,14 +84,14 @@ def torchs_packing(fused: FusedNetwork, observations: Tensor) -> Tensor:
 class Variant:
     """An agent of its own that is built and updated with something switched off."""
 
-    def __init__(self, config: TrainConfig, replay: Replay, patches: Sequence[Any]) -> None:
+    def __init__(self, config: TrainConfig, replay: Replay, num_actions: int, patches: Sequence[Any]) -> None:
         """Build the agent under ``patches``."""
         self.replay = replay
         self.patches = patches
         with ExitStack() as switched_off:
             for patch in patches:
                 switched_off.enter_context(patch)
-            self.agent = DQN(config, ACTIONS, torch.device("cpu"))
+            self.agent = DQN(config, num_actions, torch.device("cpu"))
             self.agent.initialize(replay.sample(512).observations)
 
     def __call__(self, count: int) -> None:
@@ -101,11 +103,11 @@ class Variant:
                 self.agent.update(self.replay.sample(self.agent.config.batch_size))
 
 
-def variants(config: TrainConfig, replay: Replay) -> dict[str, Variant]:
+def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str, Variant]:
     """Return by name what makes updates; each has an agent of its own."""
 
     def made(changed: TrainConfig, *patches: Any) -> Variant:  # noqa: ANN401 - mock's are not public
-        return Variant(changed, replay, patches)
+        return Variant(changed, replay, num_actions, patches)
 
     operations = mock.patch.object(agents.passes, "unsupported", return_value="switched off")
     autograd = mock.patch.object(agents.dqn, "_fuse", return_value=None)
@@ -113,6 +115,8 @@ def variants(config: TrainConfig, replay: Replay) -> dict[str, Variant]:
     found = {"everything on": made(config)}
     if config.compile == "on":
         packing = mock.patch.object(FusedNetwork, "packed", torchs_packing)
+        visiting = mock.patch.object(agents.native, "load", return_value=agents.native.load("VISIT_ALL"))
+        found["what is black visited too"] = made(config, visiting)
         found["passes of torch's operations"] = made(config, operations)
         found["the same, frames packed by torch"] = made(config, operations, packing)
         found["autograd, Adamax through torch.compile"] = made(config, autograd)
@@ -149,14 +153,14 @@ def main(words: Sequence[str]) -> int:
         torch.set_num_threads(arguments.num_threads)
     config = replace(
         load("paper"),
-        game="breakout",
+        game=arguments.game,
         param=arguments.param,
         batch_size=arguments.batch_size,
         precision=arguments.precision,
         device="cpu",
     )
     config = resolve_device(resolve(config))
-    made = variants(config, filled_replay())
+    made = variants(config, *filled_replay(config))
     for updates in made.values():
         updates(10)  # compiles
     took: dict[str, list[float]] = defaultdict(list)

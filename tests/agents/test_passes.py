@@ -130,14 +130,14 @@ def both(spec: QNetworkSpec, precision: torch.dtype) -> tuple[CompiledNetwork, F
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@given(spec=networks(), batch=st.integers(1, 13), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=40)
+@given(spec=networks(), batch=st.integers(1, 13), seed=st.integers(0, 1000), lit=st.sampled_from([1.0, 0.3, 0.03, 0.0]))
+@settings(deadline=None, max_examples=60)
 def test_values_gradients_and_steps_are_those_of_torch(
-    precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int
+    precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int, lit: float
 ) -> None:
     compiled, plain = both(spec, precision)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(0, 256, (2 * batch, *spec.observation_shape), dtype=torch.uint8, generator=generator)
+    x = mostly_black((2 * batch, *spec.observation_shape), lit, generator)
     nothing = torch.zeros(batch)
     minibatch = Minibatch(x[:batch], nothing, nothing, x[batch:], nothing)
     slopes = torch.randn(batch, spec.num_actions, generator=generator)
@@ -173,6 +173,44 @@ def test_values_gradients_and_steps_are_those_of_torch(
     expected, size = by_hand(compiled.network, x, precision)
     furthest = float((compiled.q_values(x) - expected.detach()).abs().max())
     assert furthest < (1e-5 if precision is torch.float32 else 3e-3) * size
+
+
+def mostly_black(shape: tuple[int, ...], lit: float, generator: torch.Generator) -> Tensor:
+    """Noise, uint8 (B, C, H, W), in about the share ``lit`` of blocks of 4 × 4 pixels."""
+    noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    blocks = torch.rand((shape[0], 1, shape[2] // 4, shape[3] // 4), generator=generator) < lit
+    return noise * blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@given(spec=networks(), batch=st.integers(1, 13), seed=st.integers(0, 1000), lit=st.sampled_from([0.9, 0.3, 0.03, 0.0]))
+@settings(deadline=None, max_examples=60)
+def test_what_is_left_out_where_frames_are_black_changes_no_bit(
+    precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int, lit: float
+) -> None:
+    leaving_out, _ = both(spec, precision)
+    whole = native.load("VISIT_ALL")
+    assert not isinstance(whole, str)
+    visiting_all = CompiledNetwork(copy.deepcopy(leaving_out.network), whole, precision=precision)
+    found = []
+    for compiled in (leaving_out, visiting_all):
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = FusedAdamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
+        compiled.refresh()
+        target = compiled.working_copy(fold(copy.deepcopy(compiled.network)))
+        seen = []
+        for count in (batch, 3):  # the second in memory that holds what the first left
+            x = mostly_black((2 * count, *spec.observation_shape), lit, generator)
+            nothing = torch.zeros(count)
+            *q_values, room = compiled.compare(target, Minibatch(x[:count], nothing, nothing, x[count:], nothing))
+            compiled.backward(room, torch.randn(count, spec.num_actions, generator=generator))
+            optimizer.step()
+            optimizer.write_gradients()
+            seen += [*q_values, gradient(compiled.network)]
+            seen += [parameter.detach().clone() for parameter in compiled.network.parameters()]
+        found.append(seen)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -369,6 +407,7 @@ def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_
         ({"convolutions": ((32, 8, 4), (64, 4, 2), (32, 4, 2))}, "stride"),
         ({"convolutions": tuple([(32, 8, 4)] + [(32, 1, 1)] * 8)}, "9 convolutions"),
         ({"observation_shape": (65, 84, 84)}, "frames"),
+        ({"observation_shape": (4, 84, 260)}, "64 blocks"),
     ],
 )
 def test_what_the_passes_cannot_compute_is_said(changes: dict[str, object], reason: str) -> None:
