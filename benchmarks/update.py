@@ -74,6 +74,14 @@ def filled_replay(config: TrainConfig) -> tuple[Replay, int]:
     return replay, env.num_actions
 
 
+def black_share(replay: Replay) -> float:
+    """Return the share of an observation's blocks of 4 × 4 pixels that are black in all its frames."""
+    observations = replay.sample(512).observations
+    batch, stack, height, width = observations.shape
+    blocks = observations.view(batch, stack, height // 4, 4, width // 4, 4).amax((1, 3, 5))
+    return float((blocks == 0).float().mean())
+
+
 def torchs_packing(fused: FusedNetwork, observations: Tensor) -> Tensor:
     """Return what ``fused.packed`` does, in torch's own operations."""
     first = fused.network.convolutions[0]
@@ -160,7 +168,8 @@ def main(words: Sequence[str]) -> int:
         device="cpu",
     )
     config = resolve_device(resolve(config))
-    made = variants(config, *filled_replay(config))
+    replay, num_actions = filled_replay(config)
+    made = variants(config, replay, num_actions)
     for updates in made.values():
         updates(10)  # compiles
     took: dict[str, list[float]] = defaultdict(list)
@@ -172,6 +181,7 @@ def main(words: Sequence[str]) -> int:
             took[name].append((time.perf_counter() - started) / arguments.updates * 1e3)
             spent[name].append((time.process_time() - busy) / arguments.updates * 1e3)
     print(f"minibatch {config.batch_size}, {config.param}, {config.precision}, {torch.get_num_threads()} threads")
+    print(f"{black_share(replay):.0%} of the blocks that the first layer sees are black in {config.game}")
     for name, times in took.items():
         cpu = statistics.median(spent[name])
         print(f"{name:45} {statistics.median(times):6.2f} ms, at best {min(times):6.2f} ms, {cpu:6.2f} ms of CPU time")
