@@ -4,12 +4,13 @@
  */
 #include "kernels.h"
 #include <time.h>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && defined(__BMI2__)
 #include <immintrin.h>
 
 #define MOST_CONVOLUTIONS 8
 #define MOST_FRAMES 64
 #define MOST_LINES 64
+#define LARGEST_TILE 12
 #define NEAREST 49152 /* bytes of the nearest cache */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -40,7 +41,8 @@ typedef struct {
     const int64_t *places;                    /* which frames an observation has: place_step numbers further each */
     int64_t place_step, batch;
     int32_t *seen[MOST_CONVOLUTIONS + 1];     /* words (batch / pair, pixels, channels) that a layer saw; NULL: not kept */
-    uint64_t *lit;                            /* (batch / pair, height): bits of the first layer's that are not zero */
+    uint64_t *lit;                            /* (batch / pair, height): a bit for each of the first layer's pixels, which
+                                                 are blocks; those that are not lit are zero, and not written to seen[0] */
     void *flat;                               /* elements (batch, flat) */
     float *hidden, *q_values;                 /* (batch, hidden), (batch, actions) */
 } Pass;
@@ -190,7 +192,7 @@ static float lose(const Objective *objective, int64_t batch, int64_t actions, co
 /* Bits [0, count). */
 static inline uint64_t first_bits(int64_t count) { return count < 64 ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0; }
 
-/* From which inputs of a convolution are lit, line by line, to which of its places see one that is; in the same memory. */
+/* Turn which inputs of a convolution are lit, a bit each and line by line, into which of its places see one that is. */
 static void spread(const Convolution *conv, uint64_t *lit) {
     uint64_t every = 0;
     for (int64_t x = 0; x < conv->across; x++) every |= (uint64_t)1 << x * conv->stride;

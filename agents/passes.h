@@ -97,7 +97,7 @@ static uint64_t NAME(pack_fours)(const uint8_t *const *frames, int64_t start, in
 /* Sums at `count` places and for `vectors` * 16 units, over lines of `length` words. */
 ALWAYS_INLINE void NAME(tile)(const int count, const int vectors, const int32_t *const *at, int64_t lines,
                               int64_t pitch, int64_t length, const int32_t *weight, int64_t units, float *const *out) {
-    __m512 sum[12][4];
+    __m512 sum[LARGEST_TILE][4];
     UNROLL for (int p = 0; p < count; p++) UNROLL for (int v = 0; v < vectors; v++) sum[p][v] = _mm512_setzero_ps();
     for (int64_t line = 0; line < lines; line++) {
         const int64_t start = line * pitch;
@@ -130,8 +130,8 @@ ALWAYS_INLINE int64_t NAME(tiles)(const int count, const int vectors, int64_t fr
     second += line * window->pitch;
     weight += line * window->length * units;
     for (; from + count <= to; from += count) {
-        const int32_t *at[12];
-        float *places[12];
+        const int32_t *at[LARGEST_TILE];
+        float *places[LARGEST_TILE];
         for (int p = 0; p < count; p++) {
             const int64_t y = (from + p) / window->across, x = (from + p) % window->across;
             const int64_t offset = y * window->down_step + x * window->across_step;
@@ -176,8 +176,8 @@ ALWAYS_INLINE void NAME(listed)(const int count, const int vectors, const Places
     for (int64_t from = 0; from < places->count; from += count) {
         /* The last tile visits places of the one before it again, and finds the same. */
         const int64_t start = from + count <= places->count ? from : places->count > count ? places->count - count : 0;
-        const int32_t *at[12];
-        float *out[12];
+        const int32_t *at[LARGEST_TILE];
+        float *out[LARGEST_TILE];
         for (int p = 0; p < count; p++) {
             at[p] = places->at[start + p];
             out[p] = places->out[start + p] + u;
@@ -261,15 +261,15 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
     }
     const int64_t group = n / PAIR, pair = second > n;
     if (pass->seen[0]) {
-        int32_t *words = pass->seen[0] + group * conv->height * strip, *next = words + conv->height * strip;
+        int32_t *words = pass->seen[0] + group * conv->height * strip;
         uint64_t *kept = pass->lit + group * conv->height;
-        for (int64_t y = 0; y < conv->height; y++, words += strip, next += strip) {
+        for (int64_t y = 0; y < conv->height; y++, words += strip) {
             const Element *line = in + y * strip, *line_second = in_second + y * strip;
             kept[y] = lit[0][y] | (LOW && pair ? lit[1][y] : 0);
             NAME(keep_lit)(kept[y], conv->channels, line, pair ? line_second : NULL, words);
             if (LOW || !pair) continue;
             kept[conv->height + y] = lit[1][y];
-            NAME(keep_lit)(lit[1][y], conv->channels, line_second, NULL, next);
+            NAME(keep_lit)(lit[1][y], conv->channels, line_second, NULL, words + conv->height * strip);
         }
     }
     /* Frames lie anywhere in memory, so those of the observations that probably follow are asked for. */
@@ -287,7 +287,7 @@ static void NAME(convolutions)(const Shape *shape, const Pass *pass, int64_t n, 
             spread(conv, lit[i]);
             list_places(conv, (const int32_t *)(i ? in_second : in), channel_words, lit[i], i ? sums_second : sums, &places);
         }
-        for (int64_t p = places.count; p < 12; p++) {
+        for (int64_t p = places.count; p < LARGEST_TILE; p++) {
             places.at[p] = places.at[0];
             places.out[p] = places.out[0];
         }
@@ -611,7 +611,7 @@ static void NAME(way_back)(const Shape *shape, const Pass *pass, const Back *bac
 }
 
 /* Add to `rows` * `vectors` * 16 sums of products: of words x[i] (i < rows) and vectors of g, at `count` places a line.
- * With `lit` x is zero but at `count` places, and this is where they and their vectors begin. */
+ * With `lit` x is known at `count` places only and zero elsewhere; this is where they and their vectors begin. */
 ALWAYS_INLINE void NAME(outer)(const int rows, const int vectors, float *sums, int64_t sums_step, int fresh,
                                const int32_t *x, int64_t lines, int64_t x_line, int64_t count, int64_t x_step,
                                const int32_t *g, int64_t g_step, const int32_t (*lit)[2]) {

@@ -22,6 +22,8 @@ from wn_rl.replay import DrawnMinibatch, Entries, Minibatch
 
 MOST_CONVOLUTIONS, MOST_FRAMES, MOST_LINES = 8, 64, 64
 """As in ``passes.c``."""
+LARGEST_TILE = 12
+"""Places, likewise."""
 MOST_ROOMS = 8
 """Numbers of observations for which memory is kept where nothing is left for a way back; a run has three or four."""
 Integer, Pointer = ctypes.c_int64, ctypes.c_void_p
@@ -252,8 +254,7 @@ class CompiledNetwork(FusedNetwork):
             border = conv.kernel // conv.stride - 1 if index else 0
             bordered = (conv.down + 2 * border) * (conv.across + 2 * border) * conv.units
             largest = max(largest, conv.height * conv.width * conv.channels, bordered)
-        # Places of two observations, and of one of the largest tiles.
-        most_places = 2 * max(conv.down * conv.across for conv in self.convolutions) + 12
+        most_places = 2 * max(conv.down * conv.across for conv in self.convolutions) + LARGEST_TILE
         scratch = max(6 * largest * 4 + 16 * most_places, 8 * self.flat * 4, self.hidden // self.pair * 32 * 4)
         scratch = max(scratch, *(layer.v[0].numel() * 4 for layer in self.layers))
         # The rows of 16 units of a convolution, twice, and the order of their inputs.

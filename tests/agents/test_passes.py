@@ -175,19 +175,57 @@ def test_values_gradients_and_steps_are_those_of_torch(
     assert furthest < (1e-5 if precision is torch.float32 else 3e-3) * size
 
 
-def mostly_black(shape: tuple[int, ...], lit: float, generator: torch.Generator) -> Tensor:
-    """Noise, uint8 (B, C, H, W), in about the share ``lit`` of blocks of 4 × 4 pixels."""
+def mostly_black(shape: tuple[int, ...], lit: float, generator: torch.Generator, filled: float = 1.0) -> Tensor:
+    """Noise, uint8 (B, C, H, W), in about the share ``lit`` of blocks of 4 × 4 pixels, and there in that of pixels."""
     noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     blocks = torch.rand((shape[0], 1, shape[2] // 4, shape[3] // 4), generator=generator) < lit
-    return noise * blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    pixels = torch.rand(shape, generator=generator) < filled
+    return noise * pixels * blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def large(convolutions: tuple[tuple[int, int, int], ...] = (), *shape: int) -> QNetworkSpec:
+    """The network of Mnih et al., or another; with few hidden units."""
+    changes = {"convolutions": convolutions, "observation_shape": shape} if convolutions else {}
+    return QNetworkSpec(4, "wn", hidden_units=16, **changes)  # type: ignore[arg-type]
+
+
+LARGE = [
+    pytest.param(large(), id="Mnih et al."),
+    pytest.param(large(((64, 8, 4), (64, 4, 2)), 8, 84, 84), id="8 frames"),
+    pytest.param(large(((16, 8, 4),), 4, 36, 256), id="64 blocks wide"),
+    pytest.param(large(((32, 4, 2),), 4, 20, 28), id="blocks of 2"),
+    pytest.param(large(((32, 8, 8),), 3, 48, 40), id="blocks of 8"),
+]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@given(spec=networks(), batch=st.integers(1, 13), seed=st.integers(0, 1000), lit=st.sampled_from([0.9, 0.3, 0.03, 0.0]))
+@pytest.mark.parametrize("spec", LARGE)
+@pytest.mark.parametrize(("lit", "filled"), [(0.97, 1.0), (0.5, 0.02), (0.1, 1.0)])
+def test_what_is_left_out_of_large_frames_changes_no_bit(
+    precision: torch.dtype, spec: QNetworkSpec, lit: float, filled: float
+) -> None:
+    compare_with_all_visited(spec, precision, 5, 0, lit, filled)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@given(
+    spec=networks(),
+    batch=st.integers(1, 13),
+    seed=st.integers(0, 1000),
+    lit=st.sampled_from([0.9, 0.3, 0.03, 0.0]),
+    filled=st.sampled_from([1.0, 0.02]),
+)
 @settings(deadline=None, max_examples=60)
 def test_what_is_left_out_where_frames_are_black_changes_no_bit(
-    precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int, lit: float
+    precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int, lit: float, filled: float
 ) -> None:
+    compare_with_all_visited(spec, precision, batch, seed, lit, filled)
+
+
+def compare_with_all_visited(
+    spec: QNetworkSpec, precision: torch.dtype, batch: int, seed: int, lit: float, filled: float
+) -> None:
+    """Two steps give the same bits, up to the sign of a zero, as with a build that leaves nothing out."""
     leaving_out, _ = both(spec, precision)
     whole = native.load("VISIT_ALL")
     assert not isinstance(whole, str)
@@ -199,11 +237,11 @@ def test_what_is_left_out_where_frames_are_black_changes_no_bit(
         compiled.refresh()
         target = compiled.working_copy(fold(copy.deepcopy(compiled.network)))
         seen = []
-        for count in (batch, 3):  # the second in memory that holds what the first left
-            x = mostly_black((2 * count, *spec.observation_shape), lit, generator)
-            nothing = torch.zeros(count)
-            *q_values, room = compiled.compare(target, Minibatch(x[:count], nothing, nothing, x[count:], nothing))
-            compiled.backward(room, torch.randn(count, spec.num_actions, generator=generator))
+        for _ in range(2):  # the second in memory that holds what the first left
+            x = mostly_black((2 * batch, *spec.observation_shape), lit, generator, filled)
+            nothing = torch.zeros(batch)
+            *q_values, room = compiled.compare(target, Minibatch(x[:batch], nothing, nothing, x[batch:], nothing))
+            compiled.backward(room, torch.randn(batch, spec.num_actions, generator=generator))
             optimizer.step()
             optimizer.write_gradients()
             seen += [*q_values, gradient(compiled.network)]
