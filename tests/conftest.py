@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as cli.share_cores; before torch, which reads it once
 import torch
 
 from wn_rl import checkpoint

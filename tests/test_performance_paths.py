@@ -72,6 +72,16 @@ def gradient(dqn: DQN) -> Tensor:
     return torch.cat([p.grad.flatten().double() for p in dqn.q_network.parameters() if p.grad is not None])
 
 
+def each_gradient(first: DQN, second: DQN) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of the last update by each parameter, flat, of both, after :func:`gradient` of both."""
+    pairs = zip(first.q_network.parameters(), second.q_network.parameters(), strict=True)
+    return [tuple(p.grad.flatten().double() for p in pair if p.grad is not None) for pair in pairs]  # type: ignore[misc]
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(first, second, dim=0)
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
@@ -271,19 +281,30 @@ def test_bfloat16_gradients_point_where_float32_ones_do_over_1000_updates(param:
     quick, replay = played(config, 260)
     assert quick.updates > 0
     plain = DQN(replace(config, precision="float32", compile="off"), 4, CPU)
-    cosines = []
+    sums: list[Tensor] = []
+    plain.q_network.hidden.register_forward_hook(lambda *given: sums.append(given[-1].detach()))
+    cosines, by_parameter, turned = [], [], []
     for number in range(1000):
         batch = replay.sample(config.batch_size)
         plain.load_state_dict(copy.deepcopy(quick.q_network.state_dict()), copy.deepcopy(quick.state_dict()))
         quick.update(batch)
+        sums.clear()
         plain.update(batch)
-        cosines.append(float(nn.functional.cosine_similarity(gradient(quick), gradient(plain), dim=0)))
+        cosines.append(float(cosine(gradient(quick), gradient(plain))))
+        by_parameter.append([float(cosine(ours, theirs)) for ours, theirs in each_gradient(quick, plain)])
+        if isinstance(quick._fused, passes.CompiledNetwork):
+            active = sums[-1] > 0
+            turned.append(float((active != (quick._fused._room(len(active), True).hidden != 0)).sum() / active.sum()))
         if number % 100 == 99:
             quick.copy_target()
     lowest, tenth, median = np.quantile(cosines, [0.0, 0.1, 0.5])
     below = int(np.sum(np.array(cosines) < 0.99))
     print(f"{param}: mean {np.mean(cosines):.4f}, lowest {lowest:.3f}, a tenth below {tenth:.3f}, median {median:.4f}")
     print(f"{below} below 0.99")
+    names = [name.replace("parametrizations.", "") for name, _ in quick.q_network.named_parameters()]
+    for name, mean in zip(names, np.mean(by_parameter, axis=0), strict=True):
+        print(f"{name:35} {mean:.4f}")
+    print(f"hidden units at rest in one precision alone, of those active: {np.mean(turned) if turned else np.nan:.2%}")
     # On average: single minibatches whose TD errors are small were seen as low as 0.93, under autocast too.
     assert float(np.mean(cosines)) >= 0.99, sorted(cosines)[:5]
 
