@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as cli.share_cores; before torch, which reads it once
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # workers share cores: docs/performance.md; before torch, which reads it once
 import torch
 
 from wn_rl import checkpoint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -426,30 +425,3 @@ def test_help_is_there_at_once() -> None:
         subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, check=True)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 1.5
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ({}, cli.SPINS),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "active"}, None),
-    ],
-)
-def test_waiting_threads_share_their_cores_unless_told_otherwise(
-    given: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # so that it is taken back afterwards
-        monkeypatch.delenv(name)
-        if name in given:
-            monkeypatch.setenv(name, given[name])
-    cli.share_cores()
-    assert os.environ.get("GOMP_SPINCOUNT") == found
-
-
-@pytest.mark.parametrize("script", ["train", "evaluate"])
-def test_torch_is_imported_after_its_threads_are_told_how_to_wait(script: str) -> None:
-    asked = f"import sys, {script}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -17,8 +17,6 @@ import tyro
 
 from wn_rl.errors import UsageError, WnRlError, one_line
 
-SPINS = "1000"
-"""How often a waiting thread asks again before it gives up its core; libgomp asks 300,000 times where cores suffice."""
 LONGEST_MESSAGE = 600
 """Letters of an error line; the middle of a longer one is left out."""
 
@@ -154,19 +152,8 @@ def complain(message: str) -> None:
     )
 
 
-def share_cores() -> None:
-    """Let threads that wait for others give up their core soon, if nothing is said about it in the environment.
-
-    GNU's OpenMP, which torch brings, has them ask again for milliseconds, in which another run of the same cores could
-    have worked: docs/performance.md. It looks at the environment once, when torch is imported.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-
-
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a script's ``main`` on the command line and exit; an error that a user can mend is one line on stderr."""
-    share_cores()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
