@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # workers share cores: docs/performance.md; before torch, which reads it once
+# The workers share the cores (docs/performance.md, "Several runs at once"). Before torch, which looks at it once.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 from wn_rl import checkpoint
