@@ -137,7 +137,9 @@ def test_values_gradients_and_steps_are_those_of_torch(
 ) -> None:
     compiled, plain = both(spec, precision)
     generator = torch.Generator().manual_seed(seed)
-    x = mostly_black((2 * batch, *spec.observation_shape), lit, generator)
+    # Where nearly all is black the gradient is little but sums over places that nearly cancel, too coarse in bfloat16
+    # for the bounds below; that black changes nothing is compared to the last bit further down.
+    x = mostly_black((2 * batch, *spec.observation_shape), lit if precision is torch.float32 else 1.0, generator)
     nothing = torch.zeros(batch)
     minibatch = Minibatch(x[:batch], nothing, nothing, x[batch:], nothing)
     slopes = torch.randn(batch, spec.num_actions, generator=generator)
