@@ -25,8 +25,8 @@ from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold, initialize_from_data, project
 from wn_rl.parameterizations.api import treated_layers
 from wn_rl.parameterizations.weight_norm import defer
-from wn_rl.replay import Minibatch, Replay
-from wn_rl.stepping import PlainStepper, Stepper
+from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.stepping import PlainStepper, Stepper, TogetherStepper
 from wn_rl.training import Statistics
 
 
@@ -150,12 +150,15 @@ class DQN:
         self._offending = torch.full((config.batch_size,), -1, dtype=torch.int64, device=device)
 
     def stepper(self, replay: Replay) -> Stepper:
-        """Return what acts and updates with ``replay``: on a GPU as CUDA graphs.
+        """Return what acts and updates with ``replay``: on a GPU as CUDA graphs, where it can several updates at once.
 
         A subclass with an update of its own is given minibatches on every device.
         """
-        if self.static and type(self).update is DQN.update and type(self).act is DQN.act:
+        own = type(self).update is DQN.update and type(self).work_of_update is DQN.work_of_update
+        if self.static and own and type(self).act is DQN.act:
             return GraphStepper(self, replay, CudaRecorder(self.device) if self.device.type == "cuda" else None)
+        if own and isinstance(self._fused, passes.CompiledNetwork):
+            return TogetherStepper(self, replay, self.config.batch_size)
         return PlainStepper(self, replay, self.config.batch_size)
 
     def _autocast(self) -> torch.autocast:
@@ -241,8 +244,10 @@ class DQN:
 
     def work_of_update(self, batch: Minibatch) -> None:
         """Do what an update does on the device; :meth:`counted` does what it does on the host."""
-        if isinstance(self._fused, passes.CompiledNetwork) and isinstance(self.optimizer, FusedAdamax):
-            self._compiled_step(self._fused, self.optimizer, batch)
+        if isinstance(self._fused, passes.CompiledNetwork):
+            _, loss = self._compiled_steps(self._fused, batch, 1)
+            if batch.numbers is not None:
+                self._refuse(loss, batch.numbers)
             return
         losses, td_error, q_value = self._step(batch) if self._fused is None else self._fused_step(self._fused, batch)
         with torch.no_grad():
@@ -260,13 +265,32 @@ class DQN:
         self.updates += 1
         self._summed_updates += 1
 
-    def _compiled_step(self, compiled: passes.CompiledNetwork, optimizer: FusedAdamax, batch: Minibatch) -> None:
-        """Do all of :meth:`work_of_update` in one call."""
-        adamax = optimizer.next_step()
-        loss = compiled.learn(self._targets_weights(compiled), batch, self._loss, adamax)
-        if batch.numbers is not None:
-            self._refuse(loss, batch.numbers)
-        optimizer.count_step(adamax[0])
+    def update_several(self, batch: DrawnMinibatch, count: int) -> None:
+        """Make ``count`` updates in one call, on as many transitions each, those of ``batch`` one after the other.
+
+        The same as :meth:`update` on each part, to the last bit; only for networks whose passes are compiled.
+        """
+        compiled = self._fused
+        assert isinstance(compiled, passes.CompiledNetwork)
+        numbers = batch.numbers.view(count, -1)
+        if self._watching:
+            self.update(DrawnMinibatch(batch.kept, numbers[0]))
+            numbers = numbers[1:]
+        if len(numbers):
+            made, loss = self._compiled_steps(compiled, DrawnMinibatch(batch.kept, numbers.flatten()), len(numbers))
+            self.updates += made
+            self._summed_updates += made
+            if made < len(numbers):
+                self._refuse(loss, numbers[made])
+
+    def _compiled_steps(self, compiled: passes.CompiledNetwork, batch: Minibatch, count: int) -> tuple[int, float]:
+        """Do all of :meth:`work_of_update` for so many in one call; returns how many were made, and the last loss."""
+        optimizer = self.optimizer
+        assert isinstance(optimizer, FusedAdamax)
+        rates, betas, eps = optimizer.next_steps(count)
+        made, loss = compiled.learn(self._targets_weights(compiled), batch, self._loss, rates, betas, eps)
+        optimizer.count_steps(rates[:made])
+        return made, loss
 
     def _targets_weights(self, fused: FusedNetwork) -> Working:
         """Return the target network's working weights, after the network's own are up to date."""

@@ -10,7 +10,7 @@ the Adamax step and writes the next working weights.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -332,26 +332,28 @@ class FusedAdamax(CompiledAdamax):
                     setattr(struct, f"{name}_{field}", state[key].data_ptr())
         self._bound = True
 
-    def next_step(self) -> tuple[float, float, float, float]:
-        """Return what the next step is made with: its rate, without the bias of the first moment, β1, β2 and ε."""
+    def next_steps(self, count: int) -> tuple[list[float], tuple[float, float], float]:
+        """Return what the next steps are made with: the rates, without the bias of the first moment, (β1, β2), ε."""
         if not self._bound:
             self._bind()
         (group,) = self.param_groups
         beta1, beta2 = group["betas"]
-        return group["lr"] / (1 - beta1 ** (self._steps + 1)), beta1, beta2, group["eps"]
+        rates = [group["lr"] / (1 - beta1 ** (self._steps + number)) for number in range(1, count + 1)]
+        return rates, (beta1, beta2), group["eps"]
 
-    def count_step(self, rate: float) -> None:
-        """Count the step that :meth:`next_step` told of, after it was made."""
-        self._steps += 1
-        self._rate = rate
-        self._made = True
+    def count_steps(self, rates: Sequence[float]) -> None:
+        """Count steps that were made, with these of the rates that :meth:`next_steps` told."""
+        if rates:
+            self._steps += len(rates)
+            self._rate = rates[-1]
+            self._made = True
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one step with the gradients of the last :meth:`FusedNetwork.backward`."""
-        rate, beta1, beta2, eps = self.next_step()
-        self._fused.step(rate, (beta1, beta2), eps)
-        self.count_step(rate)
+        (rate,), betas, eps = self.next_steps(1)
+        self._fused.step(rate, betas, eps)
+        self.count_steps([rate])
 
     def write_gradients(self) -> None:
         """Write the gradients of the last step to ``.grad``; none are there before the first."""

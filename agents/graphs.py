@@ -229,11 +229,12 @@ class GraphStepper:
             raise NonFiniteLossError(f"the loss of one of the first {self.agent.updates:,} updates is not finite")
         return outcome[:-1]
 
-    def update(self) -> None:
-        """Make one update; waits for nothing unless the agent was asked to watch it."""
-        if isinstance(self.replay, HostReplay):
-            self._batch = self.replay.stage_minibatch(self.agent.config.batch_size)
-        self.agent.counted(self.updating.as_it_is if self.agent.watching else self.updating)
+    def update(self, count: int = 1) -> None:
+        """Make ``count`` updates; waits for nothing unless the agent was asked to watch one."""
+        for _ in range(count):
+            if isinstance(self.replay, HostReplay):
+                self._batch = self.replay.stage_minibatch(self.agent.config.batch_size)
+            self.agent.counted(self.updating.as_it_is if self.agent.watching else self.updating)
 
     def _act(self) -> None:
         observations = self.replay.observations() if self._observations is None else self._observations

@@ -118,6 +118,6 @@ def _open(command: str, flags: tuple[str, ...], path: Path) -> ctypes.CDLL:
             step.argtypes = (*[Pointer] * 5, integer, *[real] * 4)
             forward.restype = step.restype = None
             learn = getattr(library, f"learn_{name}")
-            learn.argtypes = (*[Pointer] * 8, integer, *[real] * 4)
-            learn.restype = real
+            learn.argtypes = (*[Pointer] * 4, integer, *[Pointer] * 4, integer, Pointer, *[real] * 3, *[Pointer] * 2)
+            learn.restype = integer
     return library

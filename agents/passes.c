@@ -126,11 +126,19 @@ ALWAYS_INLINE void turn(__m512 *block) {
     }
 }
 
-/* Look up transitions by number, with the places of their frames: the one after the last entry is black. Returns whether
- * there are such numbers. */
-static int look_up(const Store *store, const int64_t *numbers, int64_t batch, const Objective *objective) {
+/* Whether there are such transitions, and the network has all actions that were taken. */
+static int exist(const Store *store, const int64_t *numbers, int64_t count, const Objective *objective, int64_t actions) {
+    for (int64_t n = 0; n < count; n++) {
+        if (store && numbers[n] < 0) return 0;
+        const int64_t action = store ? store->actions[store->entry_of[numbers[n] % store->entries]] : objective->actions[n];
+        if (action < 0 || action >= actions) return 0;
+    }
+    return 1;
+}
+
+/* Look up transitions by number, with the places of their frames: the one after the last entry is black. */
+static void look_up(const Store *store, const int64_t *numbers, int64_t batch, const Objective *objective) {
     for (int64_t n = 0; n < batch; n++) {
-        if (numbers[n] < 0) return 0;
         const int64_t entry = store->entry_of[numbers[n] % store->entries];
         for (int64_t f = 0; f <= store->stack; f++) {
             const int64_t back = store->stack - 1 - f; /* rows before the entry's; one after it is -1 */
@@ -141,21 +149,12 @@ static int look_up(const Store *store, const int64_t *numbers, int64_t batch, co
         objective->rewards[n] = store->rewards[entry];
         objective->terminals[n] = store->terminals[entry];
     }
-    return 1;
 }
 
 static double seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-/* Whether the network has all actions that were taken. */
-static int has_actions(const Objective *objective, int64_t batch, int64_t actions) {
-    for (int64_t n = 0; n < batch; n++) {
-        if (objective->actions[n] < 0 || objective->actions[n] >= actions) return 0;
-    }
-    return 1;
 }
 
 /* The loss of Q-learning with clipped TD errors and its gradient by the Q-values; what is not a number stays so. */

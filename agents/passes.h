@@ -480,8 +480,10 @@ ALWAYS_INLINE void NAME(dense_tile)(const int count, const int32_t *weight, int6
     }
 }
 
-/* The gradient by 32 inputs of the dense layer, from `from` on, for all observations. */
-static void NAME(flat_gradient)(const Shape *shape, const Pass *pass, const Back *back, int64_t from, uint8_t *scratch) {
+/* The gradient by 32 inputs of the dense layer, from `from` on, for all observations. The weights of those that probably
+ * follow, one line of the cache in each row, are asked for. */
+static void NAME(flat_gradient)(const Shape *shape, const Pass *pass, const Back *back, int64_t from, int64_t next,
+                                uint8_t *scratch) {
     const int64_t words = shape->hidden / PAIR;
     const int32_t *weight, *hidden = (const int32_t *)back->hidden;
     int64_t step;
@@ -502,10 +504,14 @@ static void NAME(flat_gradient)(const Shape *shape, const Pass *pass, const Back
     weight = (const int32_t *)pass->dense + from;
     step = shape->flat;
 #endif
-    int64_t n = 0;
+    int64_t n = 0, unit = next < shape->flat ? 0 : shape->hidden;
+    const int64_t share = shape->hidden / (pass->batch / 8 + 1) + 1;
     float *out = back->flat + from;
-    for (; n + 8 <= pass->batch; n += 8)
+    for (; n + 8 <= pass->batch; n += 8) {
+        for (int64_t i = 0; i < share && unit < shape->hidden; i++, unit++)
+            __builtin_prefetch((const Element *)pass->dense + unit * shape->flat + next, 0, 3);
         NAME(dense_tile)(8, weight, step, hidden + n * words, words, out + n * shape->flat, shape->flat);
+    }
     for (; n < pass->batch; n++)
         NAME(dense_tile)(1, weight, step, hidden + n * words, words, out + n * shape->flat, shape->flat);
 }
@@ -709,7 +715,7 @@ static void NAME(dense_step)(const Shape *shape, const Pass *pass, const Back *b
     const int64_t groups = (pass->batch + PAIR - 1) / PAIR, flat = shape->flat, hidden = shape->hidden;
     const int32_t *seen = pass->seen[shape->convolutions];
     for (int64_t k = 0; k < flat;) {
-        const int vectors = k + 64 <= flat ? 4 : 1;
+        const int vectors = k + 48 <= flat ? 3 : 1;
         /* What the step will read comes near while the gradient is computed. */
         for (int64_t u = 0; u < 8; u++) {
             for (int64_t i = k; i < k + 16 * vectors; i += 16) {
@@ -719,14 +725,11 @@ static void NAME(dense_step)(const Shape *shape, const Pass *pass, const Back *b
                 __builtin_prefetch(layer->v_max + at, 1, 2);
             }
         }
-        for (int64_t u = 0; u < 8; u += 4) {
-            float *sums = rows + u * flat + k;
-            const int32_t *x = back->hidden_words + from + u;
-            if (vectors == 4)
-                NAME(outer)(4, 4, sums, flat, 1, x, 1, 0, groups, hidden, seen + k, flat, NULL);
-            else
-                NAME(outer)(4, 1, sums, flat, 1, x, 1, 0, groups, hidden, seen + k, flat, NULL);
-        }
+        const int32_t *x = back->hidden_words + from;
+        if (vectors == 3)
+            NAME(outer)(8, 3, rows + k, flat, 1, x, 1, 0, groups, hidden, seen + k, flat, NULL);
+        else
+            NAME(outer)(8, 1, rows + k, flat, 1, x, 1, 0, groups, hidden, seen + k, flat, NULL);
         k += 16 * vectors;
     }
     for (int64_t u = 0; u < 8; u++) {
@@ -860,7 +863,7 @@ void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *b
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < pass->batch; n += 2) NAME(hidden_gradient)(shape, pass, back, n);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t k = 0; k < shape->flat; k += 32) NAME(flat_gradient)(shape, pass, back, k, mine);
+        for (int64_t k = 0; k < shape->flat; k += 32) NAME(flat_gradient)(shape, pass, back, k, k + 32 * threads, mine);
         NAME(work)(shape, pass, back, dense, &queue, mine, &adamax);
 #pragma omp barrier
         for (int64_t l = 0; l < shape->convolutions; l++) {
@@ -874,13 +877,12 @@ void NAME(backward_and_step)(const Shape *shape, const Pass *pass, const Back *b
 }
 
 /* A whole update: `passes` are the target network's and the network's own. Returns the loss, and if it is checked and not
- * finite has changed nothing; below zero where there is no such transition or action. Without a store the transitions are in the objective already. */
-float NAME(learn)(const Shape *shape, const Pass *passes, const Store *store, const int64_t *numbers,
-                  const Objective *objective, const Back *back, const Layer *layers, uint8_t *scratch, int64_t threads,
-                  float rate, float beta1, float beta2, float eps) {
+ * finite has changed nothing. Without a store the transitions are in the objective already. */
+static float NAME(learn_once)(const Shape *shape, const Pass *passes, const Store *store, const int64_t *numbers,
+                              const Objective *objective, const Back *back, const Layer *layers, uint8_t *scratch,
+                              int64_t threads, float rate, float beta1, float beta2, float eps) {
     const double start = seconds();
-    if (store && !look_up(store, numbers, passes[1].batch, objective)) return -1.0f;
-    if (!has_actions(objective, passes[1].batch, shape->actions)) return -1.0f;
+    if (store) look_up(store, numbers, passes[1].batch, objective);
     const double found = seconds();
     NAME(forward)(shape, passes, 2, scratch, threads);
     const float loss = lose(objective, passes[1].batch, shape->actions, passes[1].q_values, passes[0].q_values);
@@ -891,4 +893,26 @@ float NAME(learn)(const Shape *shape, const Pass *passes, const Store *store, co
     objective->seconds[1] += halfway - found;
     objective->seconds[2] += seconds() - halfway;
     return loss;
+}
+
+/* `count` updates with a rate each, on the transitions of one row of `numbers` after the other, until one is refused;
+ * returns how many were made, and in `loss` the last loss; -1 and nothing is made where there is no such transition or
+ * action. What the dense layer sees goes to the pass's place and to `spare` in turns, so after a refused update that of
+ * the one before is still there. */
+int64_t NAME(learn)(const Shape *shape, const Pass *passes, const Store *store, const int64_t *numbers, int64_t count,
+                    const Objective *objective, const Back *back, const Layer *layers, uint8_t *scratch, int64_t threads,
+                    const float *rates, float beta1, float beta2, float eps, void *spare, float *loss) {
+    Pass both[2] = {passes[0], passes[1]}, *own = &both[1];
+    int32_t **seen = &own->seen[shape->convolutions];
+    const int same = (void *)*seen == own->flat;
+    if (!exist(store, numbers, count * own->batch, objective, shape->actions)) return -1;
+    for (int64_t made = 0; made < count; made++) {
+        *loss = NAME(learn_once)(shape, both, store, store ? numbers + made * own->batch : NULL, objective, back, layers,
+                                 scratch, threads, rates[made], beta1, beta2, eps);
+        if (!objective->unchecked && !isfinite(*loss)) return made;
+        void *next = own->flat == passes[1].flat ? spare : passes[1].flat;
+        own->flat = next;
+        if (same) *seen = next;
+    }
+    return count;
 }

@@ -7,9 +7,8 @@ operations: sums, biases, the hidden layer and all gradients of weights. Layouts
 from __future__ import annotations
 
 import ctypes
-import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -408,52 +407,77 @@ class CompiledNetwork(FusedNetwork):
         self._pass, self._q_gradient = seen, q_gradient.contiguous()
 
     @torch.no_grad()
-    def learn(self, target: Working, batch: Minibatch, loss: Loss, adamax: tuple[float, float, float, float]) -> float:
-        """Make a whole update in one call: what :meth:`compare`, the loss, :meth:`backward` and :meth:`step` do.
+    def learn(
+        self,
+        target: Working,
+        batch: Minibatch,
+        loss: Loss,
+        rates: Sequence[float],
+        betas: tuple[float, float],
+        eps: float,
+    ) -> tuple[int, float]:
+        """Make whole updates in one call: what :meth:`compare`, the loss, :meth:`backward` and :meth:`step` do.
 
         Args:
             target: the target network's working weights.
-            batch: transitions; drawn ones that nobody has looked at are looked up in the replay.
+            batch: transitions, of all updates one after the other; drawn ones that nobody has looked at are looked up
+                in the replay, others must be those of one update.
             loss: what is minimized.
-            adamax: what :meth:`agents.fused.FusedAdamax.next_step` returned: rate, β1, β2, ε.
+            rates: of each update's Adamax step, without the bias of the first moment.
+            betas: of all steps.
+            eps: of all steps.
 
         Returns:
-            The loss; if it is not finite and the transitions have numbers, nothing has changed.
+            How many updates were made, and the last loss. The first whose loss is not finite is not made, nor are
+            those after it, unless the transitions have no numbers.
 
         Raises:
-            IndexError: a transition has a number or an action that does not exist.
+            IndexError: a transition has a number or an action that does not exist; no update was made.
             ValueError: the observations are not what the network takes, or fields differ in length.
         """
         drawn = batch if isinstance(batch, DrawnMinibatch) and batch.untouched else None
         numbers = None if drawn is None else drawn.numbers.long().contiguous()
+        count = len(rates)
+        size = len(batch.actions if numbers is None else numbers) // count
+        if size * count != len(batch.actions if numbers is None else numbers) or (count > 1 and numbers is None):
+            raise ValueError(f"the transitions cannot be dealt out to {count} updates")
         call = self._call
-        if call is None or drawn is None or not call.serves(target, drawn.kept, len(drawn.numbers), loss):
-            call = self._call = self._make_call(target, batch, drawn, loss)
+        if call is None or drawn is None or not call.serves(target, drawn.kept, size, loss):
+            call = self._call = self._make_call(target, batch, drawn, size, loss)
         threads = self._threads()
         call.turn()
-        made: float = self._learn(
+        last = ctypes.c_float()
+        made: int = self._learn(
             ctypes.byref(self._shape),
             call.passes,
             None if call.store is None else ctypes.byref(call.store),
             None if numbers is None else numbers.data_ptr(),
+            count,
             ctypes.byref(call.objective),
             ctypes.byref(call.back),
             self.structs,
             self._scratch.data_ptr(),
             threads,
-            *adamax,
+            (ctypes.c_float * count)(*rates),
+            *betas,
+            eps,
+            call.spare.data_ptr(),
+            ctypes.byref(last),
         )
-        if made < 0.0 or not (math.isfinite(made) or call.objective.unchecked):
-            call.turn()  # what the step before left is still asked for
-        if made < 0.0:
+        if made % 2 == 0 or made < 0:
+            call.turn()  # the last one left it in the other place, and where there was none the step before did
+        if made < 0:
             raise IndexError("a transition has a number or an action that does not exist")
-        self._pass, self._q_gradient = call.passes[1], call.q_gradient
-        return made
+        if made:
+            self._pass, self._q_gradient = call.passes[1], call.q_gradient
+        return made, last.value
 
-    def _make_call(self, target: Working, batch: Minibatch, drawn: DrawnMinibatch | None, loss: Loss) -> _Call:
+    def _make_call(
+        self, target: Working, batch: Minibatch, drawn: DrawnMinibatch | None, size: int, loss: Loss
+    ) -> _Call:
         store = None
         if drawn is not None:
-            kept, size, stack = drawn.kept, len(drawn.numbers), len(drawn.kept.offsets) - 1
+            kept, stack = drawn.kept, len(drawn.kept.offsets) - 1
             places = torch.empty(size, stack + 1, dtype=torch.int64)
             then, now = Seen(kept.frames, places[:, 1:]), Seen(kept.frames, places[:, :-1])
             actions, rewards = torch.empty(size, dtype=torch.int64), torch.empty(size)
@@ -462,7 +486,6 @@ class CompiledNetwork(FusedNetwork):
             store = _Store(*(tensor.data_ptr() for tensor in tensors), len(kept.age), kept.num_envs, stack)
             shape, sizes = (stack, *kept.frames.shape[1:]), {size}
         else:
-            size = len(batch.actions)
             then, now = _of(batch.next_observations), _of(batch.observations)
             places = now.places
             actions, rewards = batch.actions.long().contiguous(), batch.rewards.float().contiguous()

@@ -166,11 +166,11 @@ class Ours:
         if graphs:  # one graph holds all of it
             watch(self.loop.stepper, "update", "update, sampling included")
         else:
-            watch(self.loop.replay, "sample", "drawing")
+            watch(self.loop.replay, "draw", "drawing")
             apart = () if isinstance(self.agent._fused, CompiledNetwork) else ("optimizer",)
             if apart:
                 watch(self.agent.optimizer, "step", "optimizer")
-            watch(self.agent, "update", "update", apart)
+            watch(self.agent, "update" if apart else "update_several", "update", apart)
         watch(self.agent, "copy_target", "target copy")
         fused = self.agent._fused
         inside = fused.seconds.clone() if isinstance(fused, CompiledNetwork) else None
@@ -226,12 +226,13 @@ class GpuWatch:
 
 
 def updates_per_second(agent: DQN, stepper: Stepper, seconds: float) -> float:
-    """Return updates per second without emulators, sampling included; makes at least ten."""
+    """Return updates per second without emulators, sampling included, as many at a time as a vector step owes."""
+    together = max(agent.config.num_envs // agent.config.update_period, 1)
     wait(agent.device)
     updates, started = agent.updates, time.perf_counter()
     while agent.updates == updates or time.perf_counter() - started < seconds:
-        for _ in range(10):
-            stepper.update()
+        for _ in range(max(10 // together, 1)):
+            stepper.update(together)
         wait(agent.device)
     return (agent.updates - updates) / (time.perf_counter() - started)
 

@@ -40,6 +40,8 @@ from wn_rl.training import TrainingLoop
 
 STORED = 20_000
 """Agent steps in the replay; 141 MB, more than any cache."""
+TOGETHER = 4
+"""Updates that a vector step of 16 emulators owes, and that are asked for at a time."""
 
 
 @dataclass(frozen=True)
@@ -92,30 +94,33 @@ def torchs_packing(fused: FusedNetwork, observations: Tensor) -> Tensor:
 class Variant:
     """An agent of its own that is built and updated with something switched off."""
 
-    def __init__(self, config: TrainConfig, replay: Replay, num_actions: int, patches: Sequence[Any]) -> None:
-        """Build the agent under ``patches``."""
-        self.replay = replay
+    def __init__(
+        self, config: TrainConfig, replay: Replay, num_actions: int, patches: Sequence[Any], together: int
+    ) -> None:
+        """Build the agent under ``patches``; so many updates are asked for at a time."""
+        self.together = together
         self.patches = patches
         with ExitStack() as switched_off:
             for patch in patches:
                 switched_off.enter_context(patch)
             self.agent = DQN(config, num_actions, torch.device("cpu"))
             self.agent.initialize(replay.sample(512).observations)
+            self.stepper = self.agent.stepper(replay)
 
     def __call__(self, count: int) -> None:
         """Make so many updates."""
         with ExitStack() as switched_off:
             for patch in self.patches:
                 switched_off.enter_context(patch)
-            for _ in range(count):
-                self.agent.update(self.replay.sample(self.agent.config.batch_size))
+            for made in range(0, count, self.together):
+                self.stepper.update(min(self.together, count - made))
 
 
 def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str, Variant]:
     """Return by name what makes updates; each has an agent of its own."""
 
-    def made(changed: TrainConfig, *patches: Any) -> Variant:  # noqa: ANN401 - mock's are not public
-        return Variant(changed, replay, num_actions, patches)
+    def made(changed: TrainConfig, *patches: Any, together: int = TOGETHER) -> Variant:  # noqa: ANN401
+        return Variant(changed, replay, num_actions, patches, together)
 
     operations = mock.patch.object(agents.passes, "unsupported", return_value="switched off")
     autograd = mock.patch.object(agents.dqn, "_fuse", return_value=None)
@@ -124,6 +129,7 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
     if config.compile == "on":
         packing = mock.patch.object(FusedNetwork, "packed", torchs_packing)
         visiting = mock.patch.object(agents.native, "load", return_value=agents.native.load("VISIT_ALL"))
+        found["a call for each update"] = made(config, together=1)
         found["what is black visited too"] = made(config, visiting)
         found["passes of torch's operations"] = made(config, operations)
         found["the same, frames packed by torch"] = made(config, operations, packing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -235,9 +236,9 @@ class TrainingLoop:
             played = np.where(plays, actions, np.where(reseeded, RESEEDED, AUTO_RESET))
             self.journal.append(played.astype(np.uint8))
         first, last = self.agent_steps + 1, int(numbers[-1])
-        for _, event in owed(self.config, first, last):
+        for event, same in groupby(event for _, event in owed(self.config, first, last)):
             if event is Event.UPDATE:
-                self.stepper.update()
+                self.stepper.update(len(list(same)))
             elif event is Event.TARGET_COPY:
                 self.agent.copy_target()
             else:

@@ -307,7 +307,8 @@ def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, rewar
         losses, error, value = agent._compare(batch, leaf, next_q_values)
         loss = losses.sum() if reduction == "sum" else losses.mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        found = compiled.learn(agent._targets_weights(compiled), batch, agent._loss, agent.optimizer.next_step())
+        steps = agent.optimizer.next_steps(1)
+        _, found = compiled.learn(agent._targets_weights(compiled), batch, agent._loss, *steps)
         assert compiled._call is not None
         torch.testing.assert_close(compiled._call.q_gradient, leaf.grad, rtol=1e-6, atol=0)
         assert found == pytest.approx(float(loss.detach()), rel=1e-5)

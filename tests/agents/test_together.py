@@ -1,0 +1,170 @@
+"""Several updates in one call against the same updates one by one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents import native
+from agents.dqn import DQN
+from wn_rl.config import load, resolve
+from wn_rl.errors import NonFiniteLossError
+from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.stepping import PlainStepper, TogetherStepper
+
+CPU = torch.device("cpu")
+LIBRARY = native.load()
+ACTIONS, SIZE = 4, 6
+PRECISIONS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            isinstance(LIBRARY, str) or not hasattr(LIBRARY, f"forward_{name}"),
+            reason=f"no compiler, or no vectors of 512 bits for {name}",
+        ),
+    )
+    for name in ("float32", "bfloat16")
+]
+
+
+def filled_replay() -> Replay:
+    generator = np.random.default_rng(0)
+    replay = Replay(60, 2, seed=3)
+    replay.start(generator.integers(0, 256, (2, 84, 84), np.uint8))
+    for step in range(40):
+        shown = generator.integers(0, 256, (2, 84, 84), np.uint8)
+        rewards, ends = generator.integers(-1, 2, 2), generator.random(2) < 0.3
+        replay.add(generator.integers(0, ACTIONS, 2), rewards, ends, shown, np.full(2, step % 9 == 8))
+    return replay
+
+
+def agent_of(precision: str, kind: type[DQN] = DQN, **changes: Any) -> DQN:
+    values: dict[str, Any] = {"game": "breakout", "param": "wn", "hidden_units": 32, "compile": "on", **changes}
+    config = resolve(replace(load("paper"), **values, precision=precision, batch_size=SIZE))
+    agent = kind(replace(config, device="cpu"), ACTIONS, CPU)
+    agent.initialize(filled_replay().sample(16).observations)
+    return agent
+
+
+def state(agent: DQN) -> dict[str, Any]:
+    return {"weights": agent.q_network.state_dict(), **agent.state_dict()}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert_same(value, theirs[key])
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs or (math.isnan(ours) and math.isnan(theirs))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("param", ["wn", "standard"])
+def test_several_updates_are_the_same_as_one_by_one(precision: str, param: str) -> None:
+    """Weights, moments, statistics, the last gradient and what is drawn next, to the last bit."""
+    agents = [agent_of(precision, param=param) for _ in range(2)]
+    replays = [filled_replay() for _ in range(2)]
+    together, apart = (agent.stepper(replay) for agent, replay in zip(agents, replays, strict=True))
+    assert isinstance(together, TogetherStepper)
+    for count in (1, 2, 3, 4, 1, 5):
+        together.update(count)
+        for _ in range(count):
+            apart.update()
+        assert_same(state(agents[0]), state(agents[1]))
+        assert torch.equal(replays[0].generator.get_state(), replays[1].generator.get_state())
+        if count == 3:
+            for agent in agents:
+                agent.copy_target()
+    assert agents[0].updates == 16
+    ours, theirs = (agent.read_statistics() for agent in agents)
+    assert ours == theirs
+    assert ours.updates == 16
+    assert ours.td_error > 0.0
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_watched_update_is_the_next_one_alone(precision: str, count: int) -> None:
+    agents = [agent_of(precision) for _ in range(2)]
+    steppers = [agent.stepper(filled_replay()) for agent in agents]
+    for agent in agents:
+        agent.watch_next_update()
+    steppers[0].update(count)
+    steppers[1].update()
+    expected = agents[1].watched_update()
+    assert expected
+    for _ in range(count - 1):
+        steppers[1].update()
+    assert_same(agents[0].watched_update(), expected)
+    assert_same(state(agents[0]), state(agents[1]))
+    assert not agents[0].watching
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("good", [0, 1, 2, 3])
+def test_a_loss_that_is_not_finite_stops_before_it_and_after_what_was_good(precision: str, good: int) -> None:
+    """The transitions named are those of the update that was refused; its gradient is nowhere to be seen."""
+    agents, replay = [agent_of(precision) for _ in range(2)], filled_replay()
+    numbers = replay.draw(5 * SIZE).view(5, SIZE)
+    numbers[numbers == 7] = 8
+    numbers[good, 2] = 7
+    replay.kept.rewards[replay.kept.entry_of[7]] = math.nan
+    for agent in agents:  # so that there is a gradient before
+        agent.update(DrawnMinibatch(replay.kept, torch.arange(10, 10 + SIZE)))
+    with pytest.raises(NonFiniteLossError, match=f"update {good + 2} is nan"):
+        agents[0].update_several(DrawnMinibatch(replay.kept, numbers.flatten()), 5)
+    for row in numbers[:good]:
+        agents[1].update(DrawnMinibatch(replay.kept, row))
+    assert agents[0].updates == good + 1
+    offending = agents[0].offending_transitions()
+    assert offending is not None
+    assert offending.tolist() == numbers[good].tolist()
+    assert_same(state(agents[0]), state(agents[1]))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_is_done_where_one_transition_does_not_exist(precision: str) -> None:
+    agent, replay = agent_of(precision), filled_replay()
+    agent.update(replay.sample(SIZE))
+    before = copy.deepcopy(state(agent))
+    numbers = replay.draw(3 * SIZE)
+    numbers[-1] = -1
+    with pytest.raises(IndexError, match="does not exist"):
+        agent.update_several(DrawnMinibatch(replay.kept, numbers), 3)
+    assert_same(state(agent), before)
+    with pytest.raises(ValueError, match="dealt out"):
+        agent._compiled_steps(agent._fused, replay.sample(7), 2)  # type: ignore[arg-type]
+    assert_same(state(agent), before)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["update", "work_of_update"])
+def test_a_subclass_with_an_update_of_its_own_is_given_each_minibatch(precision: str, name: str) -> None:
+    sizes = []
+
+    def noted(self: DQN, batch: Minibatch) -> None:
+        sizes.append(len(batch.actions))
+        getattr(DQN, name)(self, batch)
+
+    agent = agent_of(precision, type("Own", (DQN,), {name: noted}))
+    stepper = agent.stepper(filled_replay())
+    assert type(stepper) is PlainStepper
+    stepper.update(3)
+    assert sizes == [SIZE] * 3
+    assert agent.updates == 3
+
+
+def test_many_draws_at_once_are_those_of_one_by_one() -> None:
+    one, many = filled_replay(), filled_replay()
+    for count, size in ((1, 32), (4, 32), (3, 5), (2, 64), (16, 1)):
+        expected = torch.cat([one.draw(size) for _ in range(count)])
+        assert torch.equal(many.draw(count * size), expected)
