@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agents import native, passes
+from agents.compiled import CompiledLoss
 from agents.flat import FlatOptimizer
 from agents.fused import FusedAdamax, FusedNetwork, Working, unsupported
 from agents.graphs import CudaRecorder, GraphStepper
 from agents.optimizers import make_optimizer
 from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
-from wn_rl.errors import NonFiniteLossError
+from wn_rl.errors import NonFiniteLossError, one_line
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold, initialize_from_data, project
 from wn_rl.parameterizations.api import treated_layers
@@ -28,6 +29,9 @@ from wn_rl.parameterizations.weight_norm import defer
 from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
 from wn_rl.stepping import PlainStepper, Stepper, TogetherStepper
 from wn_rl.training import Statistics
+
+NOT_COMPILED = (RuntimeError, ImportError, OSError, NotImplementedError, TypeError, AssertionError)
+"""What torch.compile raises, from tracing to a compiler that is missing."""
 
 
 def td_targets(rewards: Tensor, terminals: Tensor, next_q_values: Tensor, gamma: float) -> Tensor:
@@ -139,6 +143,9 @@ class DQN:
         self._folds_target = self.parameterization.foldable and statistics_fixed
         self._plain_target: QNetwork | None = None
         self._working_target: Working | None = None
+        # None until the first update has shown whether it can be compiled.
+        plain = config.compile == "off" or not self.static
+        self._loss_of: Callable[[Minibatch], Tensor] | None = self.measured_loss if plain else None
         self._watching = False
         self._watched: dict[str, float] = {}
         self.updates = 0
@@ -249,9 +256,12 @@ class DQN:
             if batch.numbers is not None:
                 self._refuse(loss, batch.numbers)
             return
-        losses, td_error, q_value = self._step(batch) if self._fused is None else self._fused_step(self._fused, batch)
-        with torch.no_grad():
-            self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
+        if self._fused is not None:
+            self._fused_step(self._fused, batch)
+        elif self._loss_of is None:
+            self._compile(batch)
+        else:
+            self._step(batch, self._loss_of)
 
     def counted(self, work: Callable[[], None]) -> None:
         """Count an update that ``work`` makes, and watch it where that was asked for."""
@@ -300,8 +310,8 @@ class DQN:
         return self._working_target
 
     @torch.no_grad()
-    def _fused_step(self, fused: FusedNetwork, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Step on the gradient of the loss, written out; returns what :meth:`td_loss` does."""
+    def _fused_step(self, fused: FusedNetwork, batch: Minibatch) -> None:
+        """Step on the gradient of the loss, written out."""
         next_q_values, q_values, seen = fused.compare(self._targets_weights(fused), batch)
         losses, td_error, q_value = self._compare(batch, q_values, next_q_values)
         self._check(losses.sum(), batch)
@@ -311,19 +321,26 @@ class DQN:
             slope = slope / len(slope)
         fused.backward(seen, torch.zeros_like(q_values).scatter_(1, batch.actions[:, None], slope[:, None]))
         self.optimizer.step()
-        return losses, td_error, q_value
+        self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
 
-    def _step(self, batch: Minibatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Step on the gradient that autograd finds; returns what :meth:`td_loss` does."""
+    def measured_loss(self, batch: Minibatch) -> Tensor:
+        """Return the loss of a minibatch, a scalar, after its statistics were summed and a bad one was noted."""
+        losses, td_error, q_value = self.td_loss(batch)
+        loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
+        with torch.no_grad():
+            self._check(loss, batch)
+            self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
+        return loss
+
+    def _step(self, batch: Minibatch, loss_of: Callable[[Minibatch], Tensor]) -> None:
+        """Step on the gradient that autograd finds of what ``loss_of`` returns."""
         # Only some entries care for the mode, and switching walks the whole module tree.
         switch_mode = self.parameterization.has_training_mode
         if switch_mode:
             self.q_network.train()
             batch_statistics = self.config.target_statistics == "batch" and not self.parameterization.batch_independent
             self.target_network.train(batch_statistics)
-        losses, td_error, q_value = self.td_loss(batch)
-        loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
-        self._check(loss, batch)
+        loss = loss_of(batch)
         if isinstance(self.optimizer, FlatOptimizer):
             self.optimizer.minimize(loss)
         else:
@@ -335,7 +352,25 @@ class DQN:
         if switch_mode:
             self.q_network.eval()
             self.target_network.eval()
-        return losses, td_error, q_value
+
+    def _compile(self, batch: Minibatch) -> None:
+        """Make the first update through torch.compile; where that cannot be done make it, and all others, without."""
+        assert isinstance(self.optimizer, FlatOptimizer)
+        print("compiling the update, once for this run", file=sys.stderr)
+        loss_of: Callable[[Minibatch], Tensor] = CompiledLoss(self.measured_loss)
+        weights, state = copy.deepcopy(self.q_network.state_dict()), copy.deepcopy(self.state_dict())
+        try:
+            self.optimizer.compile()
+            self._step(batch, loss_of)
+        except NOT_COMPILED as error:
+            print(f"the update cannot be compiled and runs slower: {one_line(error)[:200]}", file=sys.stderr)
+            self.optimizer.compile(False)
+            self.q_network.eval()
+            self.target_network.eval()
+            self.load_state_dict(weights, state)
+            loss_of = self.measured_loss
+            self._step(batch, loss_of)
+        self._loss_of = loss_of
 
     def _check(self, loss: Tensor, batch: Minibatch) -> None:
         """Note the first minibatch whose loss is not finite; on a CPU stop before it spoils the weights.

@@ -73,6 +73,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             place.copy_(parameter.detach())
             parameter.data = place
         self._shown = False
+        self.compile(False)
 
     def _of(self, flat: Tensor, index: int) -> Tensor:
         """Return the part of a flat buffer that belongs to a parameter, in that parameter's shape."""
@@ -94,9 +95,15 @@ class FlatOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one step with what :attr:`gradient` holds."""
-        rule: Callable[[], None] = getattr(self, f"_{self.name}")
-        rule()
+        # Not in the rule: torch 2.13, compiling for a CPU, loses a change of a tensor without dimensions.
+        self._steps.add_(1)
+        self._rule()
         self.show_gradients()
+
+    def compile(self, on: bool = True) -> None:
+        """Let torch compile what a step does, when the next one is made; or no longer."""
+        plain: Callable[[], None] = getattr(self, f"_{self.name}")
+        self._rule = torch.compile(plain, fullgraph=True, dynamic=False) if on else plain
 
     def _correction(self, beta: float) -> Tensor:
         """Return 1 − βᵗ, float64."""
@@ -108,7 +115,6 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _adamax(self) -> None:
         """Kingma & Ba 2015, algorithm 2, with torch's placing of ε: u ← max(β2 u, |∇| + ε)."""
         beta1, beta2 = self._betas
-        self._steps.add_(1)
         self._mean.lerp_(self.gradient, 1 - beta1)
         torch.maximum(self._scale.mul_(beta2), self.gradient.abs().add_(self._eps), out=self._scale)
         self._move(self._mean / self._scale, -self._rate / self._correction(beta1))
@@ -116,7 +122,6 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _adam(self) -> None:
         """Kingma & Ba 2015, algorithm 1."""
         beta1, beta2 = self._betas
-        self._steps.add_(1)
         self._mean.lerp_(self.gradient, 1 - beta1)
         self._scale.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1 - beta2)
         root = self._scale.sqrt().div_(self._correction(beta2).sqrt()).add_(self._eps)
@@ -125,7 +130,6 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _rmsprop_mnih(self) -> None:
         """See :class:`agents.optimizers.RMSpropMnih`."""
         decay = self._betas[0]
-        self._steps.add_(1)
         self._mean.lerp_(self.gradient, 1 - decay)
         self._scale.mul_(decay).addcmul_(self.gradient, self.gradient, value=1 - decay)
         variance = torch.addcmul(self._scale, self._mean, self._mean, value=-1).clamp_(min=0.0)

@@ -62,6 +62,8 @@ class Arguments:
     """Where to."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """Of ours."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Of ours."""
     num_threads: Count = 0
     """Threads of our arithmetic; 0: what train.py takes."""
     emulator_threads: Count = 0
@@ -90,6 +92,7 @@ def configure(arguments: Arguments) -> TrainConfig:
         learning_starts=WARM_UP,
         device=arguments.device,
         precision=arguments.precision,
+        compile=arguments.compile,
         num_threads=arguments.num_threads,
         emulator_threads=arguments.emulator_threads,
     )

@@ -30,17 +30,23 @@ def configured(**changes: Any) -> TrainConfig:
         "num_envs": N,
         "init_samples": 16,
         "num_threads": 1,
+        "precision": "float32",
+        "compile": "off",
     }
-    config = resolve(replace(load("paper"), **(values | changes)))
-    return replace(config, device="cpu", precision=changes.get("precision", "float32"), compile="off")
+    return replace(resolve(replace(load("paper"), **(values | changes))), device="cpu")
 
 
 class Sides:
-    """Three ways on the same frames with the same seeds: plain, static as it is, and static with a recorder."""
+    """Three ways on the same frames with the same seeds: plain, static as it is, and static with a recorder.
+
+    With ``compile="on"`` that holds for the last of them.
+    """
 
     def __init__(self, recorder: Recorder, device: torch.device = CPU, *, host: bool = False, **changes: Any) -> None:
         self.config = configured(**changes)
-        self.agents = [DQN(self.config, ACTIONS, device, static=static) for static in (False, True, True)]
+        plain = replace(self.config, compile="off")
+        configs = (plain, plain, self.config)
+        self.agents = [DQN(config, ACTIONS, device, static=index > 0) for index, config in enumerate(configs)]
         self.plain, self.as_it_is, self.recorded = self.agents
 
         def replay(staged: bool) -> Replay:

@@ -102,6 +102,27 @@ def test_precision_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device(replace(config, device="cuda")).compile == "off"
 
 
+def test_an_update_is_compiled_on_a_gpu_where_it_can_be_and_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    config = resolve(replace(load("paper"), game="breakout", device="cuda"))
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: object() if name == "triton" else None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+    long, short = replace(config, frames=20_000_000), replace(config, frames=19_999_999)
+    assert resolve_device(long).compile == "on"
+    assert resolve_device(short).compile == "off"
+    assert resolve_device(replace(long, compile="off")).compile == "off"
+    for optimizer in ("adamax", "adam", "rmsprop_mnih"):
+        assert resolve_device(replace(short, compile="on", optimizer=optimizer)).compile == "on"
+    with monkeypatch.context() as lacking:
+        lacking.setattr(machine.importlib.util, "find_spec", lambda name: None)
+        assert resolve_device(long).compile == "off"
+        with pytest.raises(UsageError, match="on a GPU it needs the package triton and a C compiler"):
+            resolve_device(replace(short, compile="on"))
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert resolve_device(long).compile == "off"
+
+
 def test_tf32_is_on_where_it_was_asked_for_and_nowhere_else() -> None:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:

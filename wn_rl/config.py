@@ -167,7 +167,8 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """On a CPU, compile adamax's step to machine code, and for standard and wn what is around it, which makes updates
     quicker and takes a second once, some 20 s for the other parameterizations. auto: for networks of at least half a
-    million parameters where there is a C++ compiler."""
+    million parameters where there is a C++ compiler. On a GPU, compile the whole update. auto: for runs of at least 20M
+    frames where there are triton and a C compiler."""
     num_envs: EnvCount = 16
     """Emulators that step together. All of them act on the same network, so N changes results a little. auto: chosen
     from cores and device; the number chosen is what the run's config.yaml says."""

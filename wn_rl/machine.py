@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -30,6 +31,8 @@ INIT_SAMPLE_BYTES = 400_000
 """Memory of one observation in the data-dependent initialization (measured: 275 kB, without the gathering)."""
 WORTH_COMPILING = 500_000
 """Parameters from which a compiled optimizer step pays for its compilation."""
+WORTH_COMPILING_FRAMES = 20_000_000
+"""Frames from which a run on a GPU has its update compiled, which takes as long as some million frames do there."""
 MOST_ENVS = {"cpu": 64, "cuda": 512}
 """Emulators that ``num_envs: auto`` chooses at most."""
 ENVS_PER_CORE = {"cpu": 8, "cuda": 16}
@@ -218,12 +221,21 @@ def set_float32_precision(precision: str) -> None:
 
 
 def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:
-    can = device == "cpu" and config.optimizer == "adamax"
-    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
-    if config.compile == "on" and not (can and compiler):
-        raise UsageError("--compile on: it needs a CPU, --optimizer adamax and a C++ compiler; use --compile auto")
-    large = QNetworkSpec(1, hidden_units=config.hidden_units).count_parameters() >= WORTH_COMPILING
-    return "on" if config.compile == "on" or (config.compile == "auto" and can and compiler and large) else "off"
+    if device == "cuda":
+        can = importlib.util.find_spec("triton") is not None and _found("CC", "gcc", "clang", "cc")
+        needs, pays = "on a GPU it needs the package triton and a C compiler", config.frames >= WORTH_COMPILING_FRAMES
+    else:
+        can = config.optimizer == "adamax" and _found("CXX", "g++", "clang++")
+        needs = "on a CPU it needs --optimizer adamax and a C++ compiler"
+        pays = QNetworkSpec(1, hidden_units=config.hidden_units).count_parameters() >= WORTH_COMPILING
+    if config.compile == "on" and not can:
+        raise UsageError(f"--compile on: {needs}; use --compile auto")
+    return "on" if config.compile == "on" or (config.compile == "auto" and can and pays) else "off"
+
+
+def _found(variable: str, *commands: str) -> bool:
+    """Return whether there is one of the compilers, or the one that the environment names."""
+    return any(shutil.which(name) for name in (os.environ.get(variable, ""), *commands) if name)
 
 
 def cores() -> int:

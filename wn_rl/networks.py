@@ -199,11 +199,12 @@ class FirstConvolution(nn.Conv2d):
     def packs(self, observations: Tensor) -> bool:
         """Return whether ``observations`` can be packed for this layer and it pays: on CPUs, for square blocks.
 
-        Not in an exported program: other runtimes know no views of bytes as words.
+        Not in an exported program, whose runtime may know no views of bytes as words, nor in one that torch compiles.
         """
         size, stride = self.kernel_size[0], self.stride[0]
         return (
-            not torch.compiler.is_exporting()
+            not torch.compiler.is_compiling()
+            and not torch.compiler.is_exporting()
             and observations.device.type == "cpu"
             and observations.dtype == torch.uint8
             and stride in BYTES

@@ -82,6 +82,19 @@ class Entries:
         """Return copies of the frames at ``places``, uint8, shape (*places.shape, 84, 84)."""
         return self.frames.index_select(0, places.flatten()).view(*places.shape, *self.frames.shape[1:])
 
+    def minibatch(self, numbers: Tensor) -> Minibatch:
+        """Return the transitions with these numbers, int64, shape (B,), all looked up now; it can be compiled."""
+        entries = self.entry_of[numbers % len(self.entry_of)]
+        frames = self.frames_at(self.places(entries, len(self.offsets)))
+        return Minibatch(
+            observations=frames[:, :-1],
+            actions=self.actions[entries].long(),
+            rewards=self.rewards[entries],
+            next_observations=frames[:, 1:],
+            terminals=self.terminals[entries],
+            numbers=numbers,
+        )
+
 
 class DrawnMinibatch(Minibatch):
     """A minibatch that is still in the replay: each field is looked up when somebody looks at it.
