@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from agents.compiled import CompiledLoss
 from agents.dqn import DQN
 from agents.graphs import WARM_UPS, CudaRecorder, GraphStepper, Repeated
 from tests.sides import ACTIONS, N, Sides, configured
@@ -103,6 +105,48 @@ def test_graphs_do_what_was_recorded(param: str, host: bool, capsys: pytest.Capt
         found = agent.read_statistics()
         assert found.updates == expected.updates
         assert found.loss == pytest.approx(expected.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("host", [False, True], ids=["resident", "host"])
+@pytest.mark.parametrize("param", ["standard", "wn", "bn", "wn_projected"])
+def test_a_compiled_update_is_recorded_too(param: str, host: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = Sides(CudaRecorder(CUDA), CUDA, host=host, param=param, compile="on")
+    for step in range(WARM_UPS + 5):
+        before = copy.deepcopy(sides.plain.q_network.state_dict())
+        sides.update()
+        sides.assert_same_draws()
+        assert_close_weights(sides.recorded.q_network, sides.plain.q_network, before, 0.02)
+        sides.go_on_from_plain()
+        if step == WARM_UPS + 2:
+            sides.copy_target()
+        sides.store()
+    assert isinstance(sides.recorded._loss_of, CompiledLoss), capsys.readouterr().err
+    assert sides.stepper.updating.recorded, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compile_", ["off", "on"])
+def test_updates_a_second(compile_: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With -s the figure is printed; a graph must not be slower than a tenth of what is aimed at."""
+    config = configured(param="wn", precision="bfloat16", compile=compile_, hidden_units=512, batch_size=32)
+    agent, replay = DQN(config, ACTIONS, CUDA), Replay(20_000, 16, device=CUDA)
+    generator = np.random.default_rng(0)
+    replay.start(generator.integers(0, 256, (16, 84, 84), np.uint8))
+    for _ in range(200):
+        frames = generator.integers(0, 256, (16, 84, 84), np.uint8)
+        replay.add(generator.integers(0, ACTIONS, 16), generator.normal(size=16), np.zeros(16), frames, np.zeros(16))
+    agent.initialize(replay.sample(16).observations)
+    stepper = agent.stepper(replay)
+    stepper.update(20)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    stepper.update(2000)
+    torch.cuda.synchronize()
+    rate = 2000 / (time.perf_counter() - started)
+    assert isinstance(stepper, GraphStepper)
+    assert stepper.updating.recorded, capsys.readouterr().err
+    with capsys.disabled():
+        print(f" wn, bfloat16, minibatch 32, compile {compile_}: {rate:,.0f} updates/s", end="")
+    assert rate > 900
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop_mnih"])
@@ -269,9 +313,9 @@ def loop_on_gpu(config: TrainConfig, *, host: bool = False) -> TrainingLoop:
 
 
 @pytest.mark.parametrize("host", [False, True], ids=["resident", "host"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_vector_step_waits_for_nothing_but_the_actions(precision: str, host: bool) -> None:
-    config = replace(tiny(num_envs=8, precision=precision, target_period=16), device="cuda")
+@pytest.mark.parametrize(("precision", "compile_"), [("float32", "off"), ("bfloat16", "off"), ("bfloat16", "on")])
+def test_a_vector_step_waits_for_nothing_but_the_actions(precision: str, compile_: str, host: bool) -> None:
+    config = replace(tiny(num_envs=8, precision=precision, target_period=16, compile=compile_), device="cuda")
     loop = loop_on_gpu(config, host=host)
     stepper = loop.stepper
     assert isinstance(stepper, GraphStepper)
