@@ -324,8 +324,8 @@ class DQN:
         """Return the loss of a minibatch, a scalar, after its statistics were summed and a bad one was noted."""
         losses, td_error, q_value = self.td_loss(batch)
         loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
+        self._check(loss, batch)
         with torch.no_grad():
-            self._check(loss, batch)
             self._sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
         return loss
 
