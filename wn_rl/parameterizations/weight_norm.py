@@ -20,6 +20,14 @@ LARGE = 2**16
 Scale = Literal["direct", "exp"]
 
 
+def normalized(v: Tensor, g: Tensor) -> Tensor:
+    """Return g · v / ‖v‖, ‖·‖ over all but the first axis of ``v``; ``g`` has size 1 there."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Written out, it becomes part of the kernels around it; torch's own stays one, and so does its gradient.
+        return v * (g / torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True))
+    return torch._weight_norm(v, g, 0)
+
+
 class WeightNormalized(nn.Module):
     """Compute w = g · v / ‖v‖ with one g per output unit; ‖·‖ runs over every other axis.
 
@@ -39,7 +47,7 @@ class WeightNormalized(nn.Module):
         if self.exponential:
             g = g.exp()
         if not self.units.transposed:
-            return torch._weight_norm(v, g, 0)
+            return normalized(v, g)
         return self.units.scale(v, self.units.shaped(g, v) / self.units.norm(v))
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,8 +159,8 @@ class WeightNormalization(WeightParameterization):
                 if deferred is not None and deferred.v is not v:  # torch.func swaps parameters
                     deferred = None
                 return scaled_linear(x, v, g, bias, deferred)
-            return nn.functional.linear(x, torch._weight_norm(v, g, 0), bias)
+            return nn.functional.linear(x, normalized(v, g), bias)
         if isinstance(layer, nn.Conv2d):
-            output: Tensor = layer._conv_forward(x, torch._weight_norm(v, g, 0), bias)
+            output: Tensor = layer._conv_forward(x, normalized(v, g), bias)
             return output
         return super().forward(layer, x)
