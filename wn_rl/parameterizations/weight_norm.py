@@ -24,7 +24,8 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
     """Return g · v / ‖v‖, ‖·‖ over all but the first axis of ``v``; ``g`` has size 1 there."""
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Written out, it becomes part of the kernels around it; torch's own stays one, and so does its gradient.
-        return v * (g / torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True))
+        norm: Tensor = torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
+        return v * (g / norm)
     return torch._weight_norm(v, g, 0)
 
 
