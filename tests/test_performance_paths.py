@@ -361,7 +361,7 @@ def test_memory_stays_flat_over_200_000_updates(kind: type[FusedNetwork]) -> Non
     """A small network on small frames, or it would take an hour; the code is that of the large one."""
     convolutions = ((16, 4, 4), (16, 2, 2))
     spec = QNetworkSpec(3, "wn", observation_shape=(4, 16, 16), convolutions=convolutions, hidden_units=16)
-    dqn = DQN(configured(param="wn", precision="bfloat16", compile="on", hidden_units=16), 3, CPU)
+    dqn = DQN(configured(param="wn", precision="bfloat16", compile="on", hidden_units=16, batch_size=4), 3, CPU)
     library = native.load()
     assert not isinstance(library, str)
     network = build_q_network(spec, seed=0)
@@ -371,15 +371,15 @@ def test_memory_stays_flat_over_200_000_updates(kind: type[FusedNetwork]) -> Non
     dqn.q_network, dqn.target_network = network, copy.deepcopy(network)
     dqn.optimizer = FusedAdamax(dqn._fused, 1e-4, (0.5, 0.999), 1e-8)
     replay = Replay(500, 4, frame_shape=(16, 16))
+    stepper = dqn.stepper(replay)
     generator = np.random.default_rng(0)
     replay.start(generator.integers(0, 256, (4, 16, 16), np.uint8))
 
     def updates(count: int) -> int:
-        for number in range(count):
-            if number % 4 == 0:
-                shown = generator.integers(0, 256, (4, 16, 16), np.uint8)
-                replay.add(np.zeros(4), np.ones(4), np.zeros(4, bool), shown, np.zeros(4, bool))
-            dqn.update(replay.sample(4))
+        for number in range(0, count, 4):
+            shown = generator.integers(0, 256, (4, 16, 16), np.uint8)
+            replay.add(np.zeros(4), np.ones(4), np.zeros(4, bool), shown, np.zeros(4, bool))
+            stepper.update(4)
             if number % 1000 == 0:
                 dqn.copy_target()
                 dqn.read_statistics()
