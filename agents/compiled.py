@@ -6,6 +6,7 @@ On a GPU an update of this network is some 150 small kernels, each of which take
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from wn_rl.replay import DrawnMinibatch, Entries, Minibatch
 class CompiledLoss:
     """Computes the same as ``plain`` but for rounding; what was drawn is looked up in the same kernels.
 
-    The first call compiles, for each size of a minibatch anew; so does the first gradient of what it returns.
+    The first call compiles, for each size of a minibatch anew; so does the first gradient of what it returns. torch
+    compiles the same code eight times in a process, so for eight agents, and then raises.
     """
 
     def __init__(self, plain: Callable[[Minibatch], Tensor]) -> None:
@@ -35,6 +37,9 @@ class CompiledLoss:
 
     def __call__(self, batch: Minibatch) -> Tensor:
         """Return the loss of a minibatch, a scalar."""
-        if isinstance(batch, DrawnMinibatch) and batch.untouched:
+        if not isinstance(batch, DrawnMinibatch):
+            return self._of_given(batch)
+        if batch.untouched:
             return self._of_drawn(batch.kept, batch.numbers)
-        return self._of_given(batch)
+        # What somebody wrote into its fields counts, and looking up on demand cannot be compiled.
+        return self._of_given(Minibatch(**{entry.name: getattr(batch, entry.name) for entry in fields(Minibatch)}))

@@ -154,14 +154,17 @@ class DQN:
         self._offending = torch.full((config.batch_size,), -1, dtype=torch.int64, device=device)
 
     def stepper(self, replay: Replay) -> Stepper:
-        """Return what acts and updates with ``replay``: on a GPU as CUDA graphs, where it can several updates at once.
+        """Return what acts and updates with ``replay``.
 
-        A subclass with an update of its own is given minibatches on every device.
+        On a GPU it does so as CUDA graphs; on a CPU, where the passes are compiled, it makes several updates in one
+        call. A subclass with an update of its own is given minibatches on every device, and so is one that a replay of
+        another kind draws.
         """
-        own = type(self).update is DQN.update and type(self).work_of_update is DQN.work_of_update
+        methods = ("update", "work_of_update", "counted")
+        own = all(getattr(type(self), name) is getattr(DQN, name) for name in methods)
         if self.static and own and type(self).act is DQN.act:
             return GraphStepper(self, replay, CudaRecorder(self.device) if self.device.type == "cuda" else None)
-        if own and isinstance(self._fused, passes.CompiledNetwork):
+        if own and isinstance(self._fused, passes.CompiledNetwork) and type(replay) is Replay:
             return TogetherStepper(self, replay, self.config.batch_size)
         return PlainStepper(self, replay, self.config.batch_size)
 
@@ -356,6 +359,7 @@ class DQN:
         print("compiling the update, once for this run", file=sys.stderr)
         loss_of: Callable[[Minibatch], Tensor] = CompiledLoss(self.measured_loss)
         weights, state = copy.deepcopy(self.q_network.state_dict()), copy.deepcopy(self.state_dict())
+        offending = self._offending.clone()
         try:
             self.optimizer.compile()
             self._step(batch, loss_of)
@@ -365,6 +369,7 @@ class DQN:
             self.q_network.eval()
             self.target_network.eval()
             self.load_state_dict(weights, state)
+            self._offending.copy_(offending)
             loss_of = self.measured_loss
             self._step(batch, loss_of)
         self._loss_of = loss_of

@@ -72,9 +72,9 @@ class RecordingDQN(DQN):
         self.events.append((Event.INITIALIZE, self.read()))
 
 
-@pytest.mark.parametrize("num_envs", [1, 3, 16])
-def test_events_happen_at_the_agent_steps_of_the_schedule(num_envs: int) -> None:
-    config = tiny(num_envs=num_envs, learning_starts=50, target_period=30, max_frames_per_episode=60)
+@pytest.mark.parametrize(("num_envs", "target_period"), [(1, 30), (3, 30), (16, 30), (16, 3)])
+def test_events_happen_at_the_agent_steps_of_the_schedule(num_envs: int, target_period: int) -> None:
+    config = tiny(num_envs=num_envs, learning_starts=50, target_period=target_period, max_frames_per_episode=60)
     env = make_atari("breakout", num_envs, seed=5, max_frames_per_episode=config.max_frames)
     agent = RecordingDQN(config, env.num_actions, torch.device("cpu"))
     replay = Replay(config.replay_capacity, num_envs)
@@ -94,7 +94,7 @@ def test_events_happen_at_the_agent_steps_of_the_schedule(num_envs: int) -> None
                 expected.append((Event.INITIALIZE, before))
             if step >= 50 and step % 4 == 0:
                 expected.append((Event.UPDATE, before))
-            if step >= 50 and step % 30 == 0:
+            if step >= 50 and step % target_period == 0:
                 expected.append((Event.TARGET_COPY, before))
         assert agent.events == expected
     assert resets > 0

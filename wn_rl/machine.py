@@ -222,7 +222,8 @@ def set_float32_precision(precision: str) -> None:
 
 def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:
     if device == "cuda":
-        can = importlib.util.find_spec("triton") is not None and _found("CC", "gcc", "clang", "cc")
+        # Compilers as triton looks for them.
+        can = importlib.util.find_spec("triton") is not None and _found("CC", "gcc", "clang")
         needs, pays = "on a GPU it needs the package triton and a C compiler", config.frames >= WORTH_COMPILING_FRAMES
     else:
         can = config.optimizer == "adamax" and _found("CXX", "g++", "clang++")

@@ -76,5 +76,7 @@ class TogetherStepper(PlainStepper):
 
     def update(self, count: int = 1) -> None:
         """Make ``count`` updates."""
+        if not count:
+            return
         batch = DrawnMinibatch(self.replay.kept, self.replay.draw(count * self.batch_size))
         self._several.update_several(batch, count)

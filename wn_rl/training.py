@@ -240,7 +240,8 @@ class TrainingLoop:
             if event is Event.UPDATE:
                 self.stepper.update(len(list(same)))
             elif event is Event.TARGET_COPY:
-                self.agent.copy_target()
+                for _ in same:
+                    self.agent.copy_target()
             else:
                 self.agent.initialize(self.replay.sample(self.config.init_samples).observations)
         observations, rewards, terminated, truncated, info = self.env.recv()

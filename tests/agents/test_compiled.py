@@ -113,6 +113,8 @@ def test_what_cannot_be_compiled_is_made_without_and_once(
             if where == "step" and not arguments:
                 raise RuntimeError("no compiler for the way back\nand more")
             result = function(*arguments)
+            if arguments:  # as if what was compiled had computed something wrong before
+                sides.recorded._offending.fill_(1)
             if where == "loss":
                 raise RuntimeError("no compiler for the way back\nand more")
             return Breaks.apply(result) if where == "gradient" and arguments else result
@@ -129,6 +131,7 @@ def test_what_cannot_be_compiled_is_made_without_and_once(
     assert ours == theirs
     assert ours.updates == 6
     assert sides.recorded.updates == 6
+    assert sides.recorded.offending_transitions() is None
     assert capsys.readouterr().err.splitlines() == [
         "compiling the update, once for this run",
         "the update cannot be compiled and runs slower: no compiler for the way back and more",
@@ -176,3 +179,20 @@ def test_a_minibatch_that_was_given_can_be_compiled_too() -> None:
     batch = sides.replays[1].transitions(torch.arange(8))
     assert type(batch) is Minibatch
     go_beside(sides, 2, 2e-3)
+
+
+@pytest.mark.slow
+def test_what_somebody_looked_at_or_wrote_into_counts() -> None:
+    sides = Sides(None, param="standard", compile="on")
+    for step in range(3):
+        for agent, replay in zip(sides.agents, sides.replays, strict=True):
+            batch = replay.sample(8)
+            if step > 0:  # the first, untouched, decides whether updates are compiled
+                batch.rewards.fill_(0.5 * step)
+            agent.update(batch)
+        before = sides.as_it_is.read_statistics()
+        found = sides.recorded.read_statistics()
+        assert found.loss == pytest.approx(before.loss, rel=1e-4)
+        assert found.td_error == pytest.approx(before.td_error, rel=1e-4)
+        sides.go_on_from_plain()
+    assert isinstance(sides.recorded._loss_of, CompiledLoss)

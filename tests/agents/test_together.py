@@ -147,20 +147,46 @@ def test_nothing_is_done_where_one_transition_does_not_exist(precision: str) -> 
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["update", "work_of_update"])
+@pytest.mark.parametrize("name", ["update", "work_of_update", "counted"])
 def test_a_subclass_with_an_update_of_its_own_is_given_each_minibatch(precision: str, name: str) -> None:
-    sizes = []
+    calls = []
 
-    def noted(self: DQN, batch: Minibatch) -> None:
-        sizes.append(len(batch.actions))
-        getattr(DQN, name)(self, batch)
+    def noted(self: DQN, given: Any) -> None:
+        calls.append(given)
+        getattr(DQN, name)(self, given)
 
     agent = agent_of(precision, type("Own", (DQN,), {name: noted}))
     stepper = agent.stepper(filled_replay())
     assert type(stepper) is PlainStepper
     stepper.update(3)
-    assert sizes == [SIZE] * 3
+    assert len(calls) == 3
     assert agent.updates == 3
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_replay_of_another_kind_draws_each_minibatch(precision: str) -> None:
+    sizes = []
+
+    class Own(Replay):
+        def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Minibatch:
+            sizes.append(batch_size)
+            return super().sample(batch_size, generator)
+
+    replay = filled_replay()
+    replay.__class__ = Own
+    agent = agent_of(precision)
+    agent.stepper(replay).update(2)
+    assert sizes == [SIZE] * 2
+    assert agent.updates == 2
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_update_at_all_does_nothing(precision: str) -> None:
+    agent, replay = agent_of(precision), filled_replay()
+    before = copy.deepcopy(state(agent)), replay.generator.get_state()
+    agent.stepper(replay).update(0)
+    assert_same(state(agent), before[0])
+    assert torch.equal(replay.generator.get_state(), before[1])
 
 
 def test_many_draws_at_once_are_those_of_one_by_one() -> None:
