@@ -160,10 +160,11 @@ class DQN:
         call. A subclass with an update of its own is given minibatches on every device, and so is one that a replay of
         another kind draws.
         """
-        methods = ("update", "work_of_update", "counted")
-        own = all(getattr(type(self), name) is getattr(DQN, name) for name in methods)
-        if self.static and own and type(self).act is DQN.act:
+        kind = type(self)
+        own = kind.update is DQN.update
+        if self.static and own and kind.act is DQN.act:
             return GraphStepper(self, replay, CudaRecorder(self.device) if self.device.type == "cuda" else None)
+        own = own and kind.work_of_update is DQN.work_of_update and kind.counted is DQN.counted
         if own and isinstance(self._fused, passes.CompiledNetwork) and type(replay) is Replay:
             return TogetherStepper(self, replay, self.config.batch_size)
         return PlainStepper(self, replay, self.config.batch_size)
@@ -276,9 +277,15 @@ class DQN:
         self._summed_updates += 1
 
     def update_several(self, batch: DrawnMinibatch, count: int) -> None:
-        """Make ``count`` updates in one call, on as many transitions each, those of ``batch`` one after the other.
+        """Make ``count`` updates in one call, on B transitions each: to the last bit those of :meth:`update`, B by B.
 
-        The same as :meth:`update` on each part, to the last bit; only for networks whose passes are compiled.
+        Args:
+            batch: count · B transitions, at whose fields nobody has looked.
+            count: at least 1.
+
+        Raises:
+            NonFiniteLossError: the loss of an update is not finite; those before it were made.
+            IndexError: a transition or an action does not exist; no update was made.
         """
         compiled = self._fused
         assert isinstance(compiled, passes.CompiledNetwork)

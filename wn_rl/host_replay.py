@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 
@@ -85,6 +83,5 @@ class HostReplay(Replay):
 
     def transitions(self, numbers: Tensor) -> Minibatch:
         """Return the transitions with these numbers in tensors of their own on the device."""
-        batch = self._gather(numbers.cpu())
-        values = {entry.name: getattr(batch, entry.name) for entry in fields(Minibatch)}
-        return Minibatch(**{name: value.to(self.destination) for name, value in values.items()})
+        batch = self._gather(numbers.cpu()).looked_up()
+        return Minibatch(**{name: value.to(self.destination) for name, value in vars(batch).items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -117,6 +117,10 @@ class DrawnMinibatch(Minibatch):
     def untouched(self) -> bool:
         """Whether nobody has looked at a field yet, so that what the replay keeps is all there is to it."""
         return len(vars(self)) == 2
+
+    def looked_up(self) -> Minibatch:
+        """Return the fields as they are now, with what somebody wrote into them, in a minibatch that stays."""
+        return Minibatch(**{entry.name: getattr(self, entry.name) for entry in fields(Minibatch)})
 
     @cached_property
     def _entries(self) -> Tensor:

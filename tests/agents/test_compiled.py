@@ -23,7 +23,7 @@ def forgotten() -> None:
     torch._dynamo.reset()
 
 
-def go_beside(sides: Sides, updates: int, tolerance: float) -> None:
+def assert_updates_agree(sides: Sides, updates: int, tolerance: float) -> None:
     """Update the static agents, of which the last is compiled, each time from the plain one's state."""
     for step in range(updates):
         before = copy.deepcopy(sides.plain.q_network.state_dict())
@@ -45,7 +45,7 @@ def go_beside(sides: Sides, updates: int, tolerance: float) -> None:
 
 
 def test_a_compiled_update_is_the_same_but_for_rounding(capsys: pytest.CaptureFixture[str]) -> None:
-    go_beside(Sides(None, param="wn", compile="on"), 4, 2e-3)
+    assert_updates_agree(Sides(None, param="wn", compile="on"), 4, 2e-3)
     assert capsys.readouterr().err.splitlines() == ["compiling the update, once for this run"]
 
 
@@ -55,13 +55,13 @@ def test_a_compiled_update_is_the_same_but_for_rounding(capsys: pytest.CaptureFi
 def test_every_parameterization_can_be_compiled(param: str, statistics: str, host: bool) -> None:
     joint = statistics == "batch"
     sides = Sides(None, param=param, target_statistics=statistics, joint_batches=joint, compile="on", host=host)
-    go_beside(sides, 4, 5e-3)
+    assert_updates_agree(sides, 4, 5e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop_mnih"])
 def test_other_optimizers_can_be_compiled(optimizer: str) -> None:
-    go_beside(Sides(None, param="wn", optimizer=optimizer, optimizer_eps=0.01, compile="on"), 4, 2e-3)
+    assert_updates_agree(Sides(None, param="wn", optimizer=optimizer, optimizer_eps=0.01, compile="on"), 4, 2e-3)
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_a_minibatch_that_was_given_can_be_compiled_too() -> None:
     sides = Sides(None, param="standard", compile="on", host=True)
     batch = sides.replays[1].transitions(torch.arange(8))
     assert type(batch) is Minibatch
-    go_beside(sides, 2, 2e-3)
+    assert_updates_agree(sides, 2, 2e-3)
 
 
 @pytest.mark.slow

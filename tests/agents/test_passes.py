@@ -16,6 +16,7 @@ from agents import native, passes
 from agents.dqn import DQN
 from agents.fused import FusedAdamax, FusedNetwork
 from agents.passes import CompiledNetwork
+from tests.vectors import needs_passes
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
@@ -26,17 +27,7 @@ from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
 
 CPU = torch.device("cpu")
 LIBRARY = native.load()
-PRECISIONS = [
-    pytest.param(
-        dtype,
-        marks=pytest.mark.skipif(
-            isinstance(LIBRARY, str) or not hasattr(LIBRARY, f"forward_{name}"),
-            reason=f"no compiler, or no vectors of 512 bits for {name}",
-        ),
-        id=name,
-    )
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
-]
+PRECISIONS = [pytest.param(getattr(torch, name), marks=needs_passes(name), id=name) for name in ("float32", "bfloat16")]
 
 
 def units_on(compiled: CompiledNetwork, batch: int) -> list[Tensor]:

@@ -11,26 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from agents import native
 from agents.dqn import DQN
+from tests.vectors import needs_passes
 from wn_rl.config import load, resolve
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
 from wn_rl.stepping import PlainStepper, TogetherStepper
 
 CPU = torch.device("cpu")
-LIBRARY = native.load()
 ACTIONS, SIZE = 4, 6
-PRECISIONS = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            isinstance(LIBRARY, str) or not hasattr(LIBRARY, f"forward_{name}"),
-            reason=f"no compiler, or no vectors of 512 bits for {name}",
-        ),
-    )
-    for name in ("float32", "bfloat16")
-]
+PRECISIONS = [pytest.param(name, marks=needs_passes(name)) for name in ("float32", "bfloat16")]
 
 
 def filled_replay() -> Replay:

@@ -1,0 +1,16 @@
+"""Which tests need the compiled passes, and so a compiler and a processor with vectors of 512 bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from agents import native
+
+
+def needs_passes(precision: str) -> pytest.MarkDecorator:
+    """Skip where there are no compiled passes for ``float32`` or ``bfloat16``."""
+    library = native.load()
+    return pytest.mark.skipif(
+        isinstance(library, str) or not hasattr(library, f"forward_{precision}"),
+        reason=f"no compiler, or no vectors of 512 bits for {precision}",
+    )
