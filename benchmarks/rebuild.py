@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agents.backends.eager import Eager
 from wn_rl import cli
 from wn_rl.atari.env import NO_CAP, make_atari
 from wn_rl.atari.games import find_game
@@ -56,6 +57,7 @@ class RandomPlay:
 
     def __init__(self, num_actions: int, seed: int) -> None:
         """Play ``num_actions`` actions."""
+        self.device = torch.device("cpu")
         self._num_actions = num_actions
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -70,7 +72,7 @@ def make_loop(config: TrainConfig, path: Path) -> TrainingLoop:
     journal = Journal(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
     agent = RandomPlay(env.num_actions, config.seed)
     replay = Replay(config.replay_capacity, config.num_envs)
-    return TrainingLoop(config, env, agent, replay, journal)  # type: ignore[arg-type]
+    return TrainingLoop(config, env, Eager(agent, replay), replay, journal)  # type: ignore[arg-type]
 
 
 def bare_seconds(config: TrainConfig, vector_steps: int) -> float:

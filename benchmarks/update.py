@@ -23,9 +23,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import agents.dqn
 import agents.native
 import agents.passes
+from agents.backends import make_backend
+from agents.backends.cpu_kernels.backend import CpuKernels
+from agents.backends.eager import Eager
 from agents.dqn import DQN
 from agents.fused import FusedNetwork
 from agents.passes import CompiledNetwork
@@ -69,7 +71,8 @@ def filled_replay(config: TrainConfig) -> tuple[Replay, int]:
     played = replace(config, num_envs=16, replay_capacity=STORED, learning_starts=2 * STORED)
     env = make_atari(config.game, played.num_envs, **environment_options(played))
     replay = Replay(STORED, played.num_envs)
-    loop = TrainingLoop(played, env, DQN(played, env.num_actions, torch.device("cpu")), replay)
+    agent = DQN(played, env.num_actions, torch.device("cpu"))
+    loop = TrainingLoop(played, env, Eager(agent, replay), replay)
     loop.start()
     while loop.agent_steps < STORED:
         loop.vector_step()
@@ -103,9 +106,9 @@ class Variant:
         with ExitStack() as switched_off:
             for patch in patches:
                 switched_off.enter_context(patch)
-            self.agent = DQN(config, num_actions, torch.device("cpu"))
-            self.agent.initialize(replay.sample(512).observations)
-            self.stepper = self.agent.stepper(replay)
+            agent = DQN(config, num_actions, torch.device("cpu"))
+            agent.initialize(replay.sample(512).observations)
+            self.backend = make_backend(agent, replay)
 
     def __call__(self, count: int) -> None:
         """Make so many updates."""
@@ -113,7 +116,7 @@ class Variant:
             for patch in self.patches:
                 switched_off.enter_context(patch)
             for made in range(0, count, self.together):
-                self.stepper.update(min(self.together, count - made))
+                self.backend.update(min(self.together, count - made))
 
 
 def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str, Variant]:
@@ -123,7 +126,7 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
         return Variant(changed, replay, num_actions, patches, together)
 
     operations = mock.patch.object(agents.passes, "unsupported", return_value="switched off")
-    autograd = mock.patch.object(agents.dqn, "_fuse", return_value=None)
+    autograd = mock.patch.object(CpuKernels, "unsupported", return_value="switched off")
     pixels = mock.patch.object(FirstConvolution, "packs", return_value=False)
     found = {"everything on": made(config)}
     if config.compile == "on":
@@ -193,7 +196,7 @@ def main(words: Sequence[str]) -> int:
         print(f"{name:45} {statistics.median(times):6.2f} ms, at best {min(times):6.2f} ms, {cpu:6.2f} ms of CPU time")
     print("\nwhere the time of everything on goes, ms:")
     first, count = made["everything on"], 4 * arguments.updates
-    fused = first.agent._fused
+    fused = first.backend.network if isinstance(first.backend, CpuKernels) else None
     if isinstance(fused, CompiledNetwork):  # one call, which torch's profiler cannot look into
         before, started = fused.seconds.clone(), time.perf_counter()
         first(count)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.backends.eager import Eager
 from agents.dqn import DQN
 from tests.small_runs import Interrupted, tiny
 from wn_rl import cli, machine
@@ -135,7 +136,8 @@ def test_512_emulators_train() -> None:
     config = replace(tiny(num_envs=512, learning_starts=600, replay_capacity=2000, update_period=64), device="cpu")
     env = make_atari("breakout", 512)
     agent = DQN(config, env.num_actions, torch.device("cpu"))
-    loop = TrainingLoop(config, env, agent, Replay(config.replay_capacity, 512))
+    replay = Replay(config.replay_capacity, 512)
+    loop = TrainingLoop(config, env, Eager(agent, replay), replay)
     loop.start()
     for _ in range(4):
         loop.vector_step()

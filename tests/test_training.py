@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agents.backends import make_backend
 from agents.dqn import DQN
 from wn_rl import checkpoint
 from wn_rl.atari.env import make_atari
@@ -79,7 +80,7 @@ def test_events_happen_at_the_agent_steps_of_the_schedule(num_envs: int, target_
     agent = RecordingDQN(config, env.num_actions, torch.device("cpu"))
     replay = Replay(config.replay_capacity, num_envs)
     agent.read = lambda: replay.drawable[1]
-    loop = TrainingLoop(config, env, agent, replay)
+    loop = TrainingLoop(config, env, make_backend(agent, replay), replay)
     loop.start()
     expected: list[tuple[Event, int]] = []
     resets = 0
@@ -184,7 +185,7 @@ def test_a_run_directory_holds_what_it_promises(tmp_path: Path) -> None:
     config = tiny()
     run(tmp_path, config)
     assert from_mapping(yaml.safe_load((tmp_path / "config.yaml").read_text())) == replace(
-        config, device="cpu", compile="off"
+        config, device="cpu", compile="off", backend="eager"
     )
     with open(tmp_path / "evaluations.csv") as file:
         rows = list(csv.DictReader(file))
@@ -268,7 +269,7 @@ def test_wn_is_initialized_from_replayed_observations_at_learning_starts() -> No
     env = make_atari("breakout", 2, seed=1)
     agent = DQN(config, env.num_actions, torch.device("cpu"))
     replay = Replay(config.replay_capacity, 2)
-    loop = TrainingLoop(config, env, agent, replay)
+    loop = TrainingLoop(config, env, make_backend(agent, replay), replay)
     loop.start()
     while loop.agent_steps < config.learning_starts - 2:
         loop.vector_step()

@@ -41,6 +41,7 @@ _SINCE_FORMAT_2 = {
         "joint_batches": False,
         "output_init": "scaled",
         "compile": "off",
+        "backend": "auto",
     },
 }
 """What a checkpoint of format 1 does not say, and what it then was."""

@@ -133,6 +133,10 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+BackendName = Literal["eager", "cuda_graphs", "cpu_kernels"]
+"""Ways in which an agent's work can be carried out, see ``agents.backends``."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a DQN with a weight parameterization of your choice on an Atari game.
@@ -164,11 +168,14 @@ class TrainConfig:
     """Arithmetic of the hidden layers; weights, output layer and loss are always float32. auto: bfloat16 on a CPU with
     AVX512-BF16 or AMX and on a GPU that computes in it, else float32. tf32: on a GPU, float32 whose factors are rounded
     to 10 bits."""
+    backend: Literal["auto", BackendName] = "auto"
+    """How updates are carried out: eager (torch's autograd, the reference), cuda_graphs (recorded once, on a GPU),
+    cpu_kernels (C, for standard and wn with adamax). They agree but for rounding. auto: the fastest that supports the
+    agent; config.yaml says which."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """On a CPU, compile adamax's step to machine code, and for standard and wn what is around it, which makes updates
-    quicker and takes a second once, some 20 s for the other parameterizations. auto: for networks of at least half a
-    million parameters where there is a C++ compiler. On a GPU, compile the whole update. auto: for runs of at least 20M
-    frames where there are triton and a C compiler."""
+    """Use torch.compile: by cuda_graphs for the whole update, by eager on a CPU for adamax's step (some 20 s, once).
+    auto: on a GPU for runs of at least 20M frames where there are triton and a C compiler, on a CPU for networks of at
+    least half a million parameters where there is a C++ compiler. off: --backend auto takes eager on a CPU."""
     num_envs: EnvCount = 16
     """Emulators that step together. All of them act on the same network, so N changes results a little. auto: chosen
     from cores and device; the number chosen is what the run's config.yaml says."""

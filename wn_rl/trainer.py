@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import os
 import signal
@@ -52,7 +54,7 @@ from wn_rl.parameterizations import resolve
 from wn_rl.replay import Replay
 from wn_rl.runs import RunDirectory, read_rows, versions
 from wn_rl.telemetry import Dashboard, Progress
-from wn_rl.training import Agent, FinishedEpisode, TrainingLoop
+from wn_rl.training import Agent, Backend, FinishedEpisode, TrainingLoop
 
 LONG_ON_A_CPU = 20_000_000
 """Emulator frames from which a run on a CPU takes the better part of a day or more."""
@@ -67,6 +69,8 @@ HELD_OUT_STATES = 512
 
 MakeAgent = Callable[[TrainConfig, int, torch.device], Agent]
 """(configuration, number of actions, device) → agent."""
+MakeBackend = Callable[[Agent, Replay], Backend]
+"""(agent, replay) → what carries the agent out, as its configuration says."""
 
 
 class _Signals:
@@ -95,20 +99,26 @@ class _Run:
     """One run in one process: the loop, its directory and its dashboards."""
 
     def __init__(
-        self, config: TrainConfig, make_agent: MakeAgent, directory: RunDirectory, *, replay_on_host: bool = False
+        self,
+        config: TrainConfig,
+        make_agent: MakeAgent,
+        directory: RunDirectory,
+        make_backend: MakeBackend,
+        *,
+        replay_on_host: bool = False,
     ) -> None:
-        self.config = config
         self.directory = directory
         self.device = torch.device(config.device)
         self.env = make_atari(
             config.game, config.num_envs, num_threads=config.emulator_threads, **environment_options(config)
         )
-        agent = make_agent(config, self.env.num_actions, self.device)
         kind = HostReplay if replay_on_host else Replay
         replay = kind(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
+        backend = make_backend(make_agent(config, self.env.num_actions, self.device), replay)
         reseed_period = config.reseed_period if config.sticky_actions > 0 else 0
         self.journal = Journal(directory.journal, config.num_envs, reseed_period)
-        self.loop = TrainingLoop(config, self.env, agent, replay, self.journal, agent.stepper(replay))
+        self.config = config = replace(config, backend=backend.name)
+        self.loop = TrainingLoop(config, self.env, backend, replay, self.journal)
         self.held_out: Tensor | None = None
         self.evaluated_at = 0
         self.logged_at = 0
@@ -125,17 +135,17 @@ class _Run:
         return self.loop.frames >= self.config.frames and self.evaluated_at == self.loop.agent_steps
 
     def save(self, path: Path) -> None:
-        agent = self.loop.agent
-        if not agent.is_finite():
+        backend = self.loop.backend
+        if not backend.is_finite():
             raise NonFiniteLossError("a weight is not finite")
         checkpoint.save(
             path,
             config=asdict(self.config),
-            spec=agent.q_network.spec,
-            weights=agent.q_network.state_dict(),
+            spec=backend.q_network.spec,
+            weights=backend.q_network.state_dict(),
             agent_steps=self.loop.agent_steps,
             training={
-                "agent": agent.state_dict(),
+                "agent": backend.state_dict(),
                 "replay": self.loop.replay.state_dict(),
                 "loop": self.loop.state_dict(),
                 "run": {
@@ -158,8 +168,8 @@ class _Run:
 
     def save_evidence(self) -> Path | None:
         """Write what the update saw whose loss was not finite; None where it is not known or cannot be written."""
-        agent, replay, path = self.loop.agent, self.loop.replay, self.directory.nonfinite
-        numbers = agent.offending_transitions()
+        backend, replay, path = self.loop.backend, self.loop.replay, self.directory.nonfinite
+        numbers = backend.offending_transitions()
         low, high = replay.drawable
         if numbers is None or not bool(((numbers >= low) & (numbers < high)).all()):
             return None
@@ -171,13 +181,13 @@ class _Run:
             "rewards": batch.rewards,
             "next_observations": batch.next_observations,
             "terminals": batch.terminals,
-            "q_values": agent.q_values(batch.observations),
+            "q_values": backend.q_values(batch.observations),
         }
-        weights = agent.q_network.state_dict().items()
+        weights = backend.q_network.state_dict().items()
         statistics = {
             "frames": self.loop.frames,
-            "updates": agent.updates,
-            "gradient_norm_of_the_update_before": agent.gradient_norm(),
+            "updates": backend.updates,
+            "gradient_norm_of_the_update_before": backend.gradient_norm(),
             "largest_weight": {name: float(value.abs().max()) for name, value in weights if value.numel()},
             "weights_not_finite": {name: int((~value.isfinite()).sum()) for name, value in weights},
         }
@@ -207,14 +217,12 @@ class _Run:
             if saved.config.device != device:
                 # The random numbers of another kind of device cannot go on; new ones must not repeat the first.
                 agent = agent | {"generator": torch.Generator(device).manual_seed(self._new_seed()).get_state()}
-            expected = self.loop.agent.state_dict()
-            if agent.get("norms", {}).keys() != expected.get("norms", {}).keys():
-                # Their step was compiled, or finished, in another way: norms are then computed anew from the weights.
-                agent = {key: value for key, value in agent.items() if key != "norms"}
-                expected |= {"norms": {}}
-            parameters = list(self.loop.agent.q_network.parameters())
-            checkpoint.check_state(agent, expected, parameters, place="agent/")
-            self.loop.agent.load_state_dict(saved.weights, agent)
+            # Norms of weight-normalized layers, which an earlier version kept beside the weights.
+            agent = {key: value for key, value in agent.items() if key != "norms"}
+            backend = self.loop.backend
+            parameters = list(backend.q_network.parameters())
+            checkpoint.check_state(agent, backend.state_dict(), parameters, place="agent/")
+            backend.load_state_dict(saved.weights, agent)
             loop, run = saved.training["loop"], saved.training["run"]
             if loop["agent_steps"] != saved.agent_steps:
                 raise ValueError("two counters of agent steps differ")
@@ -250,7 +258,7 @@ class _Run:
         protocol = EvaluationProtocol(config.evaluation_epsilon, config.evaluation_steps, config.evaluation_episodes)
         seed = int(np.random.SeedSequence([config.seed, self.loop.agent_steps]).generate_state(1)[0]) & 0x7FFFFFFF
         recorder = ValueRecorder(
-            self.loop.agent.q_values,
+            self.loop.backend.q_values,
             gamma=config.gamma,
             reward_clip=config.reward_clip,
             life_loss_terminal=config.life_loss_terminal,
@@ -275,13 +283,13 @@ class _Run:
 
         None before the first update.
         """
-        replay, agent = self.loop.replay, self.loop.agent
-        if agent.updates == 0:
+        replay, backend = self.loop.replay, self.loop.backend
+        if backend.updates == 0:
             return None
         if self.held_out is None:
             generator = torch.Generator(replay.generator.device).manual_seed(self.config.seed)
             self.held_out = replay.sample(HELD_OUT_STATES, generator).observations.clone()
-        return agent.q_values(self.held_out)
+        return backend.q_values(self.held_out)
 
     def diagnose(self) -> dict[str, float]:
         """Return the diagnostics of the network on the held-out states, by tag; after :meth:`q_values_held_out`."""
@@ -289,7 +297,7 @@ class _Run:
         replay, size = self.loop.replay, self.config.batch_size
         generator = torch.Generator(replay.generator.device).manual_seed(self.loop.agent_steps)
         minibatches = [replay.sample(size, generator).observations for _ in range(NOISE_MINIBATCHES)]
-        return diagnostics.collect(self.loop.agent.q_network, self.held_out, minibatches)
+        return diagnostics.collect(self.loop.backend.q_network, self.held_out, minibatches)
 
 
 @dataclass
@@ -313,6 +321,7 @@ def train(
     *,
     resume: checkpoint.Checkpoint | None = None,
     quiet: bool = False,
+    make_backend: MakeBackend | None = None,
 ) -> int:
     """Train as ``config`` says and write the run to ``directory``.
 
@@ -322,6 +331,7 @@ def train(
         directory: of the run; new unless ``resume`` is given.
         resume: the checkpoint to go on from.
         quiet: print nothing but errors.
+        make_backend: (agent, replay) → backend; None: ``agents.backends.make_backend``.
 
     Returns:
         The exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM.
@@ -346,7 +356,10 @@ def train(
     check_memory(config, memory, device)
     files = RunDirectory(directory)
     _refuse_finished(config, files, resume)
-    run = _Run(config, make_agent, files, replay_on_host=memory.replay_on_host)
+    if make_backend is None:
+        make_backend = _backend_maker(as_before=resume is not None and config.backend == resume.config.backend)
+    run = _Run(config, make_agent, files, make_backend, replay_on_host=memory.replay_on_host)
+    config = run.config
     try:
         if resume is None:
             files.create(to_yaml(config))
@@ -357,6 +370,12 @@ def train(
             return _train_locked(run, memory, resume, notes, quiet=quiet)
     finally:
         run.env.close()
+
+
+def _backend_maker(*, as_before: bool) -> MakeBackend:
+    """Return what chooses the backend; ``as_before``: another one may take the place of a run's that is not there."""
+    backends = importlib.import_module("agents.backends")  # late: the agents stand above this package
+    return functools.partial(backends.make_backend, strict=not as_before)
 
 
 def _refuse_finished(config: TrainConfig, files: RunDirectory, resume: checkpoint.Checkpoint | None) -> None:
@@ -446,7 +465,7 @@ def _rebuild(run: _Run, saved: checkpoint.Checkpoint, progress: Progress, signal
 
 def _describe(run: _Run, memory: MemoryPlan, progress: Progress) -> None:
     config, files = run.config, run.directory
-    network = run.loop.agent.q_network
+    network = run.loop.backend.q_network
     parameters = sum(parameter.numel() for parameter in network.parameters())
     progress.say(
         f"{config.game}, {config.param}, preset {config.preset}, seed {config.seed}: {config.frames:,} frames with "
@@ -456,6 +475,9 @@ def _describe(run: _Run, memory: MemoryPlan, progress: Progress) -> None:
         f"{parameters:,} parameters, {config.optimizer} with learning rate {config.learning_rate:g}, replay of "
         f"{config.replay_capacity:,} agent steps; writing to {files.path}"
     )
+    backend = run.loop.backend
+    detail = f" ({backend.detail})" if backend.detail else ""
+    progress.say(f"backend {backend.name}{detail}: {backend.reason}")
     replay_gb, working_gb = run.loop.replay.nbytes / 1e9, (memory.working_bytes + LIBRARY_BYTES) / 1e9
     where = "memory" if config.device == "cpu" or memory.replay_on_host else "GPU memory"
     if memory.replay_on_host:
@@ -478,13 +500,13 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
     started = time.monotonic() - run.earlier_seconds
     saved_at, saved_time = loop.agent_steps, time.monotonic()
     steady, point = _Clock(), _Clock()
-    first_update = loop.agent.updates + 1
+    first_update = loop.backend.updates + 1
     told_duration = False
     unwritten: list[FinishedEpisode] = []
 
     def log() -> None:
         nonlocal point
-        statistics = loop.agent.read_statistics()
+        statistics = loop.backend.read_statistics()
         if statistics.updates and not math.isfinite(statistics.loss):
             raise NonFiniteLossError(f"the loss is {statistics.loss}")
         frame_rate, update_rate = point.rates()
@@ -492,8 +514,8 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
         if q_values is not None:
             if run.points % DIAGNOSTIC_POINTS == 0:
                 dashboard.histogram(loop.frames, "q_values/held_out", q_values)
-                dashboard.scalars(loop.frames, run.diagnose() | loop.agent.watched_update())
-                loop.agent.watch_next_update()
+                dashboard.scalars(loop.frames, run.diagnose() | loop.backend.effective_learning_rates())
+                loop.backend.watch_next_update()
             run.points += 1
         dashboard.scalars(
             loop.frames,
@@ -504,7 +526,7 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
                 "train/td_error": statistics.td_error,
                 "train/q_value": statistics.q_value,
                 "train/max_q_held_out": math.nan if q_values is None else float(q_values.amax(1).mean()),
-                "train/gradient_norm": loop.agent.gradient_norm(),
+                "train/gradient_norm": loop.backend.gradient_norm(),
                 "train/learning_rate": config.learning_rate or math.nan,
                 "train/epsilon": loop.epsilon,
                 "train/replay_size": len(loop.replay),
@@ -544,7 +566,7 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
             save(*([files.best] if best else []), files.latest)
         if done or signals.received is not None:
             break
-        agent_steps, updates = loop.agent_steps, loop.agent.updates
+        agent_steps, updates = loop.agent_steps, loop.backend.updates
         warm = updates >= first_update
         stepped = time.perf_counter()
         ended = loop.vector_step()
@@ -554,7 +576,7 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
         for clock in (steady, point) if warm else (point,):
             clock.seconds += stepped
             clock.frames += (loop.agent_steps - agent_steps) * FRAME_SKIP
-            clock.updates += loop.agent.updates - updates
+            clock.updates += loop.backend.updates - updates
         for episode in ended:
             progress.episode(episode.episode_return)
         progress.update(loop.frames, loop.epsilon)
@@ -584,7 +606,7 @@ def _train(run: _Run, dashboard: Dashboard, progress: Progress, signals: _Signal
             "seed": config.seed,
             "frames": loop.frames,
             "agent_steps": loop.agent_steps,
-            "updates": loop.agent.updates,
+            "updates": loop.backend.updates,
             "finished": loop.frames >= config.frames,
             "final_evaluation": run.final,
             "best_evaluation": run.best,
@@ -672,8 +694,8 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
             )
     changes = {key: value for key, value in changes.items() if key in RESUMABLE}
     moved = "device" in changes and pick_device(changes["device"]) != saved.config.device
-    if moved and "compile" not in changes:
-        changes["compile"] = "auto"  # what was decided for another device says nothing about this one
+    if moved:  # what was decided for another device says nothing about this one
+        changes = {"compile": "auto", "backend": "auto"} | changes
     config = replace(saved.config, **changes)
     validate(config)
     return config, saved
@@ -710,6 +732,7 @@ RESUMABLE = frozenset(
         "frames",
         "device",
         "precision",
+        "backend",
         "compile",
         "num_threads",
         "emulator_threads",

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds
 from wn_rl.atari.journal import AUTO_RESET, RESEEDED, History, Journal
 from wn_rl.atari.rebuild import PlayedAgain, play_again
-from wn_rl.config import TrainConfig
+from wn_rl.config import BackendName, TrainConfig
 from wn_rl.networks import QNetwork
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.stepping import PlainStepper, Stepper
 
 TRAINING_STREAM = 0
 """Label that keeps training's random numbers apart from evaluation's (stream 1)."""
@@ -36,31 +35,84 @@ class Statistics:
 
 
 class Agent(Protocol):
-    """What the loop needs of an agent; :class:`agents.dqn.DQN` is one."""
+    """An algorithm; :class:`agents.dqn.DQN` is one. A :class:`Backend` carries it out."""
 
+    config: TrainConfig
+    device: torch.device
     updates: int
 
     @property
     def q_network(self) -> QNetwork:
         """The network that acts and that a checkpoint carries."""
 
-    def stepper(self, replay: Replay) -> Stepper:
-        """Return what acts and updates with ``replay`` in the quickest way that there is on the agent's device."""
+    def q_values(self, observations: Tensor) -> Tensor:
+        """Return Q-values, float32 (B, actions), of uint8 observations, (B, 4, 84, 84)."""
 
     def act(self, observations: Tensor, epsilon: NDArray[np.float32]) -> Tensor:
-        """Return ε-greedy actions on the device."""
-
-    def greedy(self, observations: Tensor) -> Tensor:
-        """Return greedy actions."""
-
-    def q_values(self, observations: Tensor) -> Tensor:
-        """Return Q-values."""
+        """Return ε-greedy actions, int64 (B,), on the device; ``epsilon`` has shape (B,)."""
 
     def initialize(self, observations: Tensor) -> None:
         """Prepare for the first update, with observations from replay."""
 
     def update(self, batch: Minibatch) -> None:
-        """Make one update."""
+        """Make one update, and count it."""
+
+    def copy_target(self) -> None:
+        """Copy the network to the target network."""
+
+    def is_finite(self) -> bool:
+        """Return whether every weight is finite."""
+
+    def offending_transitions(self) -> Tensor | None:
+        """Return the numbers in replay of the first minibatch whose loss was not finite."""
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last gradient."""
+
+    def read_statistics(self) -> Statistics:
+        """Return the means since the last reading."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state without the network's weights."""
+
+    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore weights and state."""
+
+
+class Backend(Protocol):
+    """What the loop needs of whoever carries an agent out on a replay; ``agents.backends`` has them."""
+
+    name: ClassVar[BackendName]
+    detail: str
+    reason: str
+
+    @property
+    def agent(self) -> Agent:
+        """The agent that is carried out."""
+
+    @property
+    def q_network(self) -> QNetwork:
+        """The network that acts and that a checkpoint carries."""
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+
+    def act(self, epsilon: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return ε-greedy actions for the newest observations, shape (N,), with ε of each; waits for them.
+
+        Raises:
+            NonFiniteLossError: an update before this one had a loss that is not finite, and it can only be told now.
+        """
+
+    def q_values(self, observations: Tensor) -> Tensor:
+        """Return Q-values, float32 (B, actions), of uint8 observations."""
+
+    def initialize(self, observations: Tensor) -> None:
+        """Prepare for the first update, with observations from replay."""
+
+    def update(self, count: int = 1) -> None:
+        """Make ``count`` updates one after the other, each on a minibatch of its own from the replay."""
 
     def copy_target(self) -> None:
         """Copy the network to the target network."""
@@ -77,7 +129,7 @@ class Agent(Protocol):
     def watch_next_update(self) -> None:
         """Measure how far the next update moves each layer's weight."""
 
-    def watched_update(self) -> dict[str, float]:
+    def effective_learning_rates(self) -> dict[str, float]:
         """Return what the watched update did, by tag."""
 
     def read_statistics(self) -> Statistics:
@@ -134,7 +186,7 @@ class FinishedEpisode:
 
 
 class TrainingLoop:
-    """Emulators, agent and replay, one vector step at a time.
+    """Emulators, an agent's backend and replay, one vector step at a time.
 
     Agent steps are numbered 1, 2, 3, … across the emulators in slot order; a step that was an auto-reset has no
     number. In each vector step all emulators act on the same network; while they run, the updates owed by the
@@ -146,25 +198,25 @@ class TrainingLoop:
         self,
         config: TrainConfig,
         env: AtariVector,
-        agent: Agent,
+        backend: Backend,
         replay: Replay,
         journal: Journal | None = None,
-        stepper: Stepper | None = None,
     ) -> None:
-        """Join the parts; :meth:`start` or :meth:`rebuild` begins. Without a journal a run cannot be resumed.
-
-        Without a ``stepper`` the agent's own methods act and update.
-        """
+        """Join the parts; :meth:`start` or :meth:`rebuild` begins. Without a journal a run cannot be resumed."""
         self.config = config
         self.env = env
-        self.agent = agent
+        self.backend = backend
         self.replay = replay
         self.journal = journal
-        self.stepper = stepper or PlainStepper(agent, replay, config.batch_size)
         self.agent_steps = 0
         self.rows = 0
         self._ended = np.zeros(env.num_envs, bool)
         self._seed_labels = np.zeros(env.num_envs, np.int64)
+
+    @property
+    def agent(self) -> Agent:
+        """The agent that learns."""
+        return self.backend.agent
 
     @property
     def frames(self) -> int:
@@ -229,7 +281,7 @@ class TrainingLoop:
         """Step every emulator once, make the updates owed, and return the episodes that ended."""
         plays = ~self._ended  # the others are reset by this step
         numbers = self.agent_steps + np.cumsum(plays)
-        actions = np.where(plays, self.stepper.act(epsilon_at(self.config, numbers)), 0)
+        actions = np.where(plays, self.backend.act(epsilon_at(self.config, numbers)), 0)
         self.env.send(actions)
         reseeded = self._due_for_a_seed()
         if self.journal is not None:
@@ -238,12 +290,12 @@ class TrainingLoop:
         first, last = self.agent_steps + 1, int(numbers[-1])
         for event, same in groupby(event for _, event in owed(self.config, first, last)):
             if event is Event.UPDATE:
-                self.stepper.update(len(list(same)))
+                self.backend.update(len(list(same)))
             elif event is Event.TARGET_COPY:
                 for _ in same:
-                    self.agent.copy_target()
+                    self.backend.copy_target()
             else:
-                self.agent.initialize(self.replay.sample(self.config.init_samples).observations)
+                self.backend.initialize(self.replay.sample(self.config.init_samples).observations)
         observations, rewards, terminated, truncated, info = self.env.recv()
         frames = observations[:, -1]
         if reseeded.any():

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from agents import native, passes
-from agents.dqn import DQN
 from agents.fused import FusedAdamax, FusedNetwork
 from agents.passes import CompiledNetwork
+from tests.carried import Carried, carried
 from tests.vectors import needs_passes
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
@@ -285,7 +285,7 @@ def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -
 @pytest.mark.parametrize("reward_clip", [0.0, 0.5, 1.0])
 def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, reward_clip: float) -> None:
     agent = made(precision, loss_reduction=reduction, reward_clip=reward_clip)
-    compiled = agent._fused
+    compiled = agent.network
     assert isinstance(compiled, CompiledNetwork)
     assert isinstance(agent.optimizer, FusedAdamax)
     sizes = []
@@ -293,19 +293,19 @@ def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, rewar
         batch = drawn(number)
         with torch.no_grad():
             direction_and_scale(agent.q_network.output)[1].mul_(5.0)  # errors on both sides of 1
-            next_q_values, q_values, _ = compiled.compare(agent._targets_weights(compiled), batch)
+            next_q_values, q_values, _ = compiled.compare(agent._packed_target(), batch)
         leaf = q_values.clone().requires_grad_(True)
-        losses, error, value = agent._compare(batch, leaf, next_q_values)
+        losses, error, value = agent.td_loss_of(batch, leaf, next_q_values)
         loss = losses.sum() if reduction == "sum" else losses.mean()
         loss.backward()  # type: ignore[no-untyped-call]
         steps = agent.optimizer.next_steps(1)
-        _, found = compiled.learn(agent._targets_weights(compiled), batch, agent._loss, *steps)
+        _, found = compiled.learn(agent._packed_target(), batch, agent._loss, *steps)
         assert compiled._call is not None
         torch.testing.assert_close(compiled._call.q_gradient, leaf.grad, rtol=1e-6, atol=0)
         assert found == pytest.approx(float(loss.detach()), rel=1e-5)
         expected = torch.stack([losses.mean(), error.abs().mean(), value.mean()]).tolist()
-        assert agent._sums.tolist() == pytest.approx(expected, rel=1e-5)
-        agent._sums.zero_()
+        assert agent.statistics.sums.tolist() == pytest.approx(expected, rel=1e-5)
+        agent.statistics.sums.zero_()
         sizes.append(error.detach().abs())
     assert (torch.cat(sizes) > 1).any()
     assert (torch.cat(sizes) < 1).any()
@@ -375,14 +375,14 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
     """The memory of the way back is made anew for them, and no update may go on with the old one."""
     first, second = made(precision), made(precision)
     for agent in (first, second):
-        compiled, batch = agent._fused, drawn(0)
+        compiled, batch = agent.network, drawn(0)
         assert isinstance(compiled, CompiledNetwork)
         assert isinstance(batch, DrawnMinibatch)
         agent.update(batch)
         if agent is first:
             for size in (3, 40):
                 numbers = batch.numbers[:1].expand(size)
-                *_, seen = compiled.compare(agent._targets_weights(compiled), DrawnMinibatch(batch.kept, numbers))
+                *_, seen = compiled.compare(agent._packed_target(), DrawnMinibatch(batch.kept, numbers))
                 compiled.backward(seen, torch.zeros(size, 4))
                 compiled._make_back(torch.zeros(size, 4))
         agent.update(drawn(1))
@@ -393,7 +393,7 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_leaves_the_working_weights_that_are_made_of_what_is_trained(precision: torch.dtype) -> None:
     agent = made(precision)
-    compiled = agent._fused
+    compiled = agent.network
     assert isinstance(compiled, CompiledNetwork)
     for number in range(2):
         agent.update(drawn(number))
@@ -417,8 +417,8 @@ def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: t
     for count in (*range(1, 31), 9):
         found = agent.q_values(x.repeat(4, 1, 1, 1)[:count])
         assert torch.equal(found[:9], expected[:count])
-    assert isinstance(agent._fused, CompiledNetwork)
-    assert len(agent._fused._rooms) <= passes.MOST_ROOMS + 1  # and the update's
+    assert isinstance(agent.network, CompiledNetwork)
+    assert len(agent.network._rooms) <= passes.MOST_ROOMS + 1  # and the update's
     assert agent.gradient_norm() == norm
 
 
@@ -427,7 +427,7 @@ def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_
     if isinstance(LIBRARY, str) or not hasattr(LIBRARY, "forward_float32"):
         pytest.skip("no compiler, or no vectors of 512 bits")
     assert passes.unsupported(network, LIBRARY, torch.float32) == ""
-    assert isinstance(made(torch.float32)._fused, CompiledNetwork)
+    assert isinstance(made(torch.float32).network, CompiledNetwork)
 
 
 @pytest.mark.parametrize(
@@ -449,11 +449,11 @@ def test_what_the_passes_cannot_compute_is_said(changes: dict[str, object], reas
     assert reason in passes.unsupported(network, LIBRARY, torch.float32)
 
 
-def made(precision: torch.dtype, **changes: object) -> DQN:
+def made(precision: torch.dtype, **changes: object) -> Carried:
     values: dict[str, object] = {"game": "breakout", "param": "wn", "hidden_units": 64, "compile": "on", **changes}
     name = "bfloat16" if precision is torch.bfloat16 else "float32"
     config: TrainConfig = resolve(replace(load("paper"), **values, precision=name, batch_size=9))  # type: ignore[arg-type]
-    agent = DQN(replace(config, device="cpu"), 4, CPU)
+    agent = carried(replace(config, device="cpu"))
     agent.initialize(drawn(0).observations)
     return agent
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents.optimizers import OptimizerName
+from wn_rl.config import TrainConfig
+
+from ...optimizers import OptimizerName
 
 ALIGNMENT = 64
 """Elements to whose multiple a parameter's place is rounded up: 256 bytes in float32, as a GPU's allocator gives."""
@@ -74,6 +76,20 @@ class FlatOptimizer(torch.optim.Optimizer):
             parameter.data = place
         self._shown = False
         self.compile(False)
+
+    @classmethod
+    def of(cls, config: TrainConfig, params: Iterable[nn.Parameter]) -> FlatOptimizer:
+        """Return the optimizer that the configuration names."""
+        assert config.learning_rate is not None
+        return cls(
+            config.optimizer,
+            params,
+            learning_rate=config.learning_rate,
+            eps=config.optimizer_eps,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            rmsprop_decay=config.rmsprop_decay,
+        )
 
     def _of(self, flat: Tensor, index: int) -> Tensor:
         """Return the part of a flat buffer that belongs to a parameter, in that parameter's shape."""
