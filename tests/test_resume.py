@@ -373,7 +373,7 @@ class TestRefusals:
 
     def test_a_checkpoint_of_a_later_version(self, run: Path) -> None:
         self.change(run, lambda values: values.update(format=99))
-        self.refused(run, "has format 99; this version of wn_rl reads formats 1 to 3")
+        self.refused(run, "has format 99; this version of wn_rl reads formats 1 to 4")
 
     def test_a_run_that_began_on_a_gpu(self, run: Path) -> None:
         if torch.cuda.is_available():

@@ -29,7 +29,9 @@ from wn_rl.parameterizations import get, resolve
 from wn_rl.untrusted import MAX_DEPTH, Layout, layout_of, open_regular, read_json, read_tensors, shown
 from wn_rl.untrusted import check_state as check_state
 
-FORMAT = 3
+FORMAT = 4
+_SINCE_FORMAT_4 = {"config": {"backend": "auto"}}
+"""What a checkpoint of format 3 does not say: the backend followed from the keys that it has."""
 _SINCE_FORMAT_3 = {"config": {"checkpoint_seconds": 600.0, "journal": "whole", "reseed_period": 100_000}}
 """What a checkpoint of format 2 does not say; it can be evaluated, not resumed, and these matter in training only."""
 _SINCE_FORMAT_2 = {
@@ -41,7 +43,6 @@ _SINCE_FORMAT_2 = {
         "joint_batches": False,
         "output_init": "scaled",
         "compile": "off",
-        "backend": "auto",
     },
 }
 """What a checkpoint of format 1 does not say, and what it then was."""
@@ -342,11 +343,11 @@ def _described(description: Any) -> tuple[TrainConfig, QNetworkSpec, int, dict[s
     sealed = description["format"] not in (1, 2) or _JSON in description["sha256"]  # earlier formats had no seal
     if sealed and description != seal(description):
         raise CheckpointError("it is damaged: its checksum does not match")
-    if description["format"] not in (1, 2, FORMAT):
+    if description["format"] not in (1, 2, 3, FORMAT):
         raise OtherVersionError(
             f"it has format {description['format']!r}; this version of wn_rl reads formats 1 to {FORMAT}"
         )
-    for later, unsaid in ((2, _SINCE_FORMAT_2), (3, _SINCE_FORMAT_3)):
+    for later, unsaid in ((2, _SINCE_FORMAT_2), (3, _SINCE_FORMAT_3), (4, _SINCE_FORMAT_4)):
         for part, values in unsaid.items() if description["format"] < later else ():
             description[part] = values | description[part]
     spec = QNetworkSpec.from_json(description["network"])
