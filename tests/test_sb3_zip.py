@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import A2C, DQN
 
-from agents.sb3 import policy_kwargs
 from wn_rl import sb3_zip, scoring, trained
 from wn_rl.atari.env import make_atari
 from wn_rl.errors import CheckpointError, UsageError
+from wn_rl.sb3 import policy_kwargs
 from wn_rl.scoring import How
 
 

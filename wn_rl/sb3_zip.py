@@ -243,7 +243,7 @@ def q_network(path: Path, param: str = "standard", options: dict[str, Any] | Non
 
     Args:
         path: of the zip.
-        param: with which ``agents.sb3.policy_kwargs`` the model was built; ``standard`` without it.
+        param: with which ``wn_rl.sb3.policy_kwargs`` the model was built; ``standard`` without it.
         options: of the parameterization.
 
     Raises:
