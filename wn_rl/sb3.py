@@ -24,6 +24,7 @@ from torch import nn
 from wn_rl.parameterizations import Parameterization, initialize_from_data, project, reparameterize, resolve
 from wn_rl.parameterizations.api import LayerInit, as_choices, treated_layers
 from wn_rl.parameterizations.base import LAYERS
+from wn_rl.sb3_loading import PlainLoading, accept_plain_weights, blank_layers
 
 try:
     from stable_baselines3 import A2C
@@ -35,10 +36,38 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('wn_rl.sb3 needs Stable-Baselines3: pip install stable-baselines3 (or "wn_rl[sb3]")') from None
 
+_LOAD = BaseAlgorithm.load.__func__.__code__  # type: ignore[attr-defined]
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 LayerChoice = str | type[nn.Module]
 """Layers of a policy that is still to be built: a name with ``*`` and ``?``, or a type."""
 Observations = NDArray[Any] | dict[str, NDArray[Any]]
+
+
+class PolicyKwargs(dict[str, Any]):
+    """``policy_kwargs`` that also equal those of a model without parameterization, so that its file loads into them.
+
+    ``load(policy_kwargs=...)`` wants them equal to the saved ones. The optimizer may be another: its moments are not
+    taken over anyway.
+    """
+
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with saved ``policy_kwargs``."""
+        if not isinstance(other, dict):
+            return NotImplemented
+        if isinstance(other.get("optimizer_class"), ReparameterizeThenOptimize):
+            return dict(self) == other
+        return _without_optimizer(self) == _without_optimizer(other)
+
+    def __ne__(self, other: object) -> bool:
+        """Negate ``==``, which a dictionary does not do by itself."""
+        equal = self == other
+        return not equal
+
+
+def _without_optimizer(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in ("optimizer_class", "optimizer_kwargs")}
 
 
 def policy_kwargs(
@@ -56,6 +85,11 @@ def policy_kwargs(
     The networks of the policy are reparameterized when it is built, target network included, and again whenever it is
     rebuilt by ``load``. Layers are named as inside ``q_net`` or ``quantile_net`` (``features_extractor.cnn.0``,
     ``q_net.2``), for actor-critic policies as in the policy (``mlp_extractor.policy_net.0``, ``action_net``).
+
+    The file of a model without parameterization loads too, by ``set_parameters`` or by ``DQN.load(path,
+    policy_kwargs=policy_kwargs("wn"))`` with the other ``policy_kwargs`` of that model; so does one that was saved
+    after ``wn_rl.fold(model.policy)``. The layers get parameters that give the loaded weights, and the optimizer
+    starts without moments. ``ln`` refuses plain weights, since it cannot compute what they did.
 
     A deep copy of a policy has an optimizer without hooks, as torch makes them: an entry that projects
     (``wn_projected``) is then no longer projected. ``save`` and ``load`` keep it.
@@ -83,7 +117,7 @@ def policy_kwargs(
     )
     if optimizer_kwargs is not None:
         others["optimizer_kwargs"] = optimizer_kwargs
-    return {**others, "optimizer_class": build}
+    return PolicyKwargs({**others, "optimizer_class": build})
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,29 +163,33 @@ class ReparameterizeThenOptimize:
             RuntimeError: no policy is being built.
             ValueError: see :func:`policy_kwargs`.
         """
-        policy, algorithm, arguments = self._builders()
+        policy, algorithm, arguments, saved = self._builders()
         online, target = _networks(policy)
         if treated_layers(online):
             raise ValueError(f"{type(policy).__name__} builds its optimizer twice, which policy_kwargs() cannot follow")
-        self._treat(online)
+        loading = PlainLoading()
+        self._treat(online, loading)
         if target is not None:
             self._treat(target)
             target.load_state_dict(online.state_dict())
-        inner, defaults = self.settled or self._settle(policy, algorithm, arguments, given=settings.keys() - {"lr"})
+        given = settings.keys() - {"lr"}
+        inner, defaults = self.settled or self._settle(policy, algorithm, arguments, saved, given)
         # The policy and the model save this; the caller's dictionary stays as it was, to be used for other models.
         settled = replace(self, settled=(inner, defaults))
         policy.optimizer_class = settled  # type: ignore[assignment]
         if algorithm is not None:
             algorithm.policy_kwargs = {**algorithm.policy_kwargs, "optimizer_class": settled}
         optimizer = inner(online.parameters(), **{**defaults, **settings})
+        optimizer.register_load_state_dict_pre_hook(loading.start_anew)
         if self.parameterization.projects:
             optimizer.register_step_post_hook(lambda *_: project(online))
         return optimizer
 
-    def _builders(self) -> tuple[BasePolicy, BaseAlgorithm | None, Mapping[str, Any]]:
-        """Return the policy being built, the algorithm that builds it, and the arguments of an ``A2C``.
+    def _builders(self) -> tuple[BasePolicy, BaseAlgorithm | None, Mapping[str, Any], Mapping[str, Any] | None]:
+        """Return the policy being built, the algorithm that builds it, what an ``A2C`` was given, what a file holds.
 
-        They are looked for in the calls under way: an optimizer's class is told neither of them.
+        The last are saved ``policy_kwargs``, None where no file is being loaded. All are looked for in the calls under
+        way: an optimizer's class is told none of them.
         """
         policy: BasePolicy | None = None
         algorithm: BaseAlgorithm | None = None
@@ -163,18 +201,21 @@ class ReparameterizeThenOptimize:
             elif isinstance(owner, BaseAlgorithm) and self._is_in(owner):
                 algorithm = owner
                 if frame.f_code is A2C.__init__.__code__:
-                    return policy, algorithm, dict(frame.f_locals)
+                    return policy, algorithm, dict(frame.f_locals), None
+            elif frame.f_code is _LOAD and algorithm is not None and frame.f_locals.get("model") is algorithm:
+                return policy, algorithm, {}, frame.f_locals["data"]["policy_kwargs"]
             frame = frame.f_back
         if policy is None:
             raise RuntimeError("no Stable-Baselines3 policy is being built: give policy_kwargs() to a model, e.g. DQN")
-        return policy, algorithm, {}
+        return policy, algorithm, {}, None
 
     def _is_in(self, algorithm: BaseAlgorithm) -> bool:
         """Return whether the algorithm has this object: another one may be running that builds no policy."""
         held: dict[str, Any] | None = getattr(algorithm, "policy_kwargs", None)
         return held is not None and held.get("optimizer_class") is self
 
-    def _treat(self, network: nn.Module) -> None:
+    def _treat(self, network: nn.Module, loading: PlainLoading | None = None) -> None:
+        blanks = blank_layers(network)
         include: list[Any] | None = None if self.include is None else list(self.include)
         exclude: list[Any] = list(self.exclude)
         treats = "all" if self.include is not None else self.parameterization.treats
@@ -185,6 +226,7 @@ class ReparameterizeThenOptimize:
         reparameterize(network, self.parameterization, include=include, exclude=exclude)
         if not treated_layers(network):
             raise ValueError(f"'{self.parameterization.name}' treats no layer of this policy; include= chooses some")
+        accept_plain_weights(network, blanks, loading)
         network.train(network.training)  # for the modules that are new
 
     def _settle(
@@ -192,6 +234,7 @@ class ReparameterizeThenOptimize:
         policy: BasePolicy,
         algorithm: BaseAlgorithm | None,
         arguments: Mapping[str, Any],
+        saved: Mapping[str, Any] | None,
         given: Iterable[str],
     ) -> tuple[OptimizerFactory, dict[str, Any]]:
         """Return the optimizer and the settings that the algorithm has when ``policy_kwargs`` names none.
@@ -199,6 +242,11 @@ class ReparameterizeThenOptimize:
         Algorithms and policies look for ``optimizer_class`` there, and would leave theirs out since they find this.
         """
         inner = self.inner
+        if saved is not None and not isinstance(saved.get("optimizer_class"), ReparameterizeThenOptimize):
+            theirs: OptimizerFactory = saved.get("optimizer_class", torch.optim.Adam)
+            if inner in (None, theirs) and saved.get("optimizer_kwargs") and not given:
+                return theirs, dict(saved["optimizer_kwargs"])
+            inner = inner or theirs  # where the model was built, A2C and QR-DQN wrote theirs there
         if inner is None and isinstance(algorithm, A2C) and arguments.get("use_rms_prop", True):
             eps = arguments.get("rms_prop_eps", 1e-5)
             return torch.optim.RMSprop, {"alpha": 0.99, "eps": eps, "weight_decay": 0}
