@@ -10,6 +10,7 @@ Stable-Baselines3: Raffin et al. 2021, JMLR 22(268). ``DQN``, ``PPO``, ``A2C``, 
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -147,6 +148,11 @@ class ReparameterizeThenOptimize:
         if not isinstance(other, ReparameterizeThenOptimize):
             return NotImplemented
         return self._asked() == other._asked()
+
+    def __str__(self) -> str:
+        """Return the parameterization as JSON: ``save`` writes it beside the pickle, for readers that execute none."""
+        entry = self.parameterization
+        return json.dumps({"parameterization": entry.name, "options": entry.options()})
 
     def _asked(self) -> tuple[object, ...]:
         entry = self.parameterization
