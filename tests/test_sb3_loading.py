@@ -184,11 +184,15 @@ def test_a_model_saved_after_folding_loads_again(param: str, tmp_path: Path) -> 
         loaded = DQN.load(tmp_path / "folded", env=gym.make("CartPole-v1"), device="cpu")
     assert treated_layers(loaded.q_net).keys() >= {"q_net.0"}
     assert_same(loaded, model)
+    with pytest.raises(RuntimeError, match="the policy was folded, and its optimizer holds the parameters from before"):
+        model.learn(20)  # else nothing but biases would be trained
     folded = model.policy.state_dict()
     if param == "wn":
         for name, (layer, _) in treated_layers(loaded.policy).items():
             torch.testing.assert_close(layer.weight, folded[f"{name}.weight"], rtol=1e-6, atol=0)
+    before = outputs(loaded)
     loaded.learn(20)
+    assert not torch.equal(before[0], outputs(loaded)[0])
     fold(loaded.policy)
     loaded.set_parameters({"policy": folded}, exact_match=False)  # a folded policy takes plain weights as they are
     assert_same(loaded, model)

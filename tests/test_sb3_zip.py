@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import CnnPolicy
 from torch import nn
 
@@ -236,9 +237,11 @@ REFUSED: list[tuple[str, Callable[[Path], object]]] = [
     ),
     (
         "observations of type float32, whose scale is not known",
-        lambda path: built({**SMALL, "normalize_images": False}, env=Pixels(low=0, high=1, dtype=np.float32)).save(
-            path
-        ),
+        lambda path: built({**SMALL, "normalize_images": False}, env=Pixels(high=1, dtype=np.float32)).save(path),
+    ),
+    (
+        "observations of type float32, whose scale is not known",
+        lambda path: built({**SMALL, "normalize_images": False}, env=VecNormalize(DummyVecEnv([Pixels]))).save(path),
     ),
     (
         "say normalized_image beside normalize_images",

@@ -25,7 +25,7 @@ from torch import nn
 from wn_rl.parameterizations import Parameterization, initialize_from_data, project, reparameterize, resolve
 from wn_rl.parameterizations.api import LayerInit, as_choices, treated_layers
 from wn_rl.parameterizations.base import LAYERS
-from wn_rl.sb3_loading import PlainLoading, accept_plain_weights, blank_layers
+from wn_rl.sb3_loading import PlainLoading, accept_plain_weights, blank_layers, refuse_after_fold
 
 try:
     from stable_baselines3 import A2C
@@ -187,6 +187,7 @@ class ReparameterizeThenOptimize:
             algorithm.policy_kwargs = {**algorithm.policy_kwargs, "optimizer_class": settled}
         optimizer = inner(online.parameters(), **{**defaults, **settings})
         optimizer.register_load_state_dict_pre_hook(loading.start_anew)
+        optimizer.register_step_pre_hook(refuse_after_fold(online))
         if self.parameterization.projects:
             optimizer.register_step_post_hook(lambda *_: project(online))
         return optimizer

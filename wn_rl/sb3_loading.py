@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +135,23 @@ def blank_layers(network: nn.Module) -> dict[nn.Module, nn.Module]:
         with contextlib.suppress(RuntimeError):  # torch's own parametrizations: reparameterize() refuses such a layer
             blanks[layer] = copy.deepcopy(layer, memo)
     return blanks
+
+
+def refuse_after_fold(network: nn.Module) -> Callable[..., None]:
+    """Return a hook before an optimizer's step that refuses it once :func:`wn_rl.fold` made layers plain.
+
+    The optimizer holds the parameters from before, so that the weights that are used would silently stay what they are.
+    """
+    layers = [layer for layer, entry in treated_layers(network).values() if not entry.leaves_plain]
+
+    def check(*_: object) -> None:
+        if any(entry_of(layer) is None for layer in layers):
+            raise RuntimeError(
+                "the policy was folded, and its optimizer holds the parameters from before: save the model and load it "
+                "to train on"
+            )
+
+    return check
 
 
 def accept_plain_weights(network: nn.Module, blanks: dict[nn.Module, nn.Module], loading: PlainLoading | None) -> None:
