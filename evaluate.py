@@ -60,7 +60,8 @@ class EvaluateArguments:
     """Game of a Stable-Baselines3 file, which does not name it."""
     param: str | None = None
     """module:Name of the parameterization, where it is your own: a checkpoint names it, but its module is imported only
-    when it stands here. For a Stable-Baselines3 file: the parameterization with which it was trained, e.g. wn."""
+    when it stands here. For a Stable-Baselines3 file: the parameterization with which it was trained, where the
+    file does not name it, e.g. wn."""
     param_options: Options = field(default_factory=dict)
     """Its options, for a Stable-Baselines3 file."""
     by: str = "param"

@@ -185,7 +185,7 @@ def test_help_names_every_game_and_parameterization_and_needs_no_torch() -> None
 def test_reparameterize_loads_neither_gymnasium_nor_ale_nor_tensorboard() -> None:
     code = (
         "import sys\nfrom wn_rl import reparameterize\n"
-        "print([m for m in ('gymnasium', 'ale_py', 'tensorboard') if m in sys.modules])"
+        "print([m for m in ('gymnasium', 'ale_py', 'tensorboard', 'stable_baselines3') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type is that of the name
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
+    if name == "sb3":  # so that wn_rl.sb3.policy_kwargs needs no import of its own
+        return importlib.import_module("wn_rl.sb3")
     raise AttributeError(f"module 'wn_rl' has no attribute '{name}'")
 
 

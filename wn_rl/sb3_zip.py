@@ -2,8 +2,8 @@
 
 Such a file is a zip with ``policy.pth``, itself the zip of ``torch.save``: raw tensors, and ``data.pkl`` which says
 what they are. ``data.pkl`` is not unpickled: :func:`_interpret` reads the few instructions that a state dict consists
-of, imports and calls nothing, and refuses every other. The rest of the file, above all ``data``, holds real pickles and
-is not read.
+of, imports and calls nothing, and refuses every other. Of the file's ``data``, JSON with real pickles in it, the texts
+beside the pickles are read (:mod:`wn_rl.sb3_settings`); the rest of the file is not read.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ import io
 import pickletools
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from wn_rl.errors import CheckpointError, one_line
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
+from wn_rl.parameterizations import Parameterization, fold, resolve
+from wn_rl.sb3_settings import NotTheNetworkError, Settings, read_settings
 
 MAX_BYTES = 2**28
 """Of ``policy.pth``: SB3's DQN keeps two networks of 1.7M parameters there, 13 MB."""
 MAX_PICKLE_BYTES = 2**20
 """Of ``data.pkl``, which takes some 200 bytes for a tensor."""
+MAX_DATA_BYTES = 2**27
+"""Of ``data``, where SB3 keeps the last observation of each environment: 40 kB each."""
 _POLICY = "policy.pth"
+_DATA = "data"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
 _DICT = "collections OrderedDict"
@@ -38,6 +44,7 @@ _DTYPES = {
     "torch LongStorage": torch.int64,
 }
 _MARK = object()
+_Found = TypeVar("_Found")
 # SB3's QNetwork (NatureCNN and one linear layer) and ours, layer by layer.
 LAYERS = {
     "features_extractor.cnn.0": "convolutions.0",
@@ -71,19 +78,34 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is no such file, is damaged, or is larger than a DQN for Atari can be.
     """
+
+    def tensors(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+        with zipfile.ZipFile(io.BytesIO(_member(archive, _POLICY, MAX_BYTES))) as inner:
+            return _tensors(inner)
+
+    return _read(path, _POLICY, tensors)
+
+
+def _read(path: Path, name: str, read: Callable[[zipfile.ZipFile], _Found]) -> _Found:
     try:
         with zipfile.ZipFile(path) as archive:
-            if _POLICY not in archive.namelist():
-                raise CheckpointError(f"{path} is no file of Stable-Baselines3: it holds no {_POLICY}")
-            data = _member(archive, _POLICY, MAX_BYTES)
-        with zipfile.ZipFile(io.BytesIO(data)) as inner:
-            return _tensors(inner)
+            if name not in archive.namelist():
+                raise CheckpointError(f"{path} is no file of Stable-Baselines3: it holds no {name}")
+            return read(archive)
     except _DamagedError as error:
-        raise CheckpointError(f"{path}: {_POLICY} is damaged: {error}") from None
+        raise CheckpointError(f"{path}: {name} is damaged: {error}") from None
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or no zip file: {one_line(error)}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _settings(path: Path) -> Settings:
+    data = _read(path, _DATA, lambda archive: _member(archive, _DATA, MAX_DATA_BYTES))
+    try:
+        return read_settings(data)
+    except NotTheNetworkError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -236,24 +258,27 @@ def _call(
     raise _DamagedError(f"it calls '{function.name}', which no state dict needs")
 
 
-def q_network(path: Path, param: str = "standard", options: dict[str, Any] | None = None) -> QNetwork:
+def q_network(path: Path, param: str | None = None, options: dict[str, Any] | None = None) -> QNetwork:
     """Return the Q-network of an SB3 DQN with ``CnnPolicy``, on the CPU, in evaluation mode.
 
-    All shapes are those of the weights. Which parameterization the layers carry cannot be seen there, so it is told.
+    Its Q-values of uint8 frames are those of ``model.q_net``. Which parameterization the layers carry is told by the
+    file where ``wn_rl.sb3.policy_kwargs`` built the model.
 
     Args:
         path: of the zip.
-        param: with which ``agents.sb3.policy_kwargs`` the model was built; ``standard`` without it.
+        param: the parameterization, where the file does not name it.
         options: of the parameterization.
 
     Raises:
-        CheckpointError: see :func:`read_state_dict`; another algorithm, policy, observation shape or parameterization.
+        CheckpointError: see :func:`read_state_dict`; another algorithm, policy, network, observation or
+            parameterization, or a file that does not say which.
     """
     state = {
         name.removeprefix("q_net."): value for name, value in read_state_dict(path).items() if name.startswith("q_net.")
     }
     if not state:
         raise CheckpointError(f"{path} is no DQN: its policy has no q_net")
+    settings = _settings(path)
     theirs = {name: next((layer for layer in LAYERS if name.startswith(f"{layer}.")), None) for name in state}
     if strange := [name for name, layer in theirs.items() if layer is None]:
         raise CheckpointError(f"{path} is no DQN with CnnPolicy and its default network: it has q_net.{strange[0]}")
@@ -262,11 +287,7 @@ def q_network(path: Path, param: str = "standard", options: dict[str, Any] | Non
     ours = {LAYERS[layer] + name.removeprefix(layer): value for name, value in state.items() if (layer := theirs[name])}
     plain = {name for name in LAYERS.values() if {k for k in ours if k.startswith(f"{name}.")} == _plain(name)}
     treated = tuple(name for name in LAYERS.values() if name not in plain)
-    if treated and param == "standard":
-        raise CheckpointError(
-            f"{path}: the layers {', '.join(treated)} carry a parameterization that the weights do not name: "
-            "add --param, e.g. --param wn (and --param-options where the training had some)"
-        )
+    entry = _parameterization(path, settings, treated, param, options or {})
     filters = [value for name, value in ours.items() if name.startswith("convolutions.0.") and value.dim() == 4]
     channels = max((value.shape[1] for value in filters), default=4)  # g of wn has an axis of length 1 there
     if channels != 4:
@@ -275,8 +296,8 @@ def q_network(path: Path, param: str = "standard", options: dict[str, Any] | Non
         )
     spec = QNetworkSpec(
         num_actions=_units(path, ours, "output", 18),
-        parameterization=param if treated else "standard",
-        options=dict(options or {}) if treated else {},
+        parameterization=entry.name,
+        options=entry.options(),
         layers=treated or None,
         hidden_units=_units(path, ours, "hidden", 65_536),
     )
@@ -292,8 +313,70 @@ def q_network(path: Path, param: str = "standard", options: dict[str, Any] | Non
             f"{path} does not fit a DQN with CnnPolicy and --param {spec.parameterization}: its {name} is "
             f"{_shown(found.get(name))}, not {_shown(expected.get(name))}"
         )
+    if spec.num_actions != settings.num_actions or settings.features_dim not in (None, spec.hidden_units):
+        raise CheckpointError(f"{path} is damaged: its weights are not of the network that its data describe")
     network.load_state_dict(ours)
-    return network.eval()
+    return (network if settings.normalize_images else _for_raw_pixels(path, network)).eval()
+
+
+def _parameterization(
+    path: Path, settings: Settings, treated: tuple[str, ...], param: str | None, options: dict[str, Any]
+) -> Parameterization:
+    """Return the parameterization of the layers that carry one, as the file and the caller say.
+
+    Raises:
+        CheckpointError: neither does, or they say two.
+    """
+    if not treated:
+        return resolve("standard")
+    named = settings.parameterization
+    if param in (None, "standard") and (named is None or param is not None):
+        raise CheckpointError(
+            f"{path}: the layers {', '.join(treated)} carry a parameterization that the weights do not name: "
+            "add --param, e.g. --param wn (and --param-options where the training had some)"
+        )
+    if param is None:
+        assert named is not None
+        return named
+    given = resolve(param, options)
+    if named is not None and (type(given), given.options()) != (type(named), named.options()):
+        raise CheckpointError(
+            f"{path} was trained with {_described(named)}, not with {_described(given)}: leave --param out"
+        )
+    return given
+
+
+def _described(entry: Parameterization) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in entry.options().items())
+    return f"{entry.name} ({options})" if options else entry.name
+
+
+@torch.no_grad()
+def _for_raw_pixels(path: Path, network: QNetwork) -> QNetwork:
+    """Return a network of the same Q-values for one trained on pixels from 0 to 255: its first filters are multiplied.
+
+    A Q-network here divides pixels by 255.
+    """
+    spec = network.spec
+    first = network.convolutions[0]
+    if parametrize.is_parametrized(first, "weight"):  # what computes filters may not be able to multiply them
+        try:
+            fold(first)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: its normalize_images is false, and {one_line(error)}") from None
+        layers = tuple(name for name in spec.layers or () if name != "convolutions.0")
+        spec = (
+            replace(spec, layers=layers)
+            if layers
+            else replace(spec, parameterization="standard", options={}, layers=None)
+        )
+        plain = build_q_network(spec, seed=0)
+        plain.load_state_dict(network.state_dict())
+        network = plain
+    weight = network.convolutions[0].weight
+    assert isinstance(weight, Tensor)
+    weight.mul_(255)
+    return network
 
 
 def _plain(layer: str) -> set[str]:

@@ -73,7 +73,7 @@ def load(
     Args:
         path: of it.
         game: that an SB3 file was trained on; a checkpoint knows its own.
-        param: parameterization of an SB3 file, None for ``standard``.
+        param: parameterization of an SB3 file that does not name it.
         param_options: of that parameterization.
 
     Raises:
@@ -94,7 +94,7 @@ def load(
 
 
 def _load_sb3(path: Path, game: str | None, param: str | None, options: Mapping[str, Any] | None) -> Trained:
-    network = sb3_zip.q_network(path, param or "standard", dict(options or {}))
+    network = sb3_zip.q_network(path, param, dict(options or {}))
     if game is None:
         raise UsageError(
             f"{path} is a Stable-Baselines3 file and does not say its game: add --game, e.g. --game Breakout"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy
 
 import agents.sb3
-from agents.sb3 import ReparameterizeThenOptimize, initialize_from_env, policy_kwargs
+import wn_rl
+import wn_rl.sb3
 from wn_rl.parameterizations import Parameterization, names
 from wn_rl.parameterizations.api import treated_layers
 from wn_rl.parameterizations.base import LAYERS, Units
 from wn_rl.parameterizations.weight_norm import WeightNormalization
+from wn_rl.sb3 import ReparameterizeThenOptimize, initialize_from_env, policy_kwargs
 
 QUICK: dict[type[BaseAlgorithm], dict[str, Any]] = {
     DQN: {
@@ -418,11 +421,16 @@ def test_load_accepts_the_same_policy_kwargs_and_refuses_others(tmp_path: Path) 
                 kind.load(tmp_path / "model", policy_kwargs=other, device="cpu")
 
 
-def test_the_file_refers_to_this_module(tmp_path: Path) -> None:
+def test_the_file_refers_to_this_module_and_files_from_before_to_the_former_name() -> None:
     cloudpickle = pytest.importorskip("cloudpickle")
     build_optimizer = policy_kwargs("wn")["optimizer_class"]
     dumped = cloudpickle.dumps(build_optimizer)
-    assert b"agents.sb3" in dumped
+    assert b"wn_rl.sb3" in dumped
+    assert agents.sb3.policy_kwargs is policy_kwargs
+    assert agents.sb3.initialize_from_env is initialize_from_env
+    before = pickle.dumps(build_optimizer, 0).replace(b"wn_rl.sb3", b"agents.sb3")  # protocol 0 names no lengths
+    assert b"agents.sb3" in before
+    assert pickle.loads(before) == build_optimizer
     assert cloudpickle.loads(dumped) == build_optimizer
     assert isinstance(cloudpickle.loads(dumped), ReparameterizeThenOptimize)
     assert copy.deepcopy(build_optimizer) == build_optimizer
@@ -712,17 +720,17 @@ def test_an_environment_that_shows_one_observation_only_is_refused() -> None:
 
 
 def test_without_stable_baselines_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agents, "sb3", agents.sb3)  # to be put back
-    monkeypatch.delitem(sys.modules, "agents.sb3")
+    monkeypatch.setattr(wn_rl, "sb3", wn_rl.sb3)  # to be put back
+    monkeypatch.delitem(sys.modules, "wn_rl.sb3")
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     with pytest.raises(ImportError) as caught:
-        importlib.import_module("agents.sb3")
-    assert str(caught.value) == 'agents.sb3 needs Stable-Baselines3: pip install "wn_rl[sb3]"'
+        importlib.import_module("wn_rl.sb3")
+    assert str(caught.value) == ('wn_rl.sb3 needs Stable-Baselines3: pip install stable-baselines3 (or "wn_rl[sb3]")')
     assert caught.value.__suppress_context__
 
 
 def test_sb3_contrib_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agents, "sb3", agents.sb3)  # to be put back
-    monkeypatch.delitem(sys.modules, "agents.sb3")
+    monkeypatch.setattr(wn_rl, "sb3", wn_rl.sb3)  # to be put back
+    monkeypatch.delitem(sys.modules, "wn_rl.sb3")
     monkeypatch.setitem(sys.modules, "sb3_contrib", None)
-    assert importlib.import_module("agents.sb3").policy_kwargs("wn")
+    assert importlib.import_module("wn_rl.sb3").policy_kwargs("wn")
