@@ -13,12 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agents import native, passes
-from agents.compiled import CompiledLoss
-from agents.flat import FlatOptimizer
-from agents.fused import FusedAdamax, FusedNetwork, Working, unsupported
-from agents.graphs import CudaRecorder, GraphStepper
-from agents.optimizers import make_optimizer
 from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
 from wn_rl.errors import NonFiniteLossError, one_line
@@ -29,6 +23,13 @@ from wn_rl.parameterizations.weight_norm import defer
 from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
 from wn_rl.stepping import PlainStepper, Stepper, TogetherStepper
 from wn_rl.training import Statistics
+
+from . import native, passes
+from .compiled import CompiledLoss
+from .flat import FlatOptimizer
+from .fused import FusedAdamax, FusedNetwork, Working, unsupported
+from .graphs import CudaRecorder, GraphStepper
+from .optimizers import make_optimizer
 
 
 def td_targets(rewards: Tensor, terminals: Tensor, next_q_values: Tensor, gamma: float) -> Tensor:

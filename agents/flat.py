@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents.optimizers import OptimizerName
+from .optimizers import OptimizerName
 
 ALIGNMENT = 64
 """Elements to whose multiple a parameter's place is rounded up: 256 bytes in float32, as a GPU's allocator gives."""
