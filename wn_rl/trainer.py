@@ -33,6 +33,7 @@ from wn_rl.evaluation import (
     evaluate,
 )
 from wn_rl.host_replay import HostReplay
+from wn_rl.layout import command
 from wn_rl.machine import (
     LIBRARY_BYTES,
     MemoryPlan,
@@ -404,7 +405,7 @@ def _train_locked(
                 ) from None
             if signals.received is None:
                 return 0
-            progress.say(f"stopped at frame {loop.frames:,}; go on with: python train.py --resume {files.path}")
+            progress.say(f"stopped at frame {loop.frames:,}; go on with: {command('train')} --resume {files.path}")
             return 128 + signals.received
     finally:
         progress.close()
