@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents import native
-from agents.optimizers import CompiledAdamax
 from wn_rl.networks import FirstConvolution, QNetwork
 from wn_rl.parameterizations.base import entry_of
 from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
 from wn_rl.replay import Minibatch
+
+from . import native
+from .optimizers import CompiledAdamax
 
 aten = torch.ops.aten
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agents.fused import FusedNetwork, Working, _arranged, _Layer
 from wn_rl.networks import QNetwork
 from wn_rl.replay import DrawnMinibatch, Entries, Minibatch
+
+from .fused import FusedNetwork, Working, _arranged, _Layer
 
 MOST_CONVOLUTIONS, MOST_FRAMES, MOST_LINES = 8, 64, 64
 """As in ``passes.c``."""

@@ -1,8 +1,8 @@
 """Runs and checkpoints of earlier versions evaluate and go on. tests/data holds what those versions wrote.
 
 ``format_3_*.tar.xz``: small runs of Breakout, 1,200 frames, that commit 26ac1ed trained with
-``python train.py --game Breakout --preset quick --param wn|bn --seed 7 --num-envs 2 --num-threads 1 …`` (config.yaml has
-the rest); the latest checkpoint is kept.
+``python train.py --game Breakout --preset quick --param wn|bn --seed 7 --num-envs 2 --num-threads 1 …`` (their
+config.yaml has the rest); the latest checkpoint is kept.
 """
 
 from __future__ import annotations

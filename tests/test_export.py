@@ -136,7 +136,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_what_is_there(
     monkeypatch.setattr(importlib, "import_module", lambda name: without(name) and real_module(name))
     for name in [name for name in sys.modules if name.split(".")[0] == "stable_baselines3"]:
         monkeypatch.delitem(sys.modules, name)
-    for kind, extra in (("sb3", "sb3"), ("onnx", "onnx")):
-        with pytest.raises(WnRlError, match=rf"wn_rl\[{extra}\]"):
+    for kind, packages in (("sb3", "stable-baselines3"), ("onnx", "onnx onnxscript onnxruntime")):
+        with pytest.raises(WnRlError, match=f"pip install {packages}"):
             export.export(trained.load(plain), kind, out)  # type: ignore[arg-type]
     assert out.read_text() == "kept"

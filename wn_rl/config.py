@@ -19,8 +19,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from wn_rl.atari.games import find_game
 from wn_rl.errors import UsageError, WnRlError, closest, one_line
+from wn_rl.layout import PRESETS_DIR
 
-PRESETS_DIR = Path(__file__).resolve().parents[1] / "configs"
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 

@@ -131,7 +131,9 @@ def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
         import gymnasium
         from stable_baselines3 import DQN
     except ImportError as error:
-        raise WnRlError(f'--export sb3 needs Stable-Baselines3: pip install "wn_rl[sb3]" ({one_line(error)})') from None
+        raise WnRlError(
+            f"--export sb3 needs Stable-Baselines3: pip install stable-baselines3 ({one_line(error)})"
+        ) from None
     from wn_rl.sb3_zip import LAYERS
 
     spec = network.spec
@@ -206,7 +208,8 @@ def _onnx(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
         onnxruntime: Any = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise WnRlError(
-            f'--export onnx needs onnx, onnxscript and onnxruntime: pip install "wn_rl[onnx]" ({one_line(error)})'
+            f'--export onnx needs more packages: pip install onnx onnxscript onnxruntime, or pip install "wn_rl[onnx]" '
+            f"({one_line(error)})"
         ) from None
     program = torch.onnx.export(
         _program(network), input_names=["observations"], output_names=["q_values"], dynamo=True, verbose=False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
 import signal
@@ -35,6 +34,7 @@ from wn_rl.evaluation import (
     evaluate,
 )
 from wn_rl.host_replay import HostReplay
+from wn_rl.layout import command, import_agent
 from wn_rl.machine import (
     LIBRARY_BYTES,
     MemoryPlan,
@@ -374,7 +374,7 @@ def train(
 
 def _backend_maker(*, as_before: bool) -> MakeBackend:
     """Return what chooses the backend; ``as_before``: another one may take the place of a run's that is not there."""
-    backends = importlib.import_module("agents.backends")  # late: the agents stand above this package
+    backends = import_agent("backends")  # late: the agents stand above this package
     return functools.partial(backends.make_backend, strict=not as_before)
 
 
@@ -423,7 +423,7 @@ def _train_locked(
                 ) from None
             if signals.received is None:
                 return 0
-            progress.say(f"stopped at frame {loop.frames:,}; go on with: python train.py --resume {files.path}")
+            progress.say(f"stopped at frame {loop.frames:,}; go on with: {command('train')} --resume {files.path}")
             return 128 + signals.received
     finally:
         progress.close()
