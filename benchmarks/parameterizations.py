@@ -27,7 +27,7 @@ from wn_rl import cli
 from wn_rl.atari.env import AtariVector, make_atari
 from wn_rl.config import load, resolve
 from wn_rl.errors import UsageError
-from wn_rl.evaluation import environment_options
+from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import device_name, keep_freed_memory, resolve_device
 from wn_rl.parameterizations import names, register
 from wn_rl.parameterizations.base import Parameterization

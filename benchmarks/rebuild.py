@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.backends.eager import Eager
 from wn_rl import cli
+from wn_rl.atari.action_log import Journal
 from wn_rl.atari.env import NO_CAP, make_atari
 from wn_rl.atari.games import find_game
-from wn_rl.atari.journal import Journal
 from wn_rl.config import Count, TrainConfig
 from wn_rl.machine import keep_freed_memory
 from wn_rl.replay import Replay

@@ -36,10 +36,10 @@ from wn_rl import cli
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, make_atari
 from wn_rl.config import Count, EnvCount, TrainConfig, load, resolve
 from wn_rl.errors import WnRlError
-from wn_rl.evaluation import environment_options
+from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import cores, device_name, keep_freed_memory, resolve_device, set_float32_precision
 from wn_rl.replay import Replay
-from wn_rl.runs import versions
+from wn_rl.runs.directory import versions
 from wn_rl.training import TrainingLoop
 
 WARM_UP = 2_000

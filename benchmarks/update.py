@@ -34,7 +34,7 @@ from agents.passes import CompiledNetwork
 from wn_rl import cli
 from wn_rl.atari.env import make_atari
 from wn_rl.config import Count, TrainConfig, load, resolve
-from wn_rl.evaluation import environment_options
+from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import keep_freed_memory, resolve_device
 from wn_rl.networks import FirstConvolution
 from wn_rl.replay import Replay

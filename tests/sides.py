@@ -16,8 +16,8 @@ from agents.backends.eager import Eager
 from agents.backends.interface import Backend
 from agents.dqn import DQN
 from wn_rl.config import TrainConfig, load, resolve
-from wn_rl.host_replay import HostReplay
 from wn_rl.replay import Replay
+from wn_rl.replay.host import HostReplay
 
 CPU = torch.device("cpu")
 ACTIONS = 4

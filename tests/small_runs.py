@@ -11,7 +11,7 @@ from typing import Any
 from agents.dqn import DQN
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.replay import Minibatch
-from wn_rl.trainer import train
+from wn_rl.training.run import train
 
 
 def tiny(**changes: object) -> TrainConfig:

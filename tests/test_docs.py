@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from wn_rl.evaluation.protocols import PROTOCOLS
 from wn_rl.parameterizations import get, names, registry
 from wn_rl.parameterizations.base import make
-from wn_rl.protocols import PROTOCOLS
 from wn_rl.report.table import CSV_COLUMNS
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -14,11 +14,11 @@ from torch import Tensor
 from agents.dqn import DQN
 from wn_rl.atari.env import make_atari
 from wn_rl.config import load, resolve
-from wn_rl.evaluation import environment_options
+from wn_rl.evaluation.episodes import environment_options
+from wn_rl.evaluation.scoring import score_checkpoint
 from wn_rl.parameterizations import initialize_from_data, names
 from wn_rl.parameterizations.api import treated_layers
-from wn_rl.scoring import score_checkpoint
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.training.run import open_for_resume, train
 
 
 class CountingDQN(DQN):

@@ -16,10 +16,11 @@ import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 
-from wn_rl import export, trained
 from wn_rl.atari.env import make_atari
 from wn_rl.errors import UsageError, WnRlError
-from wn_rl.scoring import How
+from wn_rl.evaluation import export
+from wn_rl.evaluation import policies as trained
+from wn_rl.evaluation.scoring import How
 
 
 @pytest.fixture(scope="module")

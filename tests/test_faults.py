@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from agents.dqn import DQN
 from tests.small_runs import small_flags, stopped_run, tiny
-from wn_rl import checkpoint
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.replay import Minibatch
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.runs import checkpoint
+from wn_rl.training.run import open_for_resume, train
 
 ROOT = Path(__file__).resolve().parents[1]
 

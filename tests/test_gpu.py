@@ -26,16 +26,17 @@ from agents.backends.cuda_graphs.torch_compile import CompiledLoss
 from agents.dqn import DQN
 from tests.sides import ACTIONS, N, Sides, configured
 from tests.small_runs import tiny
-from wn_rl import machine, trainer
+from wn_rl import machine
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig
 from wn_rl.errors import NonFiniteLossError
-from wn_rl.host_replay import HostReplay
 from wn_rl.parameterizations import names
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.staging import Readback, Staging
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.replay.host import HostReplay
+from wn_rl.replay.pinned_transfer import Readback, Staging
 from wn_rl.training import TrainingLoop
+from wn_rl.training import run as trainer
+from wn_rl.training.run import open_for_resume, train
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agents.backends.eager import Eager
+from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, EmulatorState, History, Journal, Mark, read_history
 from wn_rl.atari.env import make_atari
-from wn_rl.atari.journal import AUTO_RESET, RESEEDED, EmulatorState, History, Journal, Mark, read_history
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError
 from wn_rl.networks import QNetworkSpec, build_q_network

@@ -24,7 +24,7 @@ from wn_rl.machine import (
 )
 from wn_rl.networks import QNetworkSpec
 from wn_rl.replay import Replay
-from wn_rl.trainer import train
+from wn_rl.training.run import train
 
 
 def test_free_memory_is_a_plausible_number_or_unknown() -> None:

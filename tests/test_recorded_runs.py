@@ -15,11 +15,12 @@ from agents.dqn import DQN
 from tests.small_runs import tiny
 from tests.tape import TapeRecorder
 from tests.test_resume import rows, state_of
-from wn_rl import checkpoint, trainer
-from wn_rl.host_replay import HostReplay
 from wn_rl.replay import Replay
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.replay.host import HostReplay
+from wn_rl.runs import checkpoint
 from wn_rl.training import Agent
+from wn_rl.training import run as trainer
+from wn_rl.training.run import open_for_resume, train
 
 
 class Staged(Replay):

@@ -20,14 +20,14 @@ import torch
 from agents import native
 from agents.dqn import DQN
 from tests.small_runs import Interrupted, small_flags, stopped_run, tiny
-from wn_rl import checkpoint
-from wn_rl.atari.journal import Mark, read_history
+from wn_rl.atari.action_log import Mark, read_history
 from wn_rl.config import TrainConfig, to_yaml
 from wn_rl.errors import CheckpointError, UsageError, WnRlError
 from wn_rl.parameterizations import names
-from wn_rl.runs import RunDirectory
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.runs import checkpoint
+from wn_rl.runs.directory import RunDirectory
 from wn_rl.training import TrainingLoop
+from wn_rl.training.run import open_for_resume, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -196,8 +196,8 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from wn_rl import checkpoint
-from wn_rl.atari.journal import Mark, read_history
+from wn_rl.runs import checkpoint
+from wn_rl.atari.action_log import Mark, read_history
 from wn_rl.config import load, resolve
 from wn_rl.networks import QNetworkSpec, build_q_network
 from dataclasses import asdict, replace
@@ -311,7 +311,7 @@ class TestRefusals:
             [
                 sys.executable,
                 "-c",
-                "import sys, time; from pathlib import Path; from wn_rl.runs import RunDirectory\n"
+                "import sys, time; from pathlib import Path; from wn_rl.runs.directory import RunDirectory\n"
                 "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)",
                 str(run),
             ],

@@ -28,12 +28,15 @@ from stable_baselines3.dqn.policies import CnnPolicy
 from torch import nn
 
 import evaluate
-from wn_rl import cli, fold, project, reparameterize, sb3_zip, scoring, trained
+from wn_rl import cli, fold, project, reparameterize
 from wn_rl.atari.env import make_atari
 from wn_rl.errors import CheckpointError, UsageError
+from wn_rl.evaluation import policies as trained
+from wn_rl.evaluation import scoring
+from wn_rl.evaluation.scoring import How
 from wn_rl.parameterizations import names
 from wn_rl.sb3 import policy_kwargs
-from wn_rl.scoring import How
+from wn_rl.sb3 import zip_file as sb3_zip
 
 
 class Pixels(gymnasium.Env[Any, Any]):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from wn_rl import statistics
-from wn_rl.statistics import (
+from wn_rl.evaluation import statistics
+from wn_rl.evaluation.statistics import (
     Estimate,
     improvement_with_interval,
     interquartile_mean,

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from agents.backends import make_backend
 from agents.dqn import DQN
-from wn_rl import checkpoint
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig, from_mapping, load, resolve
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.runs import checkpoint
 from wn_rl.training import Event, TrainingLoop, epsilon_at, owed
+from wn_rl.training.run import open_for_resume, train
 
 TINY = {
     "game": "breakout",

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 
 import evaluate
-from wn_rl import checkpoint, cli, scoring, trained
+from wn_rl import cli
 from wn_rl.errors import CheckpointError, WnRlError
+from wn_rl.evaluation import policies as trained
+from wn_rl.evaluation import scoring
+from wn_rl.evaluation.scoring import How, Score
 from wn_rl.report import table
-from wn_rl.scoring import How, Score
+from wn_rl.runs import checkpoint
 
 SHORT = ["--episodes", "2", "--max-frames-per-episode", "40", "--num-threads", "1"]
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wn_rl import cli, protocols
+from wn_rl import cli
 from wn_rl.atari.games import find_game
 from wn_rl.config import Count, Options, TrainConfig, import_parameterization
 from wn_rl.errors import UsageError
+from wn_rl.evaluation import protocols
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
-    from wn_rl import scoring, trained  # late: --help and wrong words need no torch
+    from wn_rl import trained  # late: --help and wrong words need no torch
+    from wn_rl.evaluation import scoring
     from wn_rl.report import batch, comparison
 
     comparison.check_key(wanted.by)
@@ -147,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
         files = {"video_path": _path(wanted.video), "gif_path": _path(wanted.gif)}
         return game_film.film_command(paths, game_film.one_game(how), what, **files)
     if wanted.export is not None:
-        from wn_rl import export
+        from wn_rl.evaluation import export
 
         return export.export_command(paths, how, *wanted.export)
     return batch.score_and_report(paths, how, json=_path(wanted.json), csv=_path(wanted.csv), by=wanted.by)

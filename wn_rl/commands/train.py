@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from wn_rl import cli, config, layout, runs
+from wn_rl import cli, config, layout
 from wn_rl.atari.games import game_names
+from wn_rl.runs import directory as runs
 
 HELP = """Train a DQN with a weight parameterization of your choice on an Atari game.
 
@@ -37,13 +38,13 @@ def main(arguments: Sequence[str]) -> int:
         return _resume(Path(resume), {key: getattr(wanted, key) for key in given}, quiet=quiet)
     wanted = config.resolve(wanted, param_in_file=config_file is not None and not typed)
     name = runs.default_directory(wanted.game, wanted.param, wanted.preset, wanted.seed)
-    from wn_rl.trainer import train  # late: --help and wrong words need no torch
+    from wn_rl.training.run import train  # late: --help and wrong words need no torch
 
     return train(wanted, layout.import_agent("dqn").DQN, Path(wanted.run_dir) if wanted.run_dir else name, quiet=quiet)
 
 
 def _resume(directory: Path, changes: dict[str, object], *, quiet: bool) -> int:
-    from wn_rl.trainer import open_for_resume, train
+    from wn_rl.training.run import open_for_resume, train
 
     resumed, checkpoint = open_for_resume(directory, changes)
     return train(resumed, layout.import_agent("dqn").DQN, directory, resume=checkpoint, quiet=quiet)

@@ -12,7 +12,7 @@ from wn_rl.report.bands import WINDOW, Curve, meaning
 from wn_rl.report.figures import Format, Panel, Series
 from wn_rl.report.references import PAPER_GAME, PAPER_SOURCE, paper_curves
 from wn_rl.report.results import RunResult
-from wn_rl.runs import write_file
+from wn_rl.runs.directory import write_file
 
 FORMATS: dict[str, Format] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import WnRlError
 from wn_rl.report.results import RunResult, read_run
-from wn_rl.runs import RunDirectory
+from wn_rl.runs.directory import RunDirectory
 
 PRESET = "paper"
 SLACK = 0.001

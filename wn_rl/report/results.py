@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, load
 from wn_rl.errors import Failure, UsageError, WnRlError, one_line
-from wn_rl.runs import EPISODE_COLUMNS, EVALUATION_COLUMNS, RunDirectory, expand, read_rows
+from wn_rl.runs.directory import EPISODE_COLUMNS, EVALUATION_COLUMNS, RunDirectory, expand, read_rows
 
 Columns = Mapping[str, NDArray[np.float64]]
 LARGEST = 1e15

@@ -13,11 +13,11 @@ from typing import Any
 
 from wn_rl.atari.games import find_game
 from wn_rl.errors import Failure
+from wn_rl.evaluation.scoring import Score
+from wn_rl.evaluation.statistics import Estimate
 from wn_rl.report.comparison import Comparison, Summary
 from wn_rl.report.published import PUBLISHED, SOURCES
-from wn_rl.runs import versions, write_file
-from wn_rl.scoring import Score
-from wn_rl.statistics import Estimate
+from wn_rl.runs.directory import versions, write_file
 
 PIPED_WIDTH = 160
 """Letters of a line where the output is no terminal."""

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wn_rl.errors import NonFiniteLossError, one_line
-from wn_rl.host_replay import HostReplay
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.staging import Readback, Staging
+from wn_rl.replay.host import HostReplay
+from wn_rl.replay.pinned_transfer import Readback, Staging
 from wn_rl.training import Agent
 
 from ...dqn import DQN

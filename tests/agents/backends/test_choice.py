@@ -17,11 +17,11 @@ from agents.dqn import DQN
 from tests.carried import Given, carried
 from tests.small_runs import tiny
 from tests.vectors import needs_passes
-from wn_rl import checkpoint
 from wn_rl.config import load, resolve
 from wn_rl.errors import UsageError
 from wn_rl.replay import Minibatch
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.runs import checkpoint
+from wn_rl.training.run import open_for_resume, train
 
 CPU = torch.device("cpu")
 

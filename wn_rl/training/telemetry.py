@@ -16,7 +16,7 @@ from torch import Tensor
 from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
 from wn_rl.errors import WnRlError
-from wn_rl.evaluation import EvaluationResult
+from wn_rl.evaluation.episodes import EvaluationResult
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from wn_rl import checkpoint, parameterizations, sb3_zip
+from wn_rl import parameterizations
 from wn_rl.atari.env import FRAME_SKIP, FULL_ACTION_SET, minimal_actions
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError, UsageError, one_line
 from wn_rl.networks import QNetwork, build_q_network
+from wn_rl.runs import checkpoint
+from wn_rl.sb3 import zip_file as sb3_zip
 
 PATIENCE = 4
 """Attempts to read a checkpoint that is being written, half a second apart."""
@@ -173,7 +175,7 @@ def check_param(param: str | None, options: Mapping[str, Any]) -> None:
 
 
 def greedy(network: QNetwork, device: torch.device | str) -> Any:  # noqa: ANN401 - an evaluation.Policy
-    """Return the network's greedy policy on ``device``; see :class:`wn_rl.evaluation.Policy`."""
+    """Return the network's greedy policy on ``device``; see :class:`wn_rl.evaluation.episodes.Policy`."""
     network = network.to(device)
 
     @torch.no_grad()

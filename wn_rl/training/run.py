@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wn_rl import checkpoint, diagnostics
+from wn_rl import diagnostics
+from wn_rl.atari.action_log import Journal, Mark
 from wn_rl.atari.env import FRAME_SIDE, FRAME_SKIP, STACK_SIZE, make_atari
 from wn_rl.atari.games import find_game
-from wn_rl.atari.journal import Journal, Mark
 from wn_rl.config import TrainConfig, is_auto, to_yaml, validate
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError, WnRlError
-from wn_rl.evaluation import (
+from wn_rl.evaluation.episodes import (
     EvaluationInterrupted,
     EvaluationProtocol,
     EvaluationResult,
@@ -33,7 +33,6 @@ from wn_rl.evaluation import (
     environment_options,
     evaluate,
 )
-from wn_rl.host_replay import HostReplay
 from wn_rl.layout import command, import_agent
 from wn_rl.machine import (
     LIBRARY_BYTES,
@@ -52,9 +51,11 @@ from wn_rl.machine import (
 from wn_rl.networks import MAX_ACTIONS, QNetworkSpec
 from wn_rl.parameterizations import resolve
 from wn_rl.replay import Replay
-from wn_rl.runs import RunDirectory, read_rows, versions
-from wn_rl.telemetry import Dashboard, Progress
+from wn_rl.replay.host import HostReplay
+from wn_rl.runs import checkpoint
+from wn_rl.runs.directory import RunDirectory, read_rows, versions
 from wn_rl.training import Agent, Backend, FinishedEpisode, TrainingLoop
+from wn_rl.training.telemetry import Dashboard, Progress
 
 LONG_ON_A_CPU = 20_000_000
 """Emulator frames from which a run on a CPU takes the better part of a day or more."""

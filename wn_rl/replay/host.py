@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.staging import Staging
+from wn_rl.replay.pinned_transfer import Staging
 
 
 class HostReplay(Replay):

@@ -16,7 +16,7 @@ from wn_rl.atari.env import AtariVector, emulator_seeds
 from wn_rl.config import TrainConfig
 from wn_rl.diagnostics import overestimation
 from wn_rl.errors import UsageError
-from wn_rl.protocols import EvaluationProtocol
+from wn_rl.evaluation.protocols import EvaluationProtocol
 
 __all__ = [
     "Episode",

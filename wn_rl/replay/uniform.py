@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wn_rl.errors import UsageError
-from wn_rl.staging import Staging
+from wn_rl.replay.pinned_transfer import Staging
 
 Array = NDArray[Any]
 

@@ -25,7 +25,7 @@ from torch import nn
 from wn_rl.parameterizations import Parameterization, initialize_from_data, project, reparameterize, resolve
 from wn_rl.parameterizations.api import LayerInit, as_choices, treated_layers
 from wn_rl.parameterizations.base import LAYERS
-from wn_rl.sb3_loading import PlainLoading, accept_plain_weights, blank_layers, refuse_after_fold
+from wn_rl.sb3.loading import PlainLoading, accept_plain_weights, blank_layers, refuse_after_fold
 
 try:
     from stable_baselines3 import A2C

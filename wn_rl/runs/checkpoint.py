@@ -26,8 +26,8 @@ from wn_rl.config import TrainConfig, from_mapping
 from wn_rl.errors import CheckpointError, OtherVersionError, WnRlError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network, treated_names, unknown_in_file
 from wn_rl.parameterizations import get, resolve
-from wn_rl.untrusted import MAX_DEPTH, Layout, layout_of, open_regular, read_json, read_tensors, shown
-from wn_rl.untrusted import check_state as check_state
+from wn_rl.runs.safe_load import MAX_DEPTH, Layout, layout_of, open_regular, read_json, read_tensors, shown
+from wn_rl.runs.safe_load import check_state as check_state
 
 FORMAT = 4
 _SINCE_FORMAT_4 = {"config": {"backend": "auto"}}

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from wn_rl import runs, trained
 from wn_rl.atari.env import FULL_ACTION_SET, AtariVector, make_atari, minimal_actions
 from wn_rl.atari.games import find_game
 from wn_rl.errors import CheckpointError, Failure, UsageError, WnRlError, one_line
-from wn_rl.evaluation import EvaluationResult, evaluate
+from wn_rl.evaluation import policies as trained
+from wn_rl.evaluation.episodes import EvaluationResult, evaluate
+from wn_rl.evaluation.policies import Trained
+from wn_rl.evaluation.protocols import TRAINING, ActionSet, ScoreProtocol, find_protocol
+from wn_rl.evaluation.statistics import Estimate, mean_interval
 from wn_rl.machine import pick_device, set_float32_precision
-from wn_rl.protocols import TRAINING, ActionSet, ScoreProtocol, find_protocol
-from wn_rl.statistics import Estimate, mean_interval
-from wn_rl.trained import Trained
+from wn_rl.runs import directory as runs
 
 MAX_EMULATORS = 30
 """At most so many play at a time where the user leaves it open and episodes are counted."""
@@ -61,7 +62,7 @@ class How:
     """How networks are to be scored.
 
     Attributes:
-        protocol: a name of :func:`wn_rl.protocols.protocol_names`.
+        protocol: a name of :func:`wn_rl.evaluation.protocols.protocol_names`.
         changes: single settings over it.
         seed: of the emulators and of the random actions.
         num_envs: emulators that play at a time; 0 chooses.
@@ -107,7 +108,7 @@ def prepare(path: Path, how: How) -> Setup:
 
     Raises:
         CheckpointError: it is missing, damaged, does not fit its game, or plays another action set than the protocol.
-        UsageError: a GPU was asked for and there is none, or see :func:`wn_rl.protocols.find_protocol`.
+        UsageError: a GPU was asked for and there is none, or see :func:`wn_rl.evaluation.protocols.find_protocol`.
     """
     torch.set_num_threads(how.num_threads or os.cpu_count() or 1)
     set_float32_precision("float32")  # by default torch lets a GPU's convolutions round to TF32
@@ -229,11 +230,11 @@ def score_checkpoint(
 
     Args:
         path: a checkpoint directory or a run directory.
-        steps: see :class:`wn_rl.protocols.EvaluationProtocol`.
+        steps: see :class:`wn_rl.evaluation.protocols.EvaluationProtocol`.
         episodes: used where ``steps`` is 0.
-        epsilon: see :class:`wn_rl.protocols.EvaluationProtocol`.
+        epsilon: see :class:`wn_rl.evaluation.protocols.EvaluationProtocol`.
         max_frames_per_episode: cap in emulator frames, 0 for none; None takes that of the training, or
-            :data:`wn_rl.protocols.SAFETY_CAP` where it had none and episodes are counted.
+            :data:`wn_rl.evaluation.protocols.SAFETY_CAP` where it had none and episodes are counted.
         seed: of the emulators and of the random actions.
         num_envs: emulators that play at a time; 0 chooses.
         device: ``auto``, ``cpu`` or ``cuda``.

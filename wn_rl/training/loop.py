@@ -1,179 +1,23 @@
-"""The training loop: what happens at which agent step."""
+"""The training loop: emulators, an agent's backend and replay, one vector step at a time."""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from wn_rl.atari.env import FRAME_SKIP, AtariVector, emulator_seeds
-from wn_rl.atari.journal import AUTO_RESET, RESEEDED, History, Journal
-from wn_rl.atari.rebuild import PlayedAgain, play_again
-from wn_rl.config import BackendName, TrainConfig
-from wn_rl.networks import QNetwork
-from wn_rl.replay import Minibatch, Replay
-
-TRAINING_STREAM = 0
-"""Label that keeps training's random numbers apart from evaluation's (stream 1)."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Means over the transitions of the updates since the last reading; ``updates`` is how many these were."""
-
-    updates: int
-    loss: float
-    td_error: float
-    q_value: float
-
-
-class Agent(Protocol):
-    """An algorithm; :class:`agents.dqn.DQN` is one. A :class:`Backend` carries it out."""
-
-    config: TrainConfig
-    device: torch.device
-    updates: int
-
-    @property
-    def q_network(self) -> QNetwork:
-        """The network that acts and that a checkpoint carries."""
-
-    def q_values(self, observations: Tensor) -> Tensor:
-        """Return Q-values, float32 (B, actions), of uint8 observations, (B, 4, 84, 84)."""
-
-    def act(self, observations: Tensor, epsilon: NDArray[np.float32]) -> Tensor:
-        """Return ε-greedy actions, int64 (B,), on the device; ``epsilon`` has shape (B,)."""
-
-    def initialize(self, observations: Tensor) -> None:
-        """Prepare for the first update, with observations from replay."""
-
-    def update(self, batch: Minibatch) -> None:
-        """Make one update, and count it."""
-
-    def copy_target(self) -> None:
-        """Copy the network to the target network."""
-
-    def is_finite(self) -> bool:
-        """Return whether every weight is finite."""
-
-    def offending_transitions(self) -> Tensor | None:
-        """Return the numbers in replay of the first minibatch whose loss was not finite."""
-
-    def gradient_norm(self) -> float:
-        """Return the norm of the last gradient."""
-
-    def read_statistics(self) -> Statistics:
-        """Return the means since the last reading."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state without the network's weights."""
-
-    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Restore weights and state."""
-
-
-class Backend(Protocol):
-    """What the loop needs of whoever carries an agent out on a replay; ``agents.backends`` has them."""
-
-    name: ClassVar[BackendName]
-    detail: str
-    reason: str
-
-    @property
-    def agent(self) -> Agent:
-        """The agent that is carried out."""
-
-    @property
-    def q_network(self) -> QNetwork:
-        """The network that acts and that a checkpoint carries."""
-
-    @property
-    def updates(self) -> int:
-        """Updates made so far."""
-
-    def act(self, epsilon: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Return ε-greedy actions for the newest observations, shape (N,), with ε of each; waits for them.
-
-        Raises:
-            NonFiniteLossError: an update before this one had a loss that is not finite, and it can only be told now.
-        """
-
-    def q_values(self, observations: Tensor) -> Tensor:
-        """Return Q-values, float32 (B, actions), of uint8 observations."""
-
-    def initialize(self, observations: Tensor) -> None:
-        """Prepare for the first update, with observations from replay."""
-
-    def update(self, count: int = 1) -> None:
-        """Make ``count`` updates one after the other, each on a minibatch of its own from the replay."""
-
-    def copy_target(self) -> None:
-        """Copy the network to the target network."""
-
-    def is_finite(self) -> bool:
-        """Return whether every weight is finite."""
-
-    def offending_transitions(self) -> Tensor | None:
-        """Return the numbers in replay of the first minibatch whose loss was not finite."""
-
-    def gradient_norm(self) -> float:
-        """Return the norm of the last gradient."""
-
-    def watch_next_update(self) -> None:
-        """Measure how far the next update moves each layer's weight."""
-
-    def effective_learning_rates(self) -> dict[str, float]:
-        """Return what the watched update did, by tag."""
-
-    def read_statistics(self) -> Statistics:
-        """Return the means since the last reading."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state without the network's weights."""
-
-    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Restore weights and state."""
-
-
-class Event(enum.Enum):
-    """What an agent step can owe."""
-
-    INITIALIZE = "initialize"
-    UPDATE = "update"
-    TARGET_COPY = "target copy"
-
-
-def owed(config: TrainConfig, first: int, last: int) -> Iterator[tuple[int, Event]]:
-    """Yield (agent step, event) for what the agent steps ``first`` … ``last`` owe, in order.
-
-    An update when the step's number is a multiple of ``update_period``, then a target copy when it is one of
-    ``target_period``; nothing before ``learning_starts``, whose first event is the initialization.
-    """
-    for step in range(max(first, config.learning_starts), last + 1):
-        if step == config.learning_starts:
-            yield step, Event.INITIALIZE
-        if step % config.update_period == 0:
-            yield step, Event.UPDATE
-        if step % config.target_period == 0:
-            yield step, Event.TARGET_COPY
-
-
-def epsilon_at(config: TrainConfig, steps: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return ε of each agent step: ``epsilon_start`` until ``learning_starts``, then linear to ``epsilon_end``."""
-    fraction = np.clip((steps - config.learning_starts) / max(config.epsilon_decay_steps, 1), 0.0, 1.0)
-    return (config.epsilon_start + (config.epsilon_end - config.epsilon_start) * fraction).astype(np.float32)
-
-
-def training_seeds(config: TrainConfig, label: int) -> NDArray[np.int32]:
-    """Return the seeds of all N emulators for the seeding ``label``; 0 is that of the start."""
-    return emulator_seeds(config.seed, config.num_envs, TRAINING_STREAM, label)
+from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, History, Journal
+from wn_rl.atari.env import FRAME_SKIP, AtariVector
+from wn_rl.atari.restore import PlayedAgain, play_again
+from wn_rl.config import TrainConfig
+from wn_rl.replay import Replay
+from wn_rl.training.interfaces import Agent, Backend
+from wn_rl.training.schedule import Event, epsilon_at, owed, training_seeds
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wn_rl.atari.action_log import RESEEDED, History
 from wn_rl.atari.env import AtariVector
-from wn_rl.atari.journal import RESEEDED, History
 from wn_rl.errors import CheckpointError
 
 DUMMY_EPISODE = 30

@@ -3,7 +3,7 @@
 Such a file is a zip with ``policy.pth``, itself the zip of ``torch.save``: raw tensors, and ``data.pkl`` which says
 what they are. ``data.pkl`` is not unpickled: :func:`_interpret` reads the few instructions that a state dict consists
 of, imports and calls nothing, and refuses every other. Of the file's ``data``, JSON with real pickles in it, the texts
-beside the pickles are read (:mod:`wn_rl.sb3_settings`); the rest of the file is not read.
+beside the pickles are read (:mod:`wn_rl.sb3.settings`); the rest of the file is not read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from wn_rl.errors import CheckpointError, one_line
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import Parameterization, fold, resolve
-from wn_rl.sb3_settings import NotTheNetworkError, Settings, read_settings
+from wn_rl.sb3.settings import NotTheNetworkError, Settings, read_settings
 
 MAX_BYTES = 2**28
 """Of ``policy.pth``: SB3's DQN keeps two networks of 1.7M parameters there, 13 MB."""

@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wn_rl import trained
 from wn_rl.atari.env import make_atari
 from wn_rl.errors import UsageError, WnRlError, one_line
+from wn_rl.evaluation import policies as trained
+from wn_rl.evaluation.policies import Trained
+from wn_rl.evaluation.scoring import How
 from wn_rl.networks import QNetwork
 from wn_rl.parameterizations import fold
 from wn_rl.parameterizations.api import treated_layers
-from wn_rl.scoring import How
-from wn_rl.trained import Trained
 
 Format = Literal["sb3", "torch", "onnx"]
 FRAMES = 64
@@ -134,7 +134,7 @@ def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
         raise WnRlError(
             f"--export sb3 needs Stable-Baselines3: pip install stable-baselines3 ({one_line(error)})"
         ) from None
-    from wn_rl.sb3_zip import LAYERS
+    from wn_rl.sb3.zip_file import LAYERS
 
     spec = network.spec
     spaces = gymnasium.spaces
