@@ -21,22 +21,29 @@ _WHERE = {
     "OutputNormalization": "wn_rl.parameterizations",
     "make_atari": "wn_rl.atari.env",
     "game_names": "wn_rl.atari.games",
+    "load": "wn_rl.api",
+    "train": "wn_rl.api",
+    "evaluate": "wn_rl.api",
 }
 __all__ = [
     "OutputNormalization",
     "Parameterization",
     "WeightParameterization",
     "__version__",
+    "evaluate",
     "fold",
     "game_names",
     "initialize_from_data",
+    "load",
     "make_atari",
     "project",
     "register",
     "reparameterize",
+    "train",
 ]
 
 if TYPE_CHECKING:
+    from wn_rl.api import evaluate, load, train
     from wn_rl.atari.env import make_atari
     from wn_rl.atari.games import game_names
     from wn_rl.parameterizations import (
