@@ -1,6 +1,6 @@
 """A tour from Python, cell by cell: train a network, look at what it wrote, load it, play, score it.
 
-``python docs/tour.py``, or open it in an editor that runs cells (``# %%``). It trains for some minutes on two cores.
+``python -m docs.tour``, or open it in an editor that runs cells (``# %%``). It trains for some minutes on two cores.
 """
 
 # %% Train. Every configuration key may be named; the rest is the preset's.
