@@ -187,19 +187,19 @@ def train(
             raise UsageError("resume needs run_dir, the directory of the run")
         resumed, checkpoint = open_for_resume(Path(run_dir), keys)
         return _ended(train_run(resumed, make_agent, Path(run_dir), resume=checkpoint, quiet=quiet), Path(run_dir))
-    wanted = replace(_base(config, keys.get("preset")), **keys)
+    if isinstance(config, TrainConfig):
+        wanted = replace(config, **keys, chosen=tuple(sorted({*config.chosen, *keys} - {"run_dir"})))
+    else:
+        is_preset = config is None or (isinstance(config, str) and config in configuration.preset_names())
+        file = None if config is None or is_preset else Path(config)
+        preset = keys.pop("preset", None) or (None if config is None or file else str(config))
+        wanted, stays = configuration.configure(preset, file, keys)
+        if stays and not quiet:
+            print(stays)
     wanted = configuration.resolve(wanted)
     named = wanted.run_dir
     directory = Path(named) if named else default_directory(wanted.game, wanted.param, wanted.preset, wanted.seed)
     return _ended(train_run(wanted, make_agent, directory, quiet=quiet), directory)
-
-
-def _base(config: TrainConfig | str | Path | None, preset: str | None) -> TrainConfig:
-    if isinstance(config, TrainConfig):
-        return config
-    if config is None or (isinstance(config, str) and config in configuration.preset_names()):
-        return configuration.load(preset or config)
-    return configuration.load(preset, Path(config))
 
 
 def _ended(code: int, directory: Path) -> Path:

@@ -9,9 +9,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -61,7 +61,9 @@ def parse(
     if any(word in ("-h", "--help") for word in arguments):
         tyro.cli(kind, args=["--help"], description=description, config=config, **options)
     if is_dataclass(kind):
-        _check_flags([f"--{entry.name.replace('_', '-')}" for entry in fields(kind)], arguments)
+        hints = get_type_hints(kind, include_extras=True)
+        shown = [name for name, hint in hints.items() if tyro.conf.Suppress not in getattr(hint, "__metadata__", ())]
+        _check_flags([f"--{name.replace('_', '-')}" for name in shown], arguments)
     with _wide_and_captured() as captured:
         try:
             parsed: _Arguments = tyro.cli(kind, args=list(arguments), description=description, config=config, **options)

@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
-    from wn_rl import trained  # late: --help and wrong words need no torch
+    from wn_rl.evaluation import policies as trained  # late: --help and wrong words need no torch
     from wn_rl.evaluation import scoring
     from wn_rl.report import batch, comparison
 

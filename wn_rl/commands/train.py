@@ -28,15 +28,22 @@ def main(arguments: Sequence[str]) -> int:
     resume, arguments = cli.take_option(arguments, "--resume")
     quiet, arguments = cli.take_switch(arguments, "--quiet")
     preset = None if resume else cli.take_option(arguments, "--preset")[0]
-    base = config.load(preset, Path(config_file) if config_file else None)
+    file = Path(config_file) if config_file else None
+    base = config.load(preset, file)
     wanted = cli.parse(config.TrainConfig, arguments, default=base, description=HELP + ", ".join(game_names()) + ".")
-    typed = "param" in cli.given_flags(arguments)
+    given = {key: getattr(wanted, key) for key in cli.given_flags(arguments)}
+    typed = "param" in given
     if typed and ":" in wanted.param:
         config.import_parameterization(wanted.param)
     if resume:
-        given = cli.given_flags(arguments) | (config.read_yaml(Path(config_file)).keys() if config_file else set())
-        return _resume(Path(resume), {key: getattr(wanted, key) for key in given}, quiet=quiet)
-    wanted = config.resolve(wanted, param_in_file=config_file is not None and not typed)
+        in_file = config.read_yaml(file) if file else {}
+        return _resume(
+            Path(resume), {key: value for key, value in in_file.items() if key != "chosen"} | given, quiet=quiet
+        )
+    wanted, stays = config.configure(preset, file, given)
+    wanted = config.resolve(wanted, param_in_file=file is not None and not typed)
+    if stays and not quiet:
+        print(stays)
     name = runs.default_directory(wanted.game, wanted.param, wanted.preset, wanted.seed)
     from wn_rl.training.run import train  # late: --help and wrong words need no torch
 

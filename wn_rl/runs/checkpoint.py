@@ -30,7 +30,7 @@ from wn_rl.runs.safe_load import MAX_DEPTH, Layout, layout_of, open_regular, rea
 from wn_rl.runs.safe_load import check_state as check_state
 
 FORMAT = 4
-_SINCE_FORMAT_4 = {"config": {"backend": "auto"}}
+_SINCE_FORMAT_4 = {"config": {"backend": "auto", "chosen": []}}
 """What a checkpoint of format 3 does not say: the backend followed from the keys that it has."""
 _SINCE_FORMAT_3 = {"config": {"checkpoint_seconds": 600.0, "journal": "whole", "reseed_period": 100_000}}
 """What a checkpoint of format 2 does not say; it can be evaluated, not resumed, and these matter in training only."""
