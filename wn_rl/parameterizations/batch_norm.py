@@ -12,6 +12,7 @@ from wn_rl.parameterizations.base import (
     OutputNormalization,
     Units,
     check_range,
+    refuse_zero_weights,
     spatial_axes,
     units_of,
 )
@@ -220,6 +221,12 @@ class BatchNormalization(OutputNormalization):
         """Check the options."""
         check_range("eps", self.eps, 0.0, 1.0)
         check_range("rate", self.rate, 0.0, 1.0)
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuse, beside what every entry refuses, a unit whose weights are all zero where ε is: σ² is 0."""
+        super().check(layer)
+        if self.eps == 0.0:
+            refuse_zero_weights(layer)
 
     def normalization(self, layer: nn.Module, bias: nn.Parameter | None) -> Normalization:
         """Return γ · (t − μ[t]) / √(σ²[t] + ε) + b."""

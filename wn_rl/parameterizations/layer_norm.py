@@ -8,7 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wn_rl.parameterizations.base import Normalization, OutputNormalization, check_range, spatial_axes, units_of
+from wn_rl.parameterizations.base import (
+    Normalization,
+    OutputNormalization,
+    check_range,
+    refuse_zero_weights,
+    spatial_axes,
+    units_of,
+)
 from wn_rl.parameterizations.registry import register
 
 
@@ -62,6 +69,12 @@ class LayerNormalization(OutputNormalization):
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("eps", self.eps, 0.0, 1.0)
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuse, beside what every entry refuses, a weight that is zero where ε is: so is σ² of every example."""
+        super().check(layer)
+        if self.eps == 0.0:
+            refuse_zero_weights(layer, whole=True)
 
     def normalization(self, layer: nn.Module, bias: nn.Parameter | None) -> Normalization:
         """Return γ · (t − μ) / √(σ² + ε) + b."""

@@ -11,6 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Return whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _precision(x: Tensor) -> torch.dtype:
@@ -36,15 +42,34 @@ class _ScaledLinear(torch.autograd.Function):
         low = v.to(x.dtype)
         t = torch.mm(x, low.t())
         low_scale = scale.to(x.dtype)
-        ctx.save_for_backward(x, v, low, t, scale, norm, low_scale)
+        ctx.save_for_backward(x, v, g, low, t, scale, norm, low_scale)
         ctx.has_bias = b is not None
         ctx.complete = complete
         return t * low_scale if b is None else torch.addcmul(b.to(x.dtype), t, low_scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
-        x, v, low, t, scale, norm, low_scale = ctx.saved_tensors
+        if ctx.complete and (torch.is_grad_enabled() or transformed()):
+            return _ScaledLinear._differentiable_gradient(ctx, dy)
+        return _ScaledLinear._gradient(ctx, dy)
+
+    @staticmethod
+    def _differentiable_gradient(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
+        # From the inputs alone: what else was saved counts as constant.
+        x, v, g, *_ = ctx.saved_tensors
+        norm = torch.linalg.vector_norm(v, dim=1)
+        scale = g.view(-1) / norm
+        low = v.to(x.dtype)
+        dt = dy * scale.to(x.dtype)
+        dg = (dy * torch.mm(x, low.t())).sum(0, dtype=v.dtype) / norm
+        dv = torch.mm(dt.t(), x).to(v.dtype) - v * (dg * scale / norm).unsqueeze(1)
+        db = dy.sum(0, dtype=v.dtype) if ctx.has_bias else None
+        return torch.mm(dt, low), dv, dg.unsqueeze(1), db, None, None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def _gradient(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
+        x, v, _, low, t, scale, norm, low_scale = ctx.saved_tensors
         dt = dy * low_scale
         # s = g / ‖v‖, so ∂s/∂g = 1 / ‖v‖ and ∂s/∂v = −s · v / ‖v‖².
         dg = (dy * t).sum(0, dtype=v.dtype).div_(norm)

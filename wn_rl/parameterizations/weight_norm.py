@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, has_zero_unit, weight_names
+from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, refuse_zero_weights
 from wn_rl.parameterizations.registry import register
-from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear
+from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear, transformed
 
 _DEFERRED = "_wn_rl_deferred"
 LARGE = 2**16
@@ -20,13 +20,45 @@ LARGE = 2**16
 Scale = Literal["direct", "exp"]
 
 
+def _norm(v: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
+    return norm
+
+
+class _WeightNorm(torch.autograd.Function):
+    """torch's own kernels, with a gradient that can be differentiated: torch's takes ‖v‖ for a constant there."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:  # noqa: ANN401
+        w: Tensor
+        w, norm = torch._weight_norm_interface(v, g, 0)
+        ctx.save_for_backward(v, g, norm)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> Any:  # noqa: ANN401
+        v, g, norm = ctx.saved_tensors
+        if not (torch.is_grad_enabled() or transformed()):
+            return torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, g, norm, 0)
+        norm = _norm(v)
+        dg = (dw * v).sum(tuple(range(1, v.dim())), keepdim=True) / norm  # equation 3 of the paper
+        return (dw - v * (dg / norm)) * (g / norm), dg
+
+
 def normalized(v: Tensor, g: Tensor) -> Tensor:
-    """Return g · v / ‖v‖, ‖·‖ over all but the first axis of ``v``; ``g`` has size 1 there."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    """Return g · v / ‖v‖, ‖·‖ over all but the first axis of ``v``; ``g`` has size 1 there.
+
+    It may be differentiated any number of times, in forward and reverse mode.
+    """
+    exporting = torch.compiler.is_exporting() or torch._C._is_tracing()
+    if transformed() or (torch.compiler.is_compiling() and not exporting):
         # Written out, it becomes part of the kernels around it; torch's own stays one, and so does its gradient.
-        norm: Tensor = torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
-        return v * (g / norm)
-    return torch._weight_norm(v, g, 0)
+        return v * (g / _norm(v))
+    trained = torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)
+    if not trained or exporting or torch.float16 in (v.dtype, g.dtype):  # torch writes float16 out itself
+        return torch._weight_norm(v, g, 0)
+    w: Tensor = _WeightNorm.apply(v.contiguous(), g.contiguous())  # type: ignore[no-untyped-call]
+    return w
 
 
 class WeightNormalized(nn.Module):
@@ -117,9 +149,7 @@ class WeightNormalization(WeightParameterization):
     def check(self, layer: nn.Module) -> None:
         """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
         super().check(layer)
-        for name in weight_names(layer):
-            if has_zero_unit(layer, name):
-                raise ValueError("a unit has only zero weights, so v / ‖v‖ is not defined")
+        refuse_zero_weights(layer)
 
     def computes(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = g · v / ‖v‖."""
@@ -145,7 +175,7 @@ class WeightNormalization(WeightParameterization):
 
         A large dense layer's is (g / ‖v‖) · (v·x) + b, which scales the few outputs; of others w is computed.
         """
-        plain = torch._C._are_functorch_transforms_active()  # for which the cheap way has no rules
+        plain = transformed()  # for which the cheap way has no rules
         if plain or self.g != "direct" or layer._forward_hooks or layer._forward_pre_hooks:
             return super().forward(layer, x)
         # Attribute look-ups of modules take a tenth of a small layer's time, dictionaries none.
