@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
 
 from wn_rl.parameterizations import OutputNormalization, forward, get, names, reparameterize, weight_norm
@@ -170,18 +170,11 @@ def test_every_way_of_torch_func_gives_autograds_second_derivatives(kind: str, n
     torch.testing.assert_close(jvp(loss, (everything,), (direction,))[1], slope)
     torch.testing.assert_close(jvp(jacrev(loss), (everything,), (direction,))[1], expected @ direction)
     torch.testing.assert_close(hessian(loss)(everything), expected)
+    torch.testing.assert_close(jacfwd(jacfwd(loss))(everything), expected)
+    layer.eval()  # vmap cannot have several running means written into one
     shifted = torch.stack([everything, everything + 0.1 * direction])
-    torch.testing.assert_close(vmap(hessian(loss))(shifted)[0], expected)
-
-
-def test_a_gradient_made_before_is_differentiated_in_forward_mode() -> None:
-    v, g = torch.randn(2, 3, dtype=F64).requires_grad_(), torch.randn(2, 1, dtype=F64)
-    dw, tangent = torch.randn(2, 3, dtype=F64), torch.randn(2, 3, dtype=F64)
-    w = normalized(v, g)
-    with forward_ad.dual_level():
-        (dual,) = torch.autograd.grad(w, v, forward_ad.make_dual(dw, tangent), retain_graph=True)
-        found = forward_ad.unpack_dual(dual).tangent
-    torch.testing.assert_close(found, torch.autograd.grad(w, v, tangent)[0])  # it is linear in dw
+    both = torch.stack([torch.autograd.functional.hessian(loss, one) for one in shifted])
+    torch.testing.assert_close(vmap(hessian(loss))(shifted), both)
 
 
 def test_half_precision_and_another_memory_format_have_second_derivatives() -> None:
@@ -197,7 +190,7 @@ def test_half_precision_and_another_memory_format_have_second_derivatives() -> N
     torch.testing.assert_close(second(v.clone().to(memory_format=torch.channels_last), g, dw), expected)
     for dtype in (torch.float16, torch.bfloat16):
         low = second(v.to(dtype), g.to(dtype), dw.to(dtype))
-        torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)
+        assert float((low.float() - expected).norm() / expected.norm()) < 0.02
 
 
 def test_a_gradient_that_an_optimizer_finishes_is_not_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +198,10 @@ def test_a_gradient_that_an_optimizer_finishes_is_not_differentiated(monkeypatch
     monkeypatch.setattr(weight_norm, "LARGE", 0)
     layer, x = case("Linear", "wn")
     (_,) = defer(layer)
-    (slope,) = torch.autograd.grad(forward(layer, x.requires_grad_()).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+    with pytest.raises(RuntimeError, match="an optimizer finishes this layer's gradient.*copy.deepcopy"):
+        torch.autograd.grad(forward(layer, x.requires_grad_()).sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(forward(copy.deepcopy(layer), x).sum(), x, create_graph=True)
+    assert slope.requires_grad
 
 
 def test_a_traced_layer_is_saved_without_python() -> None:

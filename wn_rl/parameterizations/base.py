@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
@@ -102,6 +103,15 @@ def refuse_zero_weights(layer: nn.Module, *, whole: bool = False, eps: float = 0
             zero = f"its {name}" if whole else f"a unit of its {name}"
             more = f" (none above eps={eps:g})" if eps else ""
             raise ValueError(f"{zero} has only zero weights{more}, so there is no length to divide by")
+
+
+def transformed() -> bool:
+    """Return whether a transform of ``torch.func`` or forward-mode differentiation is under way.
+
+    Some of torch's fused operations have no rule for it, others a rule that gives wrong second derivatives (layer and
+    batch normalization in torch 2.13): then write them out.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def spatial_axes(layer: nn.Module) -> int:

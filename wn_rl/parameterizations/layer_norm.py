@@ -14,6 +14,7 @@ from wn_rl.parameterizations.base import (
     check_range,
     refuse_zero_weights,
     spatial_axes,
+    transformed,
     units_of,
 )
 from wn_rl.parameterizations.registry import register
@@ -33,12 +34,23 @@ class PerExample(Normalization):
 
     def forward(self, t: Tensor) -> Tensor:
         """Return t̃, the shape of ``t``."""
+        if transformed():
+            return self._written_out(t)
         if self.over == "example" and self.spatial_axes:
             batched = t if self.unit_axis(t) == 1 else t.unsqueeze(0)
             return torch.group_norm(batched, 1, self.gain, self.bias, self.eps).view_as(t)
         axis = self.unit_axis(t)
         moved = t.movedim(axis, -1)
         return nn.functional.layer_norm(moved, moved.shape[-1:], self.gain, self.bias, self.eps).movedim(-1, axis)
+
+    def _written_out(self, t: Tensor) -> Tensor:
+        axis = self.unit_axis(t)
+        axes = list(range(axis, t.dim())) if self.over == "example" else [axis]
+        full = t.to(torch.promote_types(t.dtype, torch.float32))
+        centred = full - full.mean(axes, keepdim=True)
+        y = centred / (centred.square().mean(axes, keepdim=True) + self.eps).sqrt() * self.along_units(self.gain, t)
+        y = y if self.bias is None else y + self.along_units(self.bias, t)
+        return y.to(torch.promote_types(t.dtype, self.gain.dtype))
 
     def rescale(self, factor: Tensor) -> None:
         """Multiply γ."""

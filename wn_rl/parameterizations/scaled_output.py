@@ -11,12 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-
-def transformed() -> bool:
-    """Return whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+from wn_rl.parameterizations.base import transformed
 
 
 def _precision(x: Tensor) -> torch.dtype:
@@ -51,6 +47,11 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
         if ctx.complete and (torch.is_grad_enabled() or transformed()):
             return _ScaledLinear._differentiable_gradient(ctx, dy)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "an optimizer finishes this layer's gradient, so it cannot be differentiated (create_graph=True); "
+                "that of a copy.deepcopy of the model can"
+            )
         return _ScaledLinear._gradient(ctx, dy)
 
     @staticmethod
@@ -67,7 +68,6 @@ class _ScaledLinear(torch.autograd.Function):
         return torch.mm(dt, low), dv, dg.unsqueeze(1), db, None, None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def _gradient(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
         x, v, _, low, t, scale, norm, low_scale = ctx.saved_tensors
         dt = dy * low_scale

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, refuse_zero_weights
+from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, refuse_zero_weights, transformed
 from wn_rl.parameterizations.registry import register
-from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear, transformed
+from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear
 
 _DEFERRED = "_wn_rl_deferred"
 LARGE = 2**16
@@ -25,24 +26,17 @@ def _norm(v: Tensor) -> Tensor:
     return norm
 
 
-class _WeightNorm(torch.autograd.Function):
-    """torch's own kernels, with a gradient that can be differentiated: torch's takes ‖v‖ for a constant there."""
+_Gradients = tuple[Tensor | None, ...]
 
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:  # noqa: ANN401
-        w: Tensor
-        w, norm = torch._weight_norm_interface(v, g, 0)
-        ctx.save_for_backward(v, g, norm)
-        return w
 
-    @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> Any:  # noqa: ANN401
-        v, g, norm = ctx.saved_tensors
-        if not (torch.is_grad_enabled() or transformed()):
-            return torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, g, norm, 0)
-        norm = _norm(v)
-        dg = (dw * v).sum(tuple(range(1, v.dim())), keepdim=True) / norm  # equation 3 of the paper
-        return (dw - v * (dg / norm)) * (g / norm), dg
+def _differentiable(v: Tensor, g: Tensor, found: _Gradients, dw: _Gradients) -> _Gradients | None:
+    """Replace torch's gradients by v and g where they are to be differentiated: torch takes ‖v‖ for a constant."""
+    if not torch.is_grad_enabled() or dw[0] is None:
+        return None
+    norm = _norm(v)
+    dg = (dw[0] * v).sum(tuple(range(1, v.dim())), keepdim=True) / norm  # equation 3 of the paper
+    dv = (dw[0] - v * (dg / norm)) * (g / norm)
+    return None if found[0] is None else dv, None if found[1] is None else dg
 
 
 def normalized(v: Tensor, g: Tensor) -> Tensor:
@@ -54,10 +48,10 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
     if transformed() or (torch.compiler.is_compiling() and not exporting):
         # Written out, it becomes part of the kernels around it; torch's own stays one, and so does its gradient.
         return v * (g / _norm(v))
-    trained = torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)
-    if not trained or exporting or torch.float16 in (v.dtype, g.dtype):  # torch writes float16 out itself
-        return torch._weight_norm(v, g, 0)
-    w: Tensor = _WeightNorm.apply(v.contiguous(), g.contiguous())  # type: ignore[no-untyped-call]
+    w = torch._weight_norm(v, g, 0)
+    # Where torch has no kernel for a dtype it writes the formula out itself, and all is well.
+    if w.grad_fn is not None and not exporting and w.grad_fn.name().startswith("WeightNormInterface"):
+        w.grad_fn.register_hook(partial(_differentiable, v, g))  # a function of our own would cost more
     return w
 
 
