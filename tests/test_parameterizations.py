@@ -18,9 +18,11 @@ from wn_rl import config
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import (
     Parameterization,
+    WeightParameterization,
     get,
     initialize_from_data,
     names,
+    project,
     register,
     registry,
     reparameterize,
@@ -479,6 +481,69 @@ def test_a_unit_that_is_constant_but_for_rounding_is_only_centred(name: str, dty
         torch.testing.assert_close(layer.weight.detach(), weight_before)
 
 
+@pytest.mark.parametrize("name", [name for name in names() if get(name).rescale is not Parameterization.rescale])
+def test_one_large_constant_input_hides_no_ordinary_unit(name: str) -> None:
+    """What is constant is told by the unit's own sum: 10⁶ times one weight is rounded to 10⁻³ or so, not to 0.5."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 256)
+    x[:, 0] = 1e6
+    layer = reparameterize(nn.Linear(256, 16), name)
+    initialize_from_data(layer, x)
+    output = layer.train(not get(name).batch_independent)(x).detach()
+    torch.testing.assert_close(output.std(0, correction=0), torch.ones(16), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bn", "mean_only_bn", "ln"])
+def test_a_normalization_does_not_make_a_signal_of_rounding(name: str) -> None:
+    """Divided by its own deviation the rounding of a constant unit looks like any other signal."""
+    torch.manual_seed(0)
+    layer = reparameterize(nn.Linear(33, 9), name)
+    before = copy.deepcopy(layer.normalization)
+    initialize_from_data(layer, (1e3 * torch.rand(33)).expand(17, 33).contiguous())
+    if name != "mean_only_bn":
+        torch.testing.assert_close(layer.normalization.gain, before.gain, rtol=0, atol=0)
+
+
+@st.composite
+def inputs_of_any_size(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """A layer, and a batch for it whose inputs differ in size and spread, some of them constant."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    groups, inputs = draw(st.integers(1, 2)), draw(st.integers(1, 20))
+    make = draw(st.sampled_from([nn.Linear, nn.Conv1d, nn.ConvTranspose1d]))
+    count = inputs if make is nn.Linear else groups * inputs
+    layer = nn.Linear(count, 6) if make is nn.Linear else make(count, 6, 2, groups=groups)
+    x = torch.randn(40, count) if make is nn.Linear else torch.randn(40, count, 1 if make is nn.ConvTranspose1d else 2)
+    exponents = torch.tensor(draw(st.lists(st.integers(-6, 6), min_size=count, max_size=count)))
+    spreads = torch.tensor(draw(st.lists(st.integers(-8, 0), min_size=count, max_size=count)))
+    constant = torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    spread = torch.where(constant, 0.0, 10.0**spreads)
+    per_input = [1, -1, *(1 for _ in x.shape[2:])]
+    return layer, (10.0**exponents).view(per_input) * (1 + spread.view(per_input) * x)
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=inputs_of_any_size(), name=st.sampled_from(["standard", "wn"]))
+def test_a_unit_is_scaled_just_where_its_deviation_is_more_than_rounding(
+    case: tuple[nn.Module, Tensor], name: str
+) -> None:
+    layer, x = case
+    exact = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        exact.bias.zero_()
+        t = exact(x.double()).transpose(0, 1).flatten(1)
+        exact.weight.abs_()
+        terms = exact(x.double().abs()).transpose(0, 1).flatten(1).amax(1)  # Σ |w||x|
+    deviation = t.std(1, correction=0)
+    reparameterize(layer, name)
+    before = layer.weight.detach().clone()
+    initialize_from_data(layer, x)
+    scale = Units.of(layer).rows(layer.weight).norm(dim=1) / Units.of(layer).rows(before).norm(dim=1)
+    rounding = torch.finfo(torch.float32).eps * terms
+    clear, hidden = deviation > 100 * rounding, deviation < 1e-3 * rounding
+    torch.testing.assert_close(scale[clear].double(), 1 / deviation[clear], rtol=0.03, atol=0)
+    torch.testing.assert_close(scale[hidden], torch.ones_like(scale[hidden]), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["standard", "wn"])
 def test_one_state_over_and_over_scales_no_dense_layer(name: str) -> None:
     """A convolution's statistics run over positions too, so it has something to go by; a dense layer has not."""
@@ -522,6 +587,52 @@ def test_layers_may_be_called_by_keyword_and_one_that_is_never_reached_cannot_be
     torch.testing.assert_close(model(batch).std(0, correction=0), torch.full((2,), 0.5, dtype=torch.float64))
     with pytest.raises(ValueError, match="does not reach layer unused"):
         initialize_from_data(model, batch, std_of={"unused": 0.5})
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 2), lambda: nn.ConvTranspose2d(3, 2, 2), lambda: nn.GRU(3, 2)])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in names()), ("bn", {"eps": 0.0}), ("ln", {"eps": 0.0})]
+)
+def test_a_zero_weight_is_refused_or_gives_finite_values(
+    name: str, options: dict[str, float], make: Callable[[], nn.Module]
+) -> None:
+    layer = make()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    if isinstance(layer, nn.GRU) and not issubclass(get(name), WeightParameterization) and name != "standard":
+        return
+    refuses = name in ("wn", "wn_mean_only_bn", "sn", "wn_projected") or options.get("eps") == 0.0
+    if refuses:
+        before = [id(parameter) for parameter in layer.parameters()]
+        with pytest.raises(ValueError, match=r"has only zero weights.*no length to divide by"):
+            reparameterize(layer, name, **options)
+        assert [id(parameter) for parameter in layer.parameters()] == before
+        return
+    x = torch.randn(5, 3, 4, 4) if isinstance(layer, nn.ConvTranspose2d) else torch.randn(5, 3)
+    output = reparameterize(layer, name, **options)(x)
+    assert bool((output[0] if isinstance(output, tuple) else output).isfinite().all())
+
+
+def test_a_direction_that_became_zero_stays_finite_when_it_is_projected() -> None:
+    layer = reparameterize(nn.Linear(3, 2), "wn_projected")
+    v = layer.parametrizations.weight.original1
+    with torch.no_grad():
+        v[0] = 0.0
+        v[1] *= 7.0
+    project(layer)
+    assert v[0].tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(v[1].norm().detach(), torch.tensor(1.0))
+
+
+def test_spectral_normalization_refuses_weights_that_eps_hides() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1e-13)
+    with pytest.raises(ValueError, match="none above eps=1e-12"):
+        reparameterize(layer, "sn")
+    reparameterize(layer, "sn", eps=0.0)
+    torch.testing.assert_close(torch.linalg.matrix_norm(layer.weight.detach(), 2), torch.tensor(1.0))
 
 
 def test_wn_needs_a_direction_for_each_unit_and_a_weight_of_its_own() -> None:

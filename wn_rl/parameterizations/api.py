@@ -235,10 +235,11 @@ def _rounding(layer: nn.Module, x: Tensor, largest: Tensor, stored: torch.dtype)
     each input. Products of half precision are summed in float32; only the result, up to ``largest`` per unit, is
     rounded to what is ``stored``.
     """
-    training = layer.training
+    modes = [(module, module.training) for module in layer.modules()]
     layer.eval()  # reading a weight in training mode may change it: spectral normalization
     weight = layer.weight
-    layer.train(training)
+    for module, training in modes:
+        module.training = training
     assert isinstance(weight, Tensor)
     dtype = torch.promote_types(stored, torch.float32)
     axes = [axis for axis in range(x.dim()) if axis != x.dim() - 1 - spatial_axes(layer)]

@@ -44,7 +44,7 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
 
     It may be differentiated any number of times, in forward and reverse mode.
     """
-    exporting = torch.compiler.is_exporting() or torch._C._is_tracing()
+    exporting = torch.compiler.is_exporting()
     if transformed() or (torch.compiler.is_compiling() and not exporting):
         # Written out, it becomes part of the kernels around it; torch's own stays one, and so does its gradient.
         return v * (g / _norm(v))
