@@ -8,8 +8,11 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
+
+from wn_rl.parameterizations import recurrent
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -83,10 +86,32 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith("weight"))
 
 
-def has_zero_unit(layer: nn.Module, name: str) -> bool:
-    """Return whether a unit's weights are all zero; a weight on the meta device, which has no values, has none."""
-    weight: Tensor = getattr(layer, name).detach()
-    return not weight.is_meta and bool((Units.of(layer).norm(weight) == 0).any())
+def refuse_zero_weights(layer: nn.Module, *, whole: bool = False, eps: float = 0.0) -> None:
+    """Refuse zero weights, for a parameterization that divides by their length; on the meta device all pass.
+
+    Args:
+        layer: a layer that is not treated yet.
+        whole: it divides by a length of the whole weight, not by that of each unit.
+        eps: what counts as zero.
+
+    Raises:
+        ValueError: the length is zero.
+    """
+    for name in weight_names(layer):
+        weight: Tensor = getattr(layer, name).detach()
+        if not weight.is_meta and bool(((weight.abs().max() if whole else Units.of(layer).norm(weight)) <= eps).any()):
+            zero = f"its {name}" if whole else f"a unit of its {name}"
+            more = f" (none above eps={eps:g})" if eps else ""
+            raise ValueError(f"{zero} has only zero weights{more}, so there is no length to divide by")
+
+
+def transformed() -> bool:
+    """Return whether a transform of ``torch.func`` or forward-mode differentiation is under way.
+
+    Some of torch's fused operations have no rule for it, others a rule that gives wrong second derivatives (layer and
+    batch normalization in torch 2.13): then write them out.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def spatial_axes(layer: nn.Module) -> int:
@@ -291,19 +316,15 @@ class WeightParameterization(Parameterization):
             weight = getattr(layer, name)
             parametrize.register_parametrization(layer, name, self.computes(Units.of(layer), weight))
         if isinstance(layer, nn.RNNBase):
-            # The class is this layer's own since it is parametrized; .to() must not collect weights either.
-            setattr(type(layer), "_init_flat_weights", _forget_flat_weights)  # noqa: B010 - mypy knows the method
-            _forget_flat_weights(layer)
-            layer.register_forward_pre_hook(_collect_flat_weights)
-            layer.register_forward_hook(_forget_flat_weights, always_call=True)
+            recurrent.keep_no_weights(layer)
 
     def fold(self, layer: nn.Module) -> None:
         """Leave the weights as they are now, as plain parameters."""
         for name in weight_names(layer):
             _make_plain(layer, name)
         if isinstance(layer, nn.RNNBase):
-            remove_hook(layer._forward_pre_hooks, _collect_flat_weights)
-            remove_hook(layer._forward_hooks, _forget_flat_weights)
+            remove_hook(layer._forward_pre_hooks, recurrent.collect_weights)
+            remove_hook(layer._forward_hooks, recurrent.forget_weights)
             layer._init_flat_weights()
 
 
@@ -327,22 +348,6 @@ def _make_plain(layer: nn.Module, name: str) -> None:
         kept = {key: value for key, value in vars(shared).items() if key not in (name, "__dict__", "__weakref__")}
         layer.__class__ = type(shared.__name__, shared.__bases__, kept)
     layer.register_parameter(name, nn.Parameter(weight, requires_grad=trained))
-
-
-def _collect_flat_weights(layer: nn.RNNBase, _inputs: object) -> None:
-    """Give a recurrent layer the weights for one forward pass."""
-    layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
-
-
-def _forget_flat_weights(layer: nn.RNNBase, *_: object) -> None:
-    """Drop the weights that a recurrent layer keeps from its last forward pass.
-
-    ``nn.RNNBase`` keeps its weights in a list; parametrized ones are results of a computation, which ``deepcopy``
-    refuses to copy and which would keep the graph alive. So here the list is filled for each forward pass and is empty
-    in between. Without references in ``_flat_weight_refs`` it never takes its list for outdated.
-    """
-    layer._flat_weights = [None for _ in layer._flat_weights_names]
-    layer._flat_weight_refs = [None for _ in layer._flat_weights_names]
 
 
 def remove_hook(hooks: dict[int, Any], hook: object) -> None:
@@ -443,10 +448,11 @@ class OutputNormalization(Parameterization):
         scale, shift = normalization.plain()
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
-        weight.copy_(Units.of(layer).scale(weight, scale.to(weight.dtype)))
-        bias = normalization.bias
+        trained = weight if normalization.bias is None else normalization.bias
         remove_hook(layer._forward_hooks, _normalize)
         del layer._modules["normalization"]
-        bias = nn.Parameter(torch.empty_like(shift), requires_grad=weight.requires_grad) if bias is None else bias
-        bias.copy_(shift)
-        layer.register_parameter("bias", bias)
+        # New parameters: other layers may have come to share the old ones.
+        weight_now = Units.of(layer).scale(weight, scale.to(weight.dtype))
+        shift_now = shift.to(trained.dtype, copy=True)
+        layer.register_parameter("weight", nn.Parameter(weight_now, requires_grad=weight.requires_grad))
+        layer.register_parameter("bias", nn.Parameter(shift_now, requires_grad=trained.requires_grad))
