@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from agents.dqn import DQN
 from wn_rl.config import TrainConfig, load, resolve
-from wn_rl.replay import Minibatch
-from wn_rl.training.run import train
+from wn_rl.training.session import train
 
 
 def tiny(**changes: object) -> TrainConfig:
@@ -39,16 +40,16 @@ def tiny(**changes: object) -> TrainConfig:
 
 
 class Interrupted(DQN):
-    """Sends this process a signal after so many updates."""
+    """Sends this process a signal when it acts after so many updates: a method that every backend calls."""
 
     after: list[int]
     number = signal.SIGTERM
 
-    def update(self, batch: Minibatch) -> None:
-        super().update(batch)
-        if self.after and self.updates == self.after[0]:
+    def epsilon_greedy(self, q_values: Tensor, epsilon: Tensor) -> Tensor:
+        if self.after and self.updates >= self.after[0]:
             self.after.pop(0)
             os.kill(os.getpid(), self.number)
+        return super().epsilon_greedy(q_values, epsilon)
 
 
 def stopped_run(directory: Path, config: TrainConfig, after: int = 60) -> None:

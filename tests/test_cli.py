@@ -21,7 +21,7 @@ from wn_rl import cli, machine, parameterizations
 from wn_rl.atari.games import game_names
 from wn_rl.config import TrainConfig
 from wn_rl.parameterizations import registry
-from wn_rl.training import run as trainer
+from wn_rl.training import session as trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = (  # noqa: SIM905 - reads like a command line

@@ -19,7 +19,7 @@ import pytest
 from agents.dqn import DQN
 from wn_rl.config import load, resolve
 from wn_rl.evaluation.episodes import Episode, EvaluationResult
-from wn_rl.training.run import duration, train
+from wn_rl.training.session import duration, train
 from wn_rl.training.telemetry import LAYOUT, TAGS, Dashboard, Progress
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -17,7 +17,8 @@ import torch
 from agents.dqn import DQN
 from evaluate import main as evaluate
 from wn_rl.runs import checkpoint
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 DATA = Path(__file__).parent / "data"
 

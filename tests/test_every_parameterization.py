@@ -18,7 +18,8 @@ from wn_rl.evaluation.episodes import environment_options
 from wn_rl.evaluation.scoring import score_checkpoint
 from wn_rl.parameterizations import initialize_from_data, names
 from wn_rl.parameterizations.api import treated_layers
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 
 class CountingDQN(DQN):

@@ -14,7 +14,7 @@ from agents.dqn import DQN
 from tests.small_runs import tiny
 from wn_rl.replay import Minibatch
 from wn_rl.runs import checkpoint
-from wn_rl.training.run import train
+from wn_rl.training.session import train
 
 DOCS = Path(__file__).parents[1] / "docs"
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from tests.small_runs import small_flags, stopped_run, tiny
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.replay import Minibatch
 from wn_rl.runs import checkpoint
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 ROOT = Path(__file__).resolve().parents[1]
 

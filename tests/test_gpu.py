@@ -35,8 +35,9 @@ from wn_rl.replay import Minibatch, Replay
 from wn_rl.replay.host import HostReplay
 from wn_rl.replay.pinned_transfer import Readback, Staging
 from wn_rl.training import TrainingLoop
-from wn_rl.training import run as trainer
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training import session as trainer
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -34,7 +34,8 @@ from wn_rl.errors import UsageError
 from wn_rl.machine import choose_num_envs, cores, describe_num_envs, resolve_device
 from wn_rl.replay import Replay
 from wn_rl.training import TrainingLoop
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from wn_rl.replay import Replay
 from wn_rl.replay.host import HostReplay
 from wn_rl.runs import checkpoint
 from wn_rl.training import Agent
-from wn_rl.training import run as trainer
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training import session as trainer
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 
 class Staged(Replay):

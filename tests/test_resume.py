@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from wn_rl.parameterizations import names
 from wn_rl.runs import checkpoint
 from wn_rl.runs.directory import RunDirectory
 from wn_rl.training import TrainingLoop
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,6 +115,35 @@ def test_every_parameterization_goes_on_exactly(tmp_path: Path, param: str) -> N
     assert train(config, DQN, tmp_path / "whole", quiet=True) == 0
     interrupted_run(tmp_path / "parts", config, [31, 62])
     assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("ends_at", "changes"),
+    [
+        (1360, {}),  # 340 agent steps: an evaluation is due, a point is not
+        (1440, {}),  # 360: a point is due, an evaluation is not
+        (1500, {"checkpoint_period": 50}),  # 375: neither
+    ],
+)
+def test_a_finished_run_that_goes_on_is_the_longer_run(tmp_path: Path, ends_at: int, changes: dict[str, Any]) -> None:
+    """What came at the end, whatever the schedule said, is in no file of the longer run: neither rows nor points."""
+    config = tiny(param="wn", num_envs=1, **changes)
+    assert train(config, DQN, tmp_path / "whole", quiet=True) == 0
+    parts = tmp_path / "parts"
+    assert train(replace(config, frames=ends_at), DQN, parts, quiet=True) == 0
+    first = points(parts)
+    assert first["evaluation/return_mean"][-1][0] == first["train/loss"][-1][0] == ends_at
+    assert first["summary/best_return_mean"][0][0] == ends_at
+    assert all(len({step for step, _ in curve}) == len(curve) for curve in first.values()), "no frame twice"
+    assert float(rows(parts / "evaluations.csv")[-1]["frames"]) == ends_at
+    time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
+    resumed, saved = open_for_resume(parts, {"frames": config.frames})
+    assert train(resumed, DQN, parts, resume=saved, quiet=True) == 0
+    expected, found = points(tmp_path / "whole"), points(parts)
+    assert found.keys() == expected.keys()
+    for tag in expected.keys() - {tag for tag in expected if "effective_learning_rate" in tag}:
+        assert found[tag] == expected[tag], tag
+    assert state_of(parts) == state_of(tmp_path / "whole")
 
 
 def command(directory: Path | None, *flags: str) -> subprocess.Popen[str]:

@@ -26,7 +26,8 @@ from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.replay import Minibatch, Replay
 from wn_rl.runs import checkpoint
 from wn_rl.training import Event, TrainingLoop, epsilon_at, owed
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 TINY = {
     "game": "breakout",

@@ -33,7 +33,7 @@ from wn_rl.replay import Minibatch
 from wn_rl.runs import checkpoint
 from wn_rl.runs.checkpoint import check_state, seal
 from wn_rl.runs.safe_load import Layout, layout_of, open_regular, parse_json, read_layouts, read_tensors, shown
-from wn_rl.training.run import train
+from wn_rl.training.session import train
 
 JSON, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 SMALL = {

@@ -25,9 +25,10 @@ from wn_rl.evaluation.episodes import environment_options
 from wn_rl.layout import import_agent
 from wn_rl.machine import pick_device
 from wn_rl.networks import QNetwork
-from wn_rl.runs.directory import default_directory
-from wn_rl.training.run import MakeAgent, open_for_resume
-from wn_rl.training.run import train as train_run
+from wn_rl.runs.directory import new_directory
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.run import MakeAgent
+from wn_rl.training.session import train as train_run
 
 
 class Policy:
@@ -197,9 +198,11 @@ def train(
         if stays and not quiet:
             print(stays)
     wanted = configuration.resolve(wanted)
-    named = wanted.run_dir
-    directory = Path(named) if named else default_directory(wanted.game, wanted.param, wanted.preset, wanted.seed)
-    return _ended(train_run(wanted, make_agent, directory, quiet=quiet), directory)
+    if wanted.run_dir:
+        directory = Path(wanted.run_dir)
+        return _ended(train_run(wanted, make_agent, directory, quiet=quiet), directory)
+    with new_directory(wanted.game, wanted.param, wanted.preset, wanted.seed) as directory:
+        return _ended(train_run(wanted, make_agent, directory, quiet=quiet), directory)
 
 
 def _ended(code: int, directory: Path) -> Path:

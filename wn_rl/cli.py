@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 
 from wn_rl.errors import UsageError, WnRlError, one_line
+from wn_rl.output import forget, make_standard_streams_readable
 
 LONGEST_MESSAGE = 600
 """Letters of an error line; the middle of a longer one is left out."""
@@ -156,6 +157,7 @@ def complain(message: str) -> None:
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a script's ``main`` on the command line and exit; an error that a user can mend is one line on stderr."""
+    make_standard_streams_readable()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -166,7 +168,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         code = 130
     except BrokenPipeError:
         # The reader of our output went away; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget(sys.stdout)
         code = 1
     except OSError as error:
         # A path that the system refuses, say one that is too long or may not be looked at.

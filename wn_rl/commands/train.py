@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wn_rl import cli, config, layout
 from wn_rl.atari.games import game_names
-from wn_rl.runs import directory as runs
+from wn_rl.runs.directory import new_directory
 
 HELP = """Train a DQN with a weight parameterization of your choice on an Atari game.
 
@@ -44,14 +44,18 @@ def main(arguments: Sequence[str]) -> int:
     wanted = config.resolve(wanted, param_in_file=file is not None and not typed)
     if stays and not quiet:
         print(stays)
-    name = runs.default_directory(wanted.game, wanted.param, wanted.preset, wanted.seed)
-    from wn_rl.training.run import train  # late: --help and wrong words need no torch
+    from wn_rl.training.session import train  # late: --help and wrong words need no torch
 
-    return train(wanted, layout.import_agent("dqn").DQN, Path(wanted.run_dir) if wanted.run_dir else name, quiet=quiet)
+    agent = layout.import_agent("dqn").DQN
+    if wanted.run_dir:
+        return train(wanted, agent, Path(wanted.run_dir), quiet=quiet)
+    with new_directory(wanted.game, wanted.param, wanted.preset, wanted.seed) as directory:
+        return train(wanted, agent, directory, quiet=quiet)
 
 
 def _resume(directory: Path, changes: dict[str, object], *, quiet: bool) -> int:
-    from wn_rl.training.run import open_for_resume, train
+    from wn_rl.training.resume import open_for_resume
+    from wn_rl.training.session import train
 
     resumed, checkpoint = open_for_resume(directory, changes)
     return train(resumed, layout.import_agent("dqn").DQN, directory, resume=checkpoint, quiet=quiet)

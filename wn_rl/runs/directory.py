@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import fcntl
 import glob
+import itertools
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from wn_rl.errors import UsageError, WnRlError
 
 EVALUATION_COLUMNS = ("frames", "episodes", "mean", "std", "min", "max", "mean_length", "seconds")
 EPISODE_COLUMNS = ("frames", "return", "length")
+_LOCK = ".lock"
+CLOSING_SUFFIX = ".closing"
+"""Ends the name of the TensorBoard file of a run's end, which a run that goes on does without."""
 
 
 def versions() -> dict[str, str]:
@@ -30,9 +34,38 @@ def versions() -> dict[str, str]:
     return found
 
 
-def default_directory(game: str, param: str, preset: str, seed: int) -> Path:
-    """Return ``runs/GAME-PARAM-PRESET-sSEED-TIME``, TIME being local; of ``module:Name`` the name."""
-    return Path("runs") / f"{game}-{param.rpartition(':')[2]}-{preset}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+@contextmanager
+def new_directory(game: str, param: str, preset: str, seed: int) -> Iterator[Path]:
+    """Make ``runs/GAME-PARAM-PRESET-sSEED-TIME``, TIME being local, which no other run has; of ``module:Name`` the name.
+
+    Where another run took the name within the same second, ``-2``, ``-3`` … follow. If nothing was written to it, it is
+    removed afterwards.
+
+    Raises:
+        WnRlError: it cannot be made.
+    """
+    name = f"{game}-{param.rpartition(':')[2]}-{preset}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        Path("runs").mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):
+                path.mkdir()  # one process makes it, whoever else asks gets the error
+                break
+    except OSError as error:
+        raise WnRlError(f"cannot write to runs: {error.strerror}") from None
+    try:
+        yield path
+    finally:
+        _remove_unused(path)
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove a directory in which there is nothing, or nothing but a lock."""
+    with suppress(OSError):
+        if {entry.name for entry in path.iterdir()} <= {_LOCK}:
+            (path / _LOCK).unlink(missing_ok=True)
+            path.rmdir()
 
 
 class RunDirectory:
@@ -55,10 +88,10 @@ class RunDirectory:
         self.best = path / "checkpoints" / "best"
 
     def create(self, config_yaml: str) -> None:
-        """Make the directory of a new run.
+        """Write the first files of a new run, under its lock.
 
         Raises:
-            UsageError: it holds a run already, or is no directory.
+            UsageError: the directory holds a run already.
             WnRlError: it cannot be written.
         """
         try:
@@ -69,14 +102,33 @@ class RunDirectory:
                     f"{self.path} already holds a run, which has no checkpoint yet: name another --run-dir; "
                     f"--config {self.config} repeats it"
                 )
-            self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.evaluations, _csv_lines([EVALUATION_COLUMNS]))
             write_atomically(self.episodes, _csv_lines([EPISODE_COLUMNS]))
             write_atomically(self.config, config_yaml)
+        except OSError as error:
+            raise WnRlError(f"cannot write to {self.path}: {error.strerror}") from None
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the directory of a new run and keep other processes from it; see :meth:`locked`.
+
+        Raises:
+            UsageError: it is no directory.
+            WnRlError: another process trains in it, or it cannot be written.
+        """
+        there = self.path.is_dir()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"--run-dir {self.path}: a file is in the way") from None
         except OSError as error:
             raise WnRlError(f"cannot write to {self.path}: {error.strerror}") from None
+        with self.locked():
+            try:
+                yield
+            finally:
+                if not there:
+                    _remove_unused(self.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -85,8 +137,9 @@ class RunDirectory:
         Raises:
             WnRlError: one does already.
         """
+        lock = self.path / _LOCK
         try:
-            file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below, which unlocks
+            file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 - closed below, which unlocks
         except OSError as error:
             raise WnRlError(f"cannot write to {self.path}: {error.strerror}") from None
         with file:
@@ -100,6 +153,8 @@ class RunDirectory:
                 ) from None
             except OSError:
                 pass  # a file system without locks
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise WnRlError(f"{self.path} was removed by another process in the meantime: try again")
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
@@ -117,6 +172,11 @@ class RunDirectory:
         ):
             kept = [[row[column] for column in columns] for row in read_rows(file) if float(row["frames"]) <= frames]
             write_file(file, _csv_lines([columns, *kept]))
+
+    def forget_closing_events(self) -> None:
+        """Remove the TensorBoard files of the run's end, for a run that goes on."""
+        for file in self.path.glob(f"events.out.tfevents.*{CLOSING_SUFFIX}"):
+            file.unlink(missing_ok=True)
 
     def append(self, file: Path, rows: Iterable[Sequence[object]], *, sync: bool = False) -> None:
         """Append rows to a CSV file of this run, and wait for the disk where ``sync`` says so.

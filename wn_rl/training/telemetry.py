@@ -17,6 +17,8 @@ from wn_rl import diagnostics
 from wn_rl.config import TrainConfig
 from wn_rl.errors import WnRlError
 from wn_rl.evaluation.episodes import EvaluationResult
+from wn_rl.output import forget, readable
+from wn_rl.runs.directory import CLOSING_SUFFIX
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -137,6 +139,14 @@ class Dashboard:
 
         threading.excepthook = hook
 
+    def begin_closing(self) -> None:
+        """Write what follows into an event file of its own: the end of the run, which a longer run does not have."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        with self._writing():
+            self._writer.close()
+            self._writer = SummaryWriter(self._directory, filename_suffix=CLOSING_SUFFIX)
+
     def describe(self, config_yaml: str) -> None:
         """Show the resolved configuration as text, and the layout of the custom scalars."""
         with self._writing():
@@ -209,7 +219,7 @@ class Progress:
             stream: where to; default: standard output.
             quiet: show nothing.
         """
-        self._stream = stream or sys.stdout
+        self._stream = readable(stream or sys.stdout)
         self._total = total_frames
         self._started = self._last_line = time.monotonic()
         self._start_frames = start_frames
@@ -287,10 +297,14 @@ class Progress:
         """Print a line, above the bar where there is one."""
         if self._quiet:
             return
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=self._stream, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.console.print(line, highlight=False, markup=False)
+            else:
+                print(line, file=self._stream, flush=True)
+        except OSError:  # the reader of a pipe went away, or the disk of a log is full: the run goes on without
+            self._quiet = True
+            forget(self._stream)
 
     def close(self) -> None:
         """Take the bar down."""

@@ -21,7 +21,8 @@ from wn_rl.config import load, resolve
 from wn_rl.errors import UsageError
 from wn_rl.replay import Minibatch
 from wn_rl.runs import checkpoint
-from wn_rl.training.run import open_for_resume, train
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 CPU = torch.device("cpu")
 
