@@ -105,7 +105,8 @@ def test_where_another_program_holds_the_memory_the_units_show_what_there_is(mon
     monkeypatch.setattr(machine, "free_bytes", lambda device: 3_600_000)
     expected = (
         "this run needs 806.8 MB of memory on cpu, and 3.6 MB are free; its largest need is 6.4 MB for "
-        "init_samples 16, beside 800.0 MB for Python and its libraries: no init_samples would fit; free some memory, or wait"
+        "init_samples 16, beside 800.0 MB for Python and its libraries: no init_samples would fit; free some "
+        "memory, or wait"
     )
     with pytest.raises(WnRlError, match=re.escape(expected)):
         check_memory(config, plan, torch.device("cpu"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -128,6 +129,19 @@ class Backend(ABC):
     def effective_learning_rates(self) -> dict[str, float]:
         """Return what the watched update did, by TensorBoard tag; empty before it is made."""
         return self._watched
+
+    def watch_state(self) -> dict[str, Any]:
+        """Return whether the next update is watched, and what the last watched one did, as a checkpoint keeps it."""
+        values = [self._watched[tag] for tag in sorted(self._watched)]
+        return {"watching": int(self._watching), "watched": torch.tensor(values, dtype=torch.float64)}
+
+    def load_watch_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`watch_state` returned."""
+        weights = diagnostics.weights(self.agent.q_network)
+        tags = sorted(diagnostics.effective_learning_rate_tags(weights, self.agent.q_network))
+        values = state["watched"].tolist()
+        self._watching = bool(state["watching"])
+        self._watched = dict(zip(tags, values, strict=True)) if values else {}
 
     def offending_transitions(self) -> Tensor | None:
         """Return the indices in replay of the first minibatch whose loss was not finite, int64 (B,); None: none."""

@@ -124,6 +124,12 @@ class Backend(Protocol):
     def effective_learning_rates(self) -> dict[str, float]:
         """Return what the watched update did, by tag."""
 
+    def watch_state(self) -> dict[str, Any]:
+        """Return whether the next update is watched, and what the last watched one did."""
+
+    def load_watch_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`watch_state` returned."""
+
     def read_statistics(self) -> Statistics:
         """Return the means since the last reading."""
 

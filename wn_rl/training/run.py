@@ -103,6 +103,7 @@ class Run:
             ).reshape(-1, 3),
             "best": self.best or {},
             "final": self.final or {},
+            **self.loop.backend.watch_state(),
         }
 
     def save(self, path: Path) -> None:
@@ -209,6 +210,8 @@ class Run:
             self.logged_at, self.points = int(run["logged_at"]), int(run["points"])
             self.unlogged = [FinishedEpisode(int(f), float(r), int(n)) for f, r, n in run["unlogged"].tolist()]
             self.earlier_seconds = float(run["seconds"])
+            if "watching" in run:
+                self.loop.backend.load_watch_state(run)
             self.best, self.final = run.get("best"), run.get("final")
             self.held_out = _unpacked(run["held_out"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, zlib.error) as error:
