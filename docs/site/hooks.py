@@ -1,4 +1,4 @@
-"""What ``mkdocs build`` adds to the pages of docs/: the start page, the API reference, the results, links into the code.
+"""What ``mkdocs build`` adds to docs/: the start page, the API reference, the results, links into the code.
 
 The pages of docs/ are written for a reader of the repository: links are relative, to files and directories. On the site
 
@@ -15,14 +15,12 @@ import ast
 import json
 import posixpath
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
-    from mkdocs.structure.nav import Navigation
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +159,7 @@ def reference_index() -> str:
 
 
 def _reference(place: str, text: str, *, optional: bool) -> str:
-    """Return a link to a dotted name's entry in the reference; where there must be one, mkdocs says if there is none."""
+    """Return a link to a dotted name's entry in the reference; unless optional, mkdocs complains if there is none."""
     return f'<autoref {"optional " if optional else ""}identifier="{place}"><code>{text}</code></autoref>'
 
 
@@ -184,7 +182,7 @@ def results_pages() -> dict[str, str]:
         lines = [f"# Results: {directory.name}", ""]
         if runs:
             lines += [
-                "Scores are raw points: the mean ± standard deviation over the episodes of one evaluation during the training. "
+                "Scores are raw points: mean ± standard deviation over the episodes of one evaluation in the training. "
                 "*Best* is the highest mean. How and with what the runs were made: [raw results](../README.md).",
                 "",
                 "| run | frames | episodes | last evaluation | best evaluation | files |",
@@ -200,7 +198,7 @@ def results_pages() -> dict[str, str]:
 def _run_row(run: Path) -> str:
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     last, best = summary["final_evaluation"], summary["best_evaluation"]
-    scores = [f"{score['mean']:.1f} ± {score['std']:.1f}" for score in (last, best)]
+    scores = [f"{score['mean']:.1f} ± {score['std']:.1f}".replace("-", "−") for score in (last, best)]
     files = ", ".join(f"[{file.stem}]({run.name}/{file.name})" for file in sorted(run.iterdir()) if file.is_file())
     return f"| {run.name} | {summary['frames']:,} | {last['episodes']} | {' | '.join(scores)} | {files} |"
 
@@ -294,15 +292,31 @@ def _copy(path: Path) -> str:
 # --- what mkdocs calls ----------------------------------------------------------------------------------------------
 
 
+def made_nav() -> list[dict[str, list[str | dict[str, str]]]]:
+    """Return what the navigation has after the ``nav`` of mkdocs.yml."""
+    return [
+        {"Results": ["results/README.md", *results_pages()]},
+        {"API reference": ["reference/index.md", *({package: page_of(package)} for package in packages())]},
+    ]
+
+
+def made_pages() -> dict[str, str]:
+    """Return the pages that are made, without the start page: file relative to docs/ → Markdown."""
+    return {
+        "tour.md": tour_page((DOCS / "tour.py").read_text(encoding="utf-8")),
+        "reference/index.md": reference_index(),
+        **{page_of(package): reference_page(package) for package in packages()},
+        **results_pages(),
+    }
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Give headings the anchors that GitHub gives them, and put the made pages into the navigation."""
     from pymdownx.slugs import slugify
 
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
     assert config.nav is not None
-    config.nav.append({"Results": ["results/README.md", *results_pages()]})
-    pages = [{package: page_of(package)} for package in packages()]
-    config.nav.append({"API reference": ["reference/index.md", *pages]})
+    config.nav += made_nav()
     config.watch += [str(ROOT / "README.md"), *(str(ROOT / source) for source in SOURCES)]
     return config
 
@@ -311,10 +325,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made."""
     from mkdocs.structure.files import File, InclusionLevel
 
-    made = {START: (ROOT / "README.md").read_text(encoding="utf-8"), "reference/index.md": reference_index()}
-    made |= {page_of(package): reference_page(package) for package in packages()}
-    made |= results_pages()
-    made["tour.md"] = tour_page((DOCS / "tour.py").read_text(encoding="utf-8"))
+    made = {START: (ROOT / "README.md").read_text(encoding="utf-8"), **made_pages()}
     copies: set[Path] = set()
     for file in files.documentation_pages():
         rewrite_links(file.content_string, DOCS / file.src_uri, file.src_uri, copies)
@@ -345,21 +356,3 @@ def on_page_content(html: str, **_: object) -> str:
         return _reference(name if _file(name).exists() else _defined(name), name, optional=not known)
 
     return _ROLE.sub(link, html)
-
-
-def on_nav(nav: Navigation, **_: object) -> None:
-    """Check that the navigation has each page once."""
-    names = [page.file.src_uri for page in nav.pages]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        from mkdocs.exceptions import PluginError
-
-        raise PluginError(f"in the navigation twice: {', '.join(twice)}")
-
-
-def nav_files(nav: object) -> Iterator[str]:
-    """Yield the files that a ``nav`` of mkdocs.yml names."""
-    if isinstance(nav, str):
-        yield nav
-    for item in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
-        yield from nav_files(item)
