@@ -96,7 +96,7 @@ def _next(ladder: Ladder) -> str:
             lines.append(f"- {label}: every cell is done.")
         else:
             what = f"{title(following.cell.game)}, {_group(following.cell)}, seed {following.seed}"
-            lines += [f"- {label}: {what}", "", "  ```bash", f"  {following.command}", "  ```", ""]
+            lines += [f"- {label}: {what}", "", "    ```bash", f"    {following.command}", "    ```", ""]
     return "\n".join(lines)
 
 

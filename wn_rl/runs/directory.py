@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def new_directory(game: str, param: str, preset: str, seed: int) -> Iterator[Path]:
-    """Make ``runs/GAME-PARAM-PRESET-sSEED-TIME``, TIME being local, which no other run has; of ``module:Name`` the name.
+    """Make ``runs/GAME-PARAM-PRESET-sSEED-TIME``, which no other run has; TIME is local, PARAM a class's name alone.
 
     Where another run took the name within the same second, ``-2``, ``-3`` … follow. If nothing was written to it, it is
     removed afterwards.
@@ -218,7 +218,7 @@ class Found:
     skipped: list[tuple[Path, str]]
 
     def describe(self, what: str) -> str:
-        """Return in one line how many were found where, and what was skipped; empty where nothing was looked through."""
+        """Return in one line how many were found where, and what was skipped; empty where nothing was searched."""
         if not self.searched:
             return ""
         count = f"{len(self.paths)} {what}{'' if len(self.paths) == 1 else 's'}"
