@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,6 @@ def test_a_recorded_run_goes_on_exactly(
     code = train(config, Recorded, tmp_path / "parts", quiet=True, make_backend=recorded)
     while code != 0:
         assert code == 143
-        time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
         resumed, saved = open_for_resume(tmp_path / "parts", {})
         code = train(resumed, Recorded, tmp_path / "parts", resume=saved, quiet=True, make_backend=recorded)
     assert len(Recorded.recordings) == 4
