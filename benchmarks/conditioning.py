@@ -63,9 +63,9 @@ class Arguments:
     """A point of the curve is the mean minibatch loss over so many updates."""
     jobs: int = 1
     """Fits at a time, each with one thread."""
-    out: str = "docs/results/benchmarks/conditioning.csv"
-    """The losses; the picture goes to docs/conditioning.png."""
-    picture: str = "docs/conditioning.png"
+    out: str = "runs/conditioning.csv"
+    """The losses; those of the documentation are docs/results/benchmarks/conditioning.csv."""
+    picture: str = "runs/conditioning.png"
     """The picture."""
     plot_only: bool = False
     """Draw the picture from the CSV."""

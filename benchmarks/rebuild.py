@@ -29,6 +29,7 @@ from wn_rl.atari.action_log import Journal
 from wn_rl.atari.env import NO_CAP, make_atari
 from wn_rl.atari.games import find_game
 from wn_rl.config import Count, TrainConfig
+from wn_rl.errors import UsageError
 from wn_rl.machine import keep_freed_memory
 from wn_rl.replay import Replay
 from wn_rl.training import TrainingLoop, training_seeds
@@ -99,6 +100,8 @@ def bare_seconds(config: TrainConfig, vector_steps: int) -> float:
 def main(words: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     arguments = cli.parse(Arguments, words)
+    if min(arguments.rounds, arguments.num_envs) < 1 or arguments.steps < arguments.num_envs:
+        raise UsageError("--rounds and --num-envs must be at least 1, --steps at least --num-envs")
     keep_freed_memory()  # as training does
     config = TrainConfig(
         game=arguments.game,

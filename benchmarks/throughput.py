@@ -3,7 +3,7 @@
 ``python benchmarks/throughput.py`` alternates segments of ours and of SB3 (at its best over torch threads and numbers
 of environments), then times the emulators alone, the learner alone and the parts of a vector step. Both sides train the
 network of Mnih et al. on the same game with one update per four agent steps, the same minibatch and replay size; the
-warm-up is left out. Prints a table and writes JSON.
+warm-up is left out. Prints a table; ``--out`` writes JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from agents.passes import CompiledNetwork
 from wn_rl import cli
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, make_atari
 from wn_rl.config import Count, EnvCount, TrainConfig, load, resolve
-from wn_rl.errors import WnRlError
+from wn_rl.errors import UsageError, WnRlError
 from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import cores, device_name, keep_freed_memory, resolve_device, set_float32_precision
 from wn_rl.replay import Replay
@@ -78,8 +78,9 @@ class Arguments:
     """Time the learner alone at minibatches of 32 and of 64 as well."""
     peer: bool = True
     """Measure Stable-Baselines3 too."""
-    out: str = "docs/results/benchmarks/throughput.json"
-    """Measurements are appended to the list in this file."""
+    out: str | None = None
+    """Append the measurements to the list in this file; default: they are printed and kept nowhere.
+    docs/results/benchmarks/throughput.json is that of the documentation."""
 
 
 def configure(arguments: Arguments) -> TrainConfig:
@@ -349,6 +350,8 @@ def best_peer(arguments: Arguments, device: str) -> tuple[Peer, int, int, dict[s
 def main(words: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     arguments = cli.parse(Arguments, words)
+    if arguments.segments < 1 or not arguments.seconds > 0:
+        raise UsageError("--segments must be at least 1 and --seconds more than 0")
     keep_freed_memory()
     config = configure(arguments)
     set_float32_precision(config.precision)
@@ -430,6 +433,8 @@ def main(words: Sequence[str]) -> int:
         }
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
         print(f"SB3 {theirs:.0f} agent steps/s; ours is {middle:.2f} times as fast ({low:.2f} to {high:.2f})")
+    if arguments.out is None:
+        return 0
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []

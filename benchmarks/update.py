@@ -34,6 +34,7 @@ from agents.passes import CompiledNetwork
 from wn_rl import cli
 from wn_rl.atari.env import make_atari
 from wn_rl.config import Count, TrainConfig, load, resolve
+from wn_rl.errors import UsageError
 from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import keep_freed_memory, resolve_device
 from wn_rl.networks import FirstConvolution
@@ -165,6 +166,8 @@ def profile(updates: Callable[[int], None], count: int) -> dict[str, float]:
 def main(words: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     arguments = cli.parse(Arguments, words)
+    if min(arguments.rounds, arguments.updates, arguments.batch_size) < 1:
+        raise UsageError("--rounds, --updates and --batch-size must be at least 1")
     keep_freed_memory()
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)

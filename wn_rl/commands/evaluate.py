@@ -93,7 +93,7 @@ class EvaluateArguments:
     curves: str | None = None
     """Play nothing: draw the learning curves of runs, FILE.png, .svg or .pdf."""
     smooth: Count = 5
-    """Evaluations in the running mean of --curves and --report; 1: none."""
+    """Evaluations in the running mean of --curves and --report, but never more than a tenth of a curve's; 1: none."""
     export: tuple[Literal["sb3", "torch", "onnx"], str] | None = None
     """Play nothing and write the network to a file instead: sb3 OUT.zip (for stable_baselines3.DQN.load), torch OUT.pt2
     (a torch.export program) or onnx OUT.onnx, the parameterization folded into plain weights."""

@@ -10,6 +10,7 @@ from wn_rl.config.files import from_mapping as from_mapping
 from wn_rl.config.files import load as load
 from wn_rl.config.files import preset_names as preset_names
 from wn_rl.config.files import read_yaml as read_yaml
+from wn_rl.config.files import recorded as recorded
 from wn_rl.config.files import to_yaml as to_yaml
 from wn_rl.config.flags import AUTO as AUTO
 from wn_rl.config.flags import Count as Count

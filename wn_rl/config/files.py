@@ -201,6 +201,16 @@ def load(preset: str | None = None, config_file: Path | None = None) -> TrainCon
     return replace(TrainConfig(), **(values | {"preset": name, "chosen": tuple(sorted(chosen))}))
 
 
+def recorded(config_file: Path) -> TrainConfig:
+    """Return what a run's config.yaml says of that run, every key as it stands there: to read, not to repeat.
+
+    Raises:
+        UsageError: see :func:`read_yaml`, or an unknown preset.
+    """
+    from_file = read_yaml(config_file)
+    return replace(TrainConfig(), **(_preset(from_file.get("preset") or TrainConfig.preset) | from_file))
+
+
 def _inferred(from_file: Mapping[str, Any]) -> set[str]:
     """Return what was probably chosen for a run whose config.yaml does not say: what is not what would be derived.
 

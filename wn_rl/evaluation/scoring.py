@@ -177,12 +177,16 @@ def _with_action_set(found: Trained, protocol: ScoreProtocol) -> ScoreProtocol:
 def expand(names: Sequence[str]) -> list[Path]:
     """Return what is to be scored: each name is a checkpoint, a run, an SB3 file, a directory of these, or a glob.
 
-    In a directory that is no run itself, its runs, checkpoints and ``.zip`` files count, and nothing else.
+    A directory that is no run itself is searched with all that it holds, for runs, checkpoints and ``.zip`` files; one
+    line says what was found.
 
     Raises:
         WnRlError: a name that matches nothing, or a directory without any of these.
     """
-    return runs.expand(names, _is_something, "run, checkpoint or .zip file")
+    found = runs.expand(names, _is_something, "run, checkpoint or .zip file")
+    if told := found.describe("network"):
+        print(told)
+    return found.paths
 
 
 def _is_something(path: Path) -> bool:

@@ -6,6 +6,7 @@ aggregate over several games needs human-normalized scores: raw points of differ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,16 +27,30 @@ _Resampled = list[NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the ends of its 95% interval; the ends are None where a single value says nothing of the spread."""
+    """A value and the ends of its 95% interval.
+
+    Attributes:
+        value: of the statistic.
+        low: lower end; None where a bootstrap says nothing, see :func:`says_something`.
+        high: upper end, likewise.
+        n: how many scores it rests on; of a comparison, how many on either side.
+    """
 
     value: float
     low: float | None
     high: float | None
+    n: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
             return f"{self.value:.4g}"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+    @property
+    def rests_on(self) -> str:
+        """The number of scores in words, and that there is no interval where there is none."""
+        count = f"n = {' and '.join(map(str, self.n))}"
+        return f"{count}: no interval" if self.low is None else count
 
 
 def mean(scores: Scores) -> float:
@@ -70,12 +85,23 @@ def probability_of_improvement(x: Scores, y: Scores) -> float:
     return float(_improvement(_as_resampled(x), _as_resampled({game: y[game] for game in x}))[0])
 
 
+def says_something(sides: Sequence[Scores]) -> bool:
+    """Return whether a bootstrap of these scores tells more than their lowest and highest.
+
+    A resample that draws one and the same run every time must be rarer than the part beyond an end of the interval, or
+    that end is simply the lowest or the highest: two runs of one game give it one time in four, three one in 27, four
+    one in 256. Games with a single run are never resampled and say nothing.
+    """
+    log = -sum(len(runs) * math.log(len(runs)) for side in sides for runs in side.values())
+    return log < math.log((1 - CONFIDENCE) / 2)
+
+
 def with_interval(statistic: Callable[[Scores], float], scores: Scores, seed: int = 0) -> Estimate:
     """Return one of the statistics above with its stratified bootstrap interval.
 
     Runs are drawn with replacement within each game, as often as it has runs; the interval holds the middle 95% of
-    what the statistic then is. It speaks of other seeds on the same games. With few runs it is too narrow: of three
-    runs, a resample is often one of them twice.
+    what the statistic then is. It speaks of other seeds on the same games. There is none where :func:`says_something`
+    says so, or where all resamples give the same: that is no certainty.
 
     Args:
         statistic: :func:`mean`, :func:`median` or :func:`interquartile_mean`.
@@ -85,10 +111,10 @@ def with_interval(statistic: Callable[[Scores], float], scores: Scores, seed: in
     known: dict[Callable[[Scores], float], Callable[[_Resampled], NDArray[np.float64]]]
     known = {mean: _mean, median: _median, interquartile_mean: _interquartile_mean}
     vectorized = known[statistic]
-    value = statistic(scores)
-    if max(len(runs) for runs in scores.values()) < 2:
-        return Estimate(value, None, None)
-    return _percentiles(value, _bootstrap(lambda resampled: vectorized(resampled[0]), [scores], seed))
+    value, n = statistic(scores), (_count(scores),)
+    if not says_something([scores]):
+        return Estimate(value, None, None, n)
+    return _percentiles(value, _bootstrap(lambda resampled: vectorized(resampled[0]), [scores], seed), n)
 
 
 def improvement_with_interval(x: Scores, y: Scores, seed: int = 0) -> Estimate:
@@ -97,11 +123,11 @@ def improvement_with_interval(x: Scores, y: Scores, seed: int = 0) -> Estimate:
     Raises:
         ValueError: not the same games.
     """
-    value = probability_of_improvement(x, y)
-    if max(len(runs) for side in (x, y) for runs in side.values()) < 2:
-        return Estimate(value, None, None)
+    value, n = probability_of_improvement(x, y), (_count(x), _count(y))
     sides = [x, {game: y[game] for game in x}]
-    return _percentiles(value, _bootstrap(lambda resampled: _improvement(*resampled), sides, seed))
+    if not says_something(sides):
+        return Estimate(value, None, None, n)
+    return _percentiles(value, _bootstrap(lambda resampled: _improvement(*resampled), sides, seed), n)
 
 
 def mean_interval(values: Sequence[float] | NDArray[np.float64], seed: int = 0) -> Estimate:
@@ -168,9 +194,15 @@ def _improvement(x: _Resampled, y: _Resampled) -> NDArray[np.float64]:
     return improvement
 
 
-def _percentiles(value: float, resampled: NDArray[np.float64]) -> Estimate:
+def _count(scores: Scores) -> int:
+    return sum(len(runs) for runs in scores.values())
+
+
+def _percentiles(value: float, resampled: NDArray[np.float64], n: tuple[int, ...]) -> Estimate:
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(value, float(low), float(high))
+    if resampled.min() == resampled.max():  # say, every run of one side above every run of the other
+        return Estimate(value, None, None, n)
+    return Estimate(value, float(low), float(high), n)
 
 
 def _same_games(x: Scores, y: Scores) -> None:

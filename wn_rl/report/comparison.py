@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PER_RUN = (
     "seed",
     "run_dir",
+    "chosen",
     "game",
     "device",
     "num_threads",

@@ -55,7 +55,10 @@ def report_command(
     if report is not None:
         check_directory(report)
     figures.check_installed()
-    runs, failures = read_runs(find_runs(names))
+    found = find_runs(names)
+    if told := found.describe("run"):
+        print(told)
+    runs, failures = read_runs(found.paths)
     for failure in failures:
         cli.complain(failure.message)
     if not runs:

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -202,10 +203,42 @@ class RunDirectory:
         write_file(self.config, config_yaml)
 
 
-def expand(names: Sequence[str], is_one: Callable[[Path], bool], what: str) -> list[Path]:
-    """Return the paths that ``names`` stand for: each is one itself, a directory of some, or a pattern; none twice.
+@dataclass(frozen=True)
+class Found:
+    """What names on a command line stand for.
 
-    In a directory that is none itself, those directly in it count, and nothing else.
+    Attributes:
+        paths: in the order of the names, sorted within each, none twice.
+        searched: directories that hold some and were looked through.
+        skipped: directories below those that look like runs and are none, each with the reason.
+    """
+
+    paths: list[Path]
+    searched: list[Path]
+    skipped: list[tuple[Path, str]]
+
+    def describe(self, what: str) -> str:
+        """Return in one line how many were found where, and what was skipped; empty where nothing was looked through."""
+        if not self.searched:
+            return ""
+        count = f"{len(self.paths)} {what}{'' if len(self.paths) == 1 else 's'}"
+        told = f"found {count} in {', '.join(map(str, self.searched))}"
+        if self.skipped:
+            shown = "; ".join(f"{path} ({reason})" for path, reason in self.skipped[:MOST_SKIPPED])
+            more = len(self.skipped) - MOST_SKIPPED
+            told += f"; skipped {shown}" + (f" and {more} more" if more > 0 else "")
+        return told
+
+
+MOST_SKIPPED = 5
+"""Skipped directories that a line names."""
+
+
+def expand(names: Sequence[str], is_one: Callable[[Path], bool], what: str) -> Found:
+    """Return the paths that ``names`` stand for: each is one itself, a directory that holds some, or a pattern.
+
+    A directory that is none itself is searched with all that it holds; what is found is not looked into further, and a
+    directory is visited once, whatever links lead to it.
 
     Args:
         names: as they were typed.
@@ -213,23 +246,63 @@ def expand(names: Sequence[str], is_one: Callable[[Path], bool], what: str) -> l
         what: is looked for, for the error, e.g. ``run``.
 
     Raises:
-        WnRlError: a pattern that matches nothing.
+        WnRlError: a pattern that matches nothing, or a directory that holds nothing of the kind.
     """
     paths: list[Path] = []
+    searched: list[Path] = []
+    skipped: list[tuple[Path, str]] = []
     for name in names:
         path = Path(name)
         if not path.exists() and glob.has_magic(name):
             matches = [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - takes absolute patterns
             # A pattern may hit files beside the runs; they are not what was meant.
             found = [match for match in matches if is_one(match)]
+            for match in matches:
+                if match not in found and match.is_dir():
+                    found += _below(match, is_one, skipped)
             if not found:
                 raise WnRlError(f"{name} matches no {what}")
         elif path.is_dir() and not is_one(path):
-            found = [child for child in sorted(path.iterdir()) if is_one(child)] or [path]
+            found = _below(path, is_one, skipped) or [path]
+            if found != [path]:
+                searched.append(path)
         else:
             found = [path]
         paths += found
-    return list(dict.fromkeys(paths))
+    return Found(list(dict.fromkeys(paths)), searched, skipped)
+
+
+def _below(directory: Path, is_one: Callable[[Path], bool], skipped: list[tuple[Path, str]]) -> list[Path]:
+    """Return what is found in a directory and all below it, sorted by path; notes what looks like a run and is none."""
+    found: list[Path] = []
+    visited: set[tuple[int, int]] = set()
+
+    def search(place: Path) -> None:
+        try:
+            state = place.stat()
+            if (state.st_dev, state.st_ino) in visited:
+                return
+            visited.add((state.st_dev, state.st_ino))
+            children = sorted(place.iterdir())
+        except OSError as error:
+            skipped.append((place, error.strerror or "cannot be read"))
+            return
+        for child in children:
+            if child.name.startswith("."):
+                continue
+            if is_one(child):
+                found.append(child)
+            elif child.is_dir():
+                if looks := sorted(name for name in _OF_A_RUN if (child / name).exists()):
+                    skipped.append((child, f"it has {looks[0]} and is no run"))
+                search(child)
+
+    search(directory)
+    return found
+
+
+_OF_A_RUN = ("evaluations.csv", "episodes.csv", "summary.json", "journal.bin")
+"""Files that a directory without ``config.yaml`` has if it was a run."""
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
