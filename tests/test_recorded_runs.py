@@ -18,7 +18,7 @@ from wn_rl.replay import Replay
 from wn_rl.replay.host import HostReplay
 from wn_rl.runs import checkpoint
 from wn_rl.training import Agent
-from wn_rl.training import session as trainer
+from wn_rl.training import run as trainer
 from wn_rl.training.resume import open_for_resume
 from wn_rl.training.session import train
 
@@ -44,6 +44,7 @@ class Recorded(DQN):
 
 
 def recorded(agent: Agent, replay: Replay) -> CudaGraphs:
+    assert type(replay) is not Replay, "the run's replay is the test's"
     made = CudaGraphs(agent, replay, recorder=TapeRecorder())
     Recorded.recordings.append(made)
     return made

@@ -138,9 +138,10 @@ def test_a_finished_run_that_goes_on_is_the_longer_run(tmp_path: Path, ends_at: 
     assert first["summary/best_return_mean"][0][0] == ends_at
     assert all(len({step for step, _ in curve}) == len(curve) for curve in first.values()), "no frame twice"
     assert float(rows(parts / "evaluations.csv")[-1]["frames"]) == ends_at
-    time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
     resumed, saved = open_for_resume(parts, {"frames": config.frames})
-    assert train(resumed, DQN, parts, resume=saved, quiet=True) == 0
+    with event_file_clock() as clock:
+        clock.ahead += 1
+        assert train(resumed, DQN, parts, resume=saved, quiet=True) == 0
     expected, found = points(tmp_path / "whole"), points(parts)
     assert found.keys() == expected.keys()
     for tag in expected:
