@@ -47,10 +47,10 @@ def test_hand_worked_intervals() -> None:
     # Four runs: a resample has mean 0 or 2 with probability 1/16 each, so both lie beyond the middle 95%'s ends.
     assert mean_interval([0.0, 2.0, 0.0, 2.0]) == Estimate(1.0, 0.0, 2.0, (4,))
     # Runs are drawn within their game: B's never take A's place, so the mean moves by A's half alone.
-    assert with_interval(mean, {"A": [0.0, 2.0, 0.0, 2.0], "B": [10.0, 10.0]}) == Estimate(5.5, 5.0, 6.0, (6,))
+    assert with_interval(mean, {"A": [0.0, 2.0, 0.0, 2.0], "B": [10.0] * 3}) == Estimate(5.5, 5.0, 6.0, (7,))
     assert with_interval(mean, {"A": [3.0], "B": [5.0]}) == Estimate(4.0, None, None, (2,))
     # Of x resampled all are 0, or all 4, one time in 16 each, against 2: P = 0 and 1.
-    assert improvement_with_interval({"A": [0.0, 4.0] * 2}, {"A": [2.0]}) == Estimate(0.5, 0.0, 1.0, (4, 1))
+    assert improvement_with_interval({"A": [0.0, 4.0] * 2}, {"A": [2.0] * 3}) == Estimate(0.5, 0.0, 1.0, (4, 3))
     assert improvement_with_interval({"A": [1.0]}, {"A": [2.0]}) == Estimate(0.0, None, None, (1, 1))
     assert str(Estimate(1.0, 0.5, 2.0)) == "1 [0.5, 2]"
     assert str(Estimate(1.0, None, None)) == "1"
@@ -64,10 +64,12 @@ def test_hand_worked_intervals() -> None:
         ([3], False),  # 1/27 = 3.7%
         ([4], True),  # 1/256
         ([2, 2], False),  # 1/16 = 6.3%
-        ([2, 2, 2], True),  # 1/64
+        ([2, 2, 2], False),  # 1/64, but two runs of a game
+        ([3, 3], True),  # 1/729
         ([1] * 50, False),  # never resampled
         ([3, 1, 1], False),
-        ([3, 2], True),  # 1/108
+        ([3, 2], False),
+        ([3, 4], True),
     ],
 )
 def test_below_so_many_runs_a_bootstrap_says_nothing(runs: list[int], says: bool) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
+FEWEST = 3
+"""Runs of each game below which there is no interval."""
 RESAMPLES = 10_000
 """Bootstrap resamples; a tenth of them where there are so many scores that it would take long."""
 MANY_SCORES = 20_000
@@ -90,10 +92,12 @@ def says_something(sides: Sequence[Scores]) -> bool:
 
     A resample that draws one and the same run every time must be rarer than the part beyond an end of the interval, or
     that end is simply the lowest or the highest: two runs of one game give it one time in four, three one in 27, four
-    one in 256. Games with a single run are never resampled and say nothing.
+    one in 256; of several games it is the product. With fewer than :data:`FEWEST` runs of any game that game's part is
+    too narrow by far.
     """
-    log = -sum(len(runs) * math.log(len(runs)) for side in sides for runs in side.values())
-    return log < math.log((1 - CONFIDENCE) / 2)
+    counts = [len(runs) for side in sides for runs in side.values()]
+    log = -sum(count * math.log(count) for count in counts)
+    return min(counts) >= FEWEST and log < math.log((1 - CONFIDENCE) / 2)
 
 
 def with_interval(statistic: Callable[[Scores], float], scores: Scores, seed: int = 0) -> Estimate:
@@ -200,7 +204,9 @@ def _count(scores: Scores) -> int:
 
 def _percentiles(value: float, resampled: NDArray[np.float64], n: tuple[int, ...]) -> Estimate:
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    if resampled.min() == resampled.max():  # say, every run of one side above every run of the other
+    if np.ptp(resampled) <= 1e-12 * abs(
+        value
+    ):  # but for rounding: say, every run of one side above every run of the other
         return Estimate(value, None, None, n)
     return Estimate(value, float(low), float(high), n)
 

@@ -238,7 +238,9 @@ def _plain_value(value: float | str) -> str:
 
 
 def _interval_cell(interval: Interval) -> Cell:
-    small = "" if interval.low is None or interval.high is None else f"{points(interval.low)} … {points(interval.high)}"
+    small = ""
+    if interval.low is not None and interval.high is not None:
+        small = f"{points(interval.low)} … {points(interval.high)} (n = {interval.runs})"
     return Cell(points(interval.mean), interval.mean, small)
 
 
