@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from wn_rl.replay import Replay
 from wn_rl.replay.host import HostReplay
 from wn_rl.runs import checkpoint
 from wn_rl.training import Agent
-from wn_rl.training import session as trainer
+from wn_rl.training import run as trainer
 from wn_rl.training.resume import open_for_resume
 from wn_rl.training.session import train
 
@@ -45,6 +44,7 @@ class Recorded(DQN):
 
 
 def recorded(agent: Agent, replay: Replay) -> CudaGraphs:
+    assert type(replay) is not Replay, "the run's replay is the test's"
     made = CudaGraphs(agent, replay, recorder=TapeRecorder())
     Recorded.recordings.append(made)
     return made
@@ -73,7 +73,6 @@ def test_a_recorded_run_goes_on_exactly(
     code = train(config, Recorded, tmp_path / "parts", quiet=True, make_backend=recorded)
     while code != 0:
         assert code == 143
-        time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
         resumed, saved = open_for_resume(tmp_path / "parts", {})
         code = train(resumed, Recorded, tmp_path / "parts", resume=saved, quiet=True, make_backend=recorded)
     assert len(Recorded.recordings) == 4

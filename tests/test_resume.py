@@ -20,8 +20,9 @@ import torch
 
 from agents import native
 from agents.dqn import DQN
-from tests.small_runs import Interrupted, small_flags, stopped_run, tiny
+from tests.small_runs import Interrupted, event_file_clock, small_flags, stopped_run, tiny
 from wn_rl.atari.action_log import Mark, read_history
+from wn_rl.commands.train import main
 from wn_rl.config import TrainConfig, to_yaml
 from wn_rl.errors import CheckpointError, UsageError, WnRlError
 from wn_rl.parameterizations import names
@@ -68,14 +69,15 @@ def points(directory: Path) -> dict[str, list[tuple[int, float]]]:
 def interrupted_run(directory: Path, config: TrainConfig, after: list[int]) -> None:
     """Train, stopped after each of these numbers of updates and resumed."""
     Interrupted.after = list(after)
-    code = train(config, Interrupted, directory, quiet=True)
     stops = 0
-    while code != 0:
-        assert code == 143
-        stops += 1
-        time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
-        resumed, saved = open_for_resume(directory, {})
-        code = train(resumed, Interrupted, directory, resume=saved, quiet=True)
+    with event_file_clock() as clock:
+        code = train(config, Interrupted, directory, quiet=True)
+        while code != 0:
+            assert code == 143
+            stops += 1
+            clock.ahead += 1
+            resumed, saved = open_for_resume(directory, {})
+            code = train(resumed, Interrupted, directory, resume=saved, quiet=True)
     assert stops == len(after)
 
 
@@ -84,7 +86,7 @@ def interrupted_run(directory: Path, config: TrainConfig, after: list[int]) -> N
     [
         pytest.param({"param": "wn"}, marks=pytest.mark.slow),
         {"param": "wn", "num_envs": 1},
-        {"param": "wn", "num_envs": 16, "precision": "bfloat16", "frames": 4000},
+        {"param": "wn", "num_envs": 16, "precision": "bfloat16"},
         {"param": "wn", "sticky_actions": 0.25, "num_envs": 2, "journal": "replay", "checkpoint_period": 60},
         pytest.param({"param": "standard", "optimizer": "rmsprop_mnih", "learning_rate": 1e-4}, marks=pytest.mark.slow),
         {"param": "wn", "compile": "on"},
@@ -136,9 +138,10 @@ def test_a_finished_run_that_goes_on_is_the_longer_run(tmp_path: Path, ends_at: 
     assert first["summary/best_return_mean"][0][0] == ends_at
     assert all(len({step for step, _ in curve}) == len(curve) for curve in first.values()), "no frame twice"
     assert float(rows(parts / "evaluations.csv")[-1]["frames"]) == ends_at
-    time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
     resumed, saved = open_for_resume(parts, {"frames": config.frames})
-    assert train(resumed, DQN, parts, resume=saved, quiet=True) == 0
+    with event_file_clock() as clock:
+        clock.ahead += 1
+        assert train(resumed, DQN, parts, resume=saved, quiet=True) == 0
     expected, found = points(tmp_path / "whole"), points(parts)
     assert found.keys() == expected.keys()
     for tag in expected:
@@ -156,31 +159,6 @@ def command(directory: Path | None, *flags: str) -> subprocess.Popen[str]:
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-
-
-def killed_run(directory: Path, flags: list[str], waits: list[tuple[float, signal.Signals]], cadence: str) -> int:
-    """Run train.py, stop it after each of these seconds with that signal, resume; returns how often it was stopped."""
-    process = command(None, *flags, "--run-dir", str(directory), "--checkpoint-seconds", cadence)
-    stopped = 0
-    for wait, number in waits:
-        try:
-            process.wait(wait)
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-            stopped += 1
-        _, errors = process.communicate()
-        assert process.returncode in (0, 130, 143, -signal.SIGKILL), errors
-        assert errors == ""
-        if process.returncode == 0:
-            return stopped
-        if list(directory.glob("checkpoints/latest/*.json")) + list(directory.glob("checkpoints/*.previous/*.json")):
-            process = command(directory, "--checkpoint-seconds", cadence)
-        else:
-            subprocess.run(["rm", "-rf", str(directory)], check=True)
-            process = command(None, *flags, "--run-dir", str(directory), "--checkpoint-seconds", cadence)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return stopped
 
 
 def killed_on_the_way(
@@ -212,14 +190,16 @@ def killed_on_the_way(
     assert (process.returncode, errors) == (0, "")
 
 
-def test_killed_at_random_moments_some_of_them_inside_a_checkpoint(tmp_path: Path) -> None:
+def test_killed_at_random_moments_some_of_them_inside_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # With a checkpoint after every vector step a kill meets one being written more often than not.
-    flags = small_flags(4000)
-    whole = command(None, *flags, "--run-dir", str(tmp_path / "whole"))
-    assert whole.communicate()[1] == ""
+    flags = small_flags(3200)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert main([*flags, "--run-dir", str(tmp_path / "whole"), "--quiet"]) == 0
     rng = random.Random(4)
-    waits = [(rng.uniform(4, 6), signal.SIGKILL) for _ in range(2)]
-    assert killed_run(tmp_path / "parts", flags, waits, "0") >= 1
+    stops = [(steps, rng.uniform(0.0, 0.1), signal.SIGKILL) for steps in (150, 300)]
+    killed_on_the_way(tmp_path / "parts", flags, stops, "0")
     assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
 
 

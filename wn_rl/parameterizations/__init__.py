@@ -13,6 +13,7 @@ from wn_rl.parameterizations.api import (
     forward,
     initialize_from_data,
     project,
+    reinitialize,
     reparameterize,
     resolve,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "project",
     "projected",
     "register",
+    "reinitialize",
     "reparameterize",
     "resolve",
     "spectral_norm",
