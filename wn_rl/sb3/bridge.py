@@ -35,7 +35,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "stable_baselines3":  # it is there, and misses something of its own
         raise
-    raise ImportError('wn_rl.sb3 needs Stable-Baselines3: pip install stable-baselines3 (or "wn_rl[sb3]")') from None
+    raise ImportError("wn_rl.sb3 needs Stable-Baselines3: pip install stable-baselines3") from None
 
 _LOAD = BaseAlgorithm.load.__func__.__code__  # type: ignore[attr-defined]
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
