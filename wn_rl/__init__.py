@@ -14,7 +14,6 @@ _WHERE = {
     "reparameterize": "wn_rl.parameterizations",
     "initialize_from_data": "wn_rl.parameterizations",
     "fold": "wn_rl.parameterizations",
-    "reinitialize": "wn_rl.parameterizations",
     "project": "wn_rl.parameterizations",
     "register": "wn_rl.parameterizations",
     "Parameterization": "wn_rl.parameterizations",
@@ -39,7 +38,6 @@ __all__ = [
     "make_atari",
     "project",
     "register",
-    "reinitialize",
     "reparameterize",
     "train",
 ]
@@ -56,7 +54,6 @@ if TYPE_CHECKING:
         initialize_from_data,
         project,
         register,
-        reinitialize,
         reparameterize,
     )
 

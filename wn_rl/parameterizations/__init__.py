@@ -13,7 +13,6 @@ from wn_rl.parameterizations.api import (
     forward,
     initialize_from_data,
     project,
-    reinitialize,
     reparameterize,
     resolve,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "project",
     "projected",
     "register",
-    "reinitialize",
     "reparameterize",
     "resolve",
     "spectral_norm",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -28,7 +28,6 @@ from wn_rl.parameterizations.base import (
     spatial_axes,
     weight_names,
 )
-from wn_rl.parameterizations.resetting import forget_resets, redraw, watch_resets
 
 Model = TypeVar("Model", bound=nn.Module)
 Choice = str | type[nn.Module] | nn.Module
@@ -133,46 +132,10 @@ def reparameterize(
         if problem := _problem(entry, layer, shared=shared):
             kind = type(layer).__name__
             raise ValueError(f"layer '{_shown(name)}' ({kind}): {problem}; exclude= leaves a layer alone")
-    with _all_or_nothing(layers.values()) as tried:
-        for name, layer in layers.items():
-            tried[:] = [f"layer '{_shown(name)}' ({type(layer).__name__}): '{entry.name}' cannot be put on it"]
-            before = entry_of(layer)
-            entry.apply(layer)
-            note_entry(layer, entry)
-            if before is None and not entry.leaves_plain:
-                watch_resets(layer)
+    for layer in layers.values():
+        entry.apply(layer)
+        note_entry(layer, entry)
     return model
-
-
-@contextlib.contextmanager
-def _all_or_nothing(layers: Iterable[nn.Module]) -> Iterator[list[str]]:
-    """Leave layers as they were if anything fails within.
-
-    Raises:
-        ValueError: something failed that is no ValueError or TypeError itself; it says what the list that is yielded
-            holds, and the reason.
-    """
-    modules = [module for layer in layers for module in layer.modules()]
-    before = [(module, module.__class__, dict(module.__dict__)) for module in modules]
-    # Hooks' handles and the module itself refer to these dictionaries, so they stay the same objects.
-    inside = [
-        (value, value.copy()) for _, _, state in before for value in state.values() if isinstance(value, dict | set)
-    ]
-    tried: list[str] = []
-    try:
-        yield tried
-    except BaseException as error:
-        for module, kind, state in before:
-            module.__class__ = kind
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        for value, content in inside:
-            value.clear()
-            value.update(content)
-        if isinstance(error, ValueError | TypeError) or not isinstance(error, Exception):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{''.join(tried)}: {reason}") from error
 
 
 def _uses(model: nn.Module) -> Counter[int]:
@@ -192,8 +155,6 @@ def _problem(entry: Parameterization, layer: nn.Module, *, shared: str | None) -
         entry.check(layer)
     except ValueError as error:
         return str(error)
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # a dtype for which torch has no arithmetic, say
-        return f"'{entry.name}' cannot treat it: {' '.join(str(error).split())[:200]}"
     return ""
 
 
@@ -215,56 +176,12 @@ def fold(model: Model) -> Model:
             raise ValueError(
                 f"layer '{_shown(name)}': '{entry.name}' cannot be folded: no plain weight and bias give its output"
             )
-    with _all_or_nothing(layer for layer, _ in treated.values()) as tried:
-        for name, (layer, entry) in treated.items():
-            tried[:] = [f"layer '{_shown(name)}': '{entry.name}' cannot be folded"]
-            training = layer.training
-            layer.eval()
-            entry.fold(layer)
-            layer.train(training)
-            note_entry(layer, None)
-            forget_resets(layer)
-    return model
-
-
-def reinitialize(
-    model: Model,
-    seed: int,
-    layers: Choice | Iterable[Choice] | None = None,
-    *,
-    initialize: Callable[[nn.Module], object] | None = None,
-) -> Model:
-    """Draw the weights of layers anew, in place: a periodic reset as in Nikishin et al. 2022 (arXiv 2205.07802).
-
-    Parameters stay the ones that an optimizer trains, and keep their parameterization; running statistics start anew.
-    An optimizer's moments are its own and are not touched. ``torch.nn.init`` called on a treated layer's ``weight``
-    changes nothing, since that tensor is computed: use this, or assign ``layer.weight``.
-
-    Args:
-        model: any module; its Linear, convolution and recurrent layers are meant, treated or not.
-        seed: of what is drawn. The global generators are left as they were.
-        layers: only these: names with ``*`` and ``?``, types, or layers, one or several; default: all.
-        initialize: fills weight and bias of a plain layer; default: the layer's own ``reset_parameters``.
-
-    Returns:
-        The same ``model``.
-
-    Raises:
-        ValueError: a choice that matches no layer, or weights that a parameterization cannot write; nothing was
-            changed.
-    """
-    chosen = _chosen(model, layers, ())
-    before = {name: [value.clone() for value in layer.state_dict().values()] for name, layer in chosen.items()}
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        torch.manual_seed(seed)
-        try:
-            for layer in chosen.values():
-                redraw(layer, initialize)
-        except BaseException:
-            for name, layer in chosen.items():
-                for value, old in zip(layer.state_dict().values(), before[name], strict=True):
-                    value.copy_(old)
-            raise
+    for layer, entry in treated.values():
+        training = layer.training
+        layer.eval()
+        entry.fold(layer)
+        layer.train(training)
+        note_entry(layer, None)
     return model
 
 

@@ -193,10 +193,6 @@ class Parameterization:
                 "its weight is no parameter of its own: a hook such as torch.nn.utils.weight_norm's makes it"
             )
 
-    def is_on(self, layer: nn.Module) -> bool:
-        """Return whether ``layer``, to which :meth:`apply` was done, still has what it was given."""
-        return True
-
     def apply(self, layer: nn.Module) -> None:
         """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
         raise TypeError(f"{type(self).__name__} does not say how it treats a layer")
@@ -290,7 +286,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 def entry_of(layer: nn.Module) -> Parameterization | None:
     """Return the parameterization on ``layer``, None where there is none."""
     entry = layer.__dict__.get(_ENTRY)
-    return entry if isinstance(entry, Parameterization) and entry.is_on(layer) else None
+    return entry if isinstance(entry, Parameterization) else None
 
 
 def note_entry(layer: nn.Module, entry: Parameterization | None) -> None:
@@ -314,32 +310,22 @@ class WeightParameterization(Parameterization):
         """Return the module that computes a weight of the shape of ``weight``."""
         raise TypeError(f"{type(self).__name__} does not say how it computes a weight")
 
-    def is_on(self, layer: nn.Module) -> bool:
-        """Return whether a weight is still computed: torch's ``remove_parametrizations`` takes that away."""
-        return "parametrizations" in layer._modules
-
     def apply(self, layer: nn.Module) -> None:
         """Register the parametrization of each weight of ``layer``."""
         for name in weight_names(layer):
             weight = getattr(layer, name)
             parametrize.register_parametrization(layer, name, self.computes(Units.of(layer), weight))
         if isinstance(layer, nn.RNNBase):
-            _release_hooks(layer)  # of an earlier parameterization that torch took off
             recurrent.keep_no_weights(layer)
 
     def fold(self, layer: nn.Module) -> None:
         """Leave the weights as they are now, as plain parameters."""
         for name in weight_names(layer):
-            if parametrize.is_parametrized(layer, name):  # torch may have made single ones plain
-                _make_plain(layer, name)
+            _make_plain(layer, name)
         if isinstance(layer, nn.RNNBase):
-            _release_hooks(layer)
+            remove_hook(layer._forward_pre_hooks, recurrent.collect_weights)
+            remove_hook(layer._forward_hooks, recurrent.forget_weights)
             layer._init_flat_weights()
-
-
-def _release_hooks(layer: nn.RNNBase) -> None:
-    remove_hook(layer._forward_pre_hooks, recurrent.collect_weights)
-    remove_hook(layer._forward_hooks, recurrent.forget_weights)
 
 
 def _make_plain(layer: nn.Module, name: str) -> None:
@@ -414,14 +400,6 @@ def _normalize(layer: nn.Module, _inputs: object, t: Tensor) -> Tensor:
     return normalized
 
 
-def remove_normalization(layer: nn.Module) -> None:
-    """Take a normalization off a layer, which gets its bias back; its output changes."""
-    bias = bias_of(layer)
-    remove_hook(layer._forward_hooks, _normalize)
-    del layer._modules["normalization"]
-    layer.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
-
-
 class OutputNormalization(Parameterization):
     """A parameterization that normalizes what a layer computes, before bias and nonlinearity.
 
@@ -431,10 +409,6 @@ class OutputNormalization(Parameterization):
 
     foldable = True
     layers = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-
-    def is_on(self, layer: nn.Module) -> bool:
-        """Return whether the normalization is still there."""
-        return "normalization" in layer._modules
 
     def normalization(self, layer: nn.Module, bias: nn.Parameter | None) -> Normalization:
         """Return the module that normalizes the output of ``layer``."""

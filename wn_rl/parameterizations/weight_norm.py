@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import (
-    Units,
-    WeightParameterization,
-    entry_of,
-    refuse_zero_weights,
-    transformed,
-    weight_names,
-)
+from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, refuse_zero_weights, transformed
 from wn_rl.parameterizations.registry import register
 from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear
 
@@ -58,7 +51,7 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
     w = torch._weight_norm(v, g, 0)
     # Where torch has no kernel for a dtype it writes the formula out itself, and all is well.
     if w.grad_fn is not None and not exporting and w.grad_fn.name().startswith("WeightNormInterface"):
-        w.grad_fn.register_hook(functools.partial(_differentiable, v, g))  # a function of our own would cost more
+        w.grad_fn.register_hook(partial(_differentiable, v, g))  # a function of our own would cost more
     return w
 
 
@@ -106,27 +99,6 @@ def direction_and_scale(layer: nn.Module, name: str = "weight") -> tuple[Tensor,
             assert isinstance(v, Tensor)
             return v, g
     raise TypeError(f"{type(layer).__name__} is not weight-normalized")
-
-
-def older_weights(state: dict[str, Tensor], prefix: str, *_: object, names: tuple[str, ...], exponential: bool) -> None:
-    """Rename ``weight_g`` and ``weight_v``, as ``torch.nn.utils.weight_norm`` called them, in a state dict.
-
-    A hook of ``load_state_dict``, as torch's own newer weight norm has one.
-    """
-    for name in names:
-        old = [f"{prefix}{name}_{part}" for part in "gv"]
-        if all(key in state for key in old):
-            g, v = (state.pop(key) for key in old)
-            state[f"{prefix}parametrizations.{name}.original0"] = g.log() if exponential else g
-            state[f"{prefix}parametrizations.{name}.original1"] = v
-
-
-def remove_hook_of(hooks: dict[int, Any], function: object) -> None:
-    """Remove the hooks of a state dict that are ``function`` with some arguments."""
-    for key, registered in list(hooks.items()):
-        hook = getattr(registered, "hook", registered)
-        if isinstance(hook, functools.partial) and hook.func is function:
-            del hooks[key]
 
 
 def defer(model: nn.Module) -> list[Deferred]:
@@ -177,18 +149,9 @@ class WeightNormalization(WeightParameterization):
         """Return w = g · v / ‖v‖."""
         return WeightNormalized(units, exponential=self.g == "exp")
 
-    def apply(self, layer: nn.Module) -> None:
-        """Register the parametrization, and take weights of torch's older weight norm too."""
-        super().apply(layer)
-        hooks = layer._load_state_dict_pre_hooks
-        remove_hook_of(hooks, older_weights)
-        hook = functools.partial(older_weights, names=weight_names(layer), exponential=self.g == "exp")
-        layer._register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
-
     def fold(self, layer: nn.Module) -> None:
         """Leave w as a plain parameter."""
         layer.__dict__.pop(_DEFERRED, None)
-        remove_hook_of(layer._load_state_dict_pre_hooks, older_weights)
         super().fold(layer)
 
     @torch.no_grad()
