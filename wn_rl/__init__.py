@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "reinitialize": "wn_rl.parameterizations",
     "reparameterize": "wn_rl.parameterizations",
     "initialize_from_data": "wn_rl.parameterizations",
     "fold": "wn_rl.parameterizations",
@@ -33,6 +34,7 @@ __all__ = [
     "make_atari",
     "project",
     "register",
+    "reinitialize",
     "reparameterize",
 ]
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         initialize_from_data,
         project,
         register,
+        reinitialize,
         reparameterize,
     )
 

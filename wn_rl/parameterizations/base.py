@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from wn_rl.parameterizations.notes import entry_of as entry_of
+from wn_rl.parameterizations.notes import forget_notes
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *RECURRENT)
 """Layer types that :func:`wn_rl.reparameterize` treats."""
-
-_ENTRY = "_wn_rl_parameterization"
+REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Dtypes in which norms, means and their gradients can be computed."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,9 @@ class Parameterization:
     layers: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
     """Layer types that it can treat."""
 
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = REAL
+    """Dtypes of a weight that it can treat, None for any."""
+
     def check(self, layer: nn.Module) -> None:
         """Refuse a layer that it cannot treat.
 
@@ -167,6 +173,13 @@ class Parameterization:
             raise ValueError(
                 "its weight is no parameter of its own: a hook such as torch.nn.utils.weight_norm's makes it"
             )
+        for name in weight_names(layer):
+            weight = getattr(layer, name)
+            if self.dtypes is not None and weight.dtype not in self.dtypes:
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+                raise ValueError(f"its weight is {weight.dtype}; '{self.name}' treats {known}")
+            if weight.is_inference():
+                raise ValueError("it was made in torch.inference_mode(), so its weight cannot be trained")
 
     def apply(self, layer: nn.Module) -> None:
         """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
@@ -258,18 +271,19 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"the option {name} must be from {low:g} to {high:g}, not {value:g}")
 
 
-def entry_of(layer: nn.Module) -> Parameterization | None:
-    """Return the parameterization on ``layer``, None where there is none."""
-    entry = layer.__dict__.get(_ENTRY)
-    return entry if isinstance(entry, Parameterization) else None
+def tidy(layer: nn.Module) -> None:
+    """Make an ordinary layer of one whose parameterization torch's ``remove_parametrizations`` has taken off.
 
-
-def note_entry(layer: nn.Module, entry: Parameterization | None) -> None:
-    """Write on ``layer`` which parameterization it carries."""
-    if entry is None:
-        layer.__dict__.pop(_ENTRY, None)
-    else:
-        layer.__dict__[_ENTRY] = entry
+    That leaves hooks and notes behind, and the weight of a frozen layer as a buffer.
+    """
+    forget_notes(layer)
+    for name in weight_names(layer):
+        if name in layer._buffers:
+            weight = layer._buffers.pop(name)
+            assert weight is not None
+            layer.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
+    if isinstance(layer, nn.RNNBase):
+        _keep_flat_weights(layer)
 
 
 class WeightParameterization(Parameterization):
@@ -300,11 +314,10 @@ class WeightParameterization(Parameterization):
     def fold(self, layer: nn.Module) -> None:
         """Leave the weights as they are now, as plain parameters."""
         for name in weight_names(layer):
-            _make_plain(layer, name)
+            if parametrize.is_parametrized(layer, name):  # torch's remove_parametrizations() may have been here
+                _make_plain(layer, name)
         if isinstance(layer, nn.RNNBase):
-            remove_hook(layer._forward_pre_hooks, _collect_flat_weights)
-            remove_hook(layer._forward_hooks, _forget_flat_weights)
-            layer._init_flat_weights()
+            _keep_flat_weights(layer)
 
 
 def _make_plain(layer: nn.Module, name: str) -> None:
@@ -343,6 +356,13 @@ def _forget_flat_weights(layer: nn.RNNBase, *_: object) -> None:
     """
     layer._flat_weights = [None for _ in layer._flat_weights_names]
     layer._flat_weight_refs = [None for _ in layer._flat_weights_names]
+
+
+def _keep_flat_weights(layer: nn.RNNBase) -> None:
+    """Let a recurrent layer keep its weights in its list again."""
+    remove_hook(layer._forward_pre_hooks, _collect_flat_weights)
+    remove_hook(layer._forward_hooks, _forget_flat_weights)
+    layer._init_flat_weights()
 
 
 def remove_hook(hooks: dict[int, Any], hook: object) -> None:
