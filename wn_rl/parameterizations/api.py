@@ -22,6 +22,7 @@ from wn_rl.parameterizations.base import (
     Units,
     bias_of,
     make,
+    sort_parameters,
     spatial_axes,
     tidy,
     weight_names,
@@ -200,6 +201,7 @@ def fold(model: Model) -> Model:
             layer.train(training)
             ResetParameters.give_back(layer)
             forget_notes(layer)
+            sort_parameters(layer)
     return model
 
 

@@ -86,6 +86,19 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith("weight"))
 
 
+def parameter_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of a layer's parameters in the order that they have without parameterization."""
+    first = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else weight_names(layer)
+    return tuple(dict.fromkeys((*first, *layer._parameters)))
+
+
+def sort_parameters(layer: nn.Module) -> None:
+    """Bring a plain layer's parameters into that order again: optimizers and ``reset_parameters`` go by it."""
+    ordered = {name: layer._parameters[name] for name in parameter_names(layer) if name in layer._parameters}
+    layer._parameters.clear()
+    layer._parameters.update(ordered)
+
+
 def has_zero_unit(layer: nn.Module, name: str) -> bool:
     """Return whether a unit's weights are all zero; a weight on the meta device, which has no values, has none."""
     weight: Tensor = getattr(layer, name).detach()
@@ -178,8 +191,6 @@ class Parameterization:
             if self.dtypes is not None and weight.dtype not in self.dtypes:
                 known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
                 raise ValueError(f"its weight is {weight.dtype}; '{self.name}' treats {known}")
-            if weight.is_inference():
-                raise ValueError("it was made in torch.inference_mode(), so its weight cannot be trained")
 
     def apply(self, layer: nn.Module) -> None:
         """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
@@ -284,6 +295,7 @@ def tidy(layer: nn.Module) -> None:
             layer.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
     if isinstance(layer, nn.RNNBase):
         _keep_flat_weights(layer)
+    sort_parameters(layer)
 
 
 class WeightParameterization(Parameterization):

@@ -79,6 +79,8 @@ class ProjectedWeights(WeightParameterization):
     def project(self, layer: nn.Module) -> None:
         """Divide v by its length, per output unit."""
         for name in weight_names(layer):
+            if not parametrize.is_parametrized(layer, name):
+                continue  # torch's remove_parametrizations() has taken it off
             v = self._direction(layer, name)
             v.copy_(Units.of(layer).scale(v, 1 / Units.of(layer).norm(v)))
 

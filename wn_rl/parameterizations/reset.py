@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import bias_of, weight_names
+from wn_rl.parameterizations.base import bias_of, parameter_names, weight_names
 from wn_rl.parameterizations.notes import OWN, added_modules, entry_of
 from wn_rl.parameterizations.rollback import unchanged_on_failure
 
@@ -121,12 +121,10 @@ class StandIns:
                 entry.apply(plain)
         for module, plain in self.pairs.items():
             added = added_modules(module)
-            ours, theirs = _tensors(module, added), _tensors(plain, added)
-            if {key: value.shape for key, value in ours.items()} != {key: value.shape for key, value in theirs.items()}:
+            if _structure(module, added) != _structure(plain, added):
                 raise ValueError(
-                    f"a {type(plain).__name__} carries something beside its parameterization "
-                    f"({', '.join(sorted(ours.keys() ^ theirs.keys())) or 'tensors of other shapes'}), so its weights "
-                    "cannot be drawn anew"
+                    f"a {type(plain).__name__} carries more than its parameterization, a further parametrization or "
+                    "other shapes, so its weights cannot be drawn anew"
                 )
 
     def write(self) -> None:
@@ -143,20 +141,20 @@ def _plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a layer's parameters as they would be without parameterization, in the order of a plain layer."""
     if entry_of(module) is None:
         return dict(module._parameters)
-    names = list(weight_names(module))
-    if isinstance(module, nn.RNNBase):  # whose order of drawing is this one
-        names = list(module._flat_weights_names)
-    parameters: dict[str, Tensor | None] = {}
     modes = [(inner, inner.training) for inner in module.modules()]
     try:
         for inner, _ in modes:
             inner.training = False  # reading a weight in training mode may change it: spectral normalization
         with torch.no_grad():
-            parameters.update({name: nn.Parameter(getattr(module, name), requires_grad=False) for name in names})
+            slots = module._modules.get("parametrizations")
+            names = (*weight_names(module), *(slots._modules if slots is not None else ()))
+            computed = {name: getattr(module, name) for name in names}
     finally:
         for inner, training in modes:
             inner.training = training
-    parameters.update({name: value for name, value in module._parameters.items() if name not in parameters})
+    parameters: dict[str, Tensor | None] = {}
+    for name in dict.fromkeys((*parameter_names(module), *names)):
+        parameters[name] = nn.Parameter(computed[name]) if name in computed else module._parameters[name]
     if "bias" in parameters:
         parameters["bias"] = bias_of(module)
     return parameters
@@ -175,3 +173,10 @@ def _tensors(module: nn.Module, added: tuple[str, ...]) -> dict[str, Tensor]:
         for name, tensor in (*inner._parameters.items(), *inner._buffers.items())
         if tensor is not None and not is_lazy(tensor)
     }
+
+
+def _structure(module: nn.Module, added: tuple[str, ...]) -> tuple[object, ...]:
+    """Return what two layers with the same parameterization have in common: submodules and shapes."""
+    owners = [owner for child in added if (owner := module._modules.get(child)) is not None]
+    inside = [[name for name, _ in owner.named_modules()] for owner in owners]
+    return inside, {key: tensor.shape for key, tensor in _tensors(module, added).items()}
