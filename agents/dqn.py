@@ -483,7 +483,8 @@ class DQN:
             "target_network": self.target_network.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             # Known to the last bit, or a resumed run would differ from one that was never stopped.
-            "norms": {str(index): entry.norm for index, entry in enumerate(self._deferred)},
+            # None after a reset of the weights: what is known is not the norm of v any more.
+            "norms": {str(i): norm for i, v in enumerate(self._deferred) if (norm := v.known_norm()) is not None},
             "generator": self.generator.get_state(),
             "updates": self.updates,
             "gradient_norm": self.gradient_norm() if self.updates else None,

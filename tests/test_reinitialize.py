@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 import wn_rl
+from agents.dqn import DQN
+from wn_rl import config
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold, get, initialize_from_data, names, reinitialize, reparameterize
+from wn_rl.parameterizations.weight_norm import defer, direction_and_scale
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "Linear": lambda: nn.Linear(3, 4),
@@ -233,6 +237,16 @@ def test_a_q_network_draws_its_configured_initial_weights() -> None:
         assert 0.9 * bound < float(layer.weight.detach().abs().max()) <= bound * 1.0001
     kept = [key for key in before if key.startswith("convolutions")]
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in kept)
+
+
+def test_an_agent_whose_network_was_reset_saves_no_lengths_of_the_weights_before() -> None:
+    configuration = config.resolve(replace(config.load("paper"), game="breakout", param="wn", device="cpu"))
+    agent = DQN(configuration, 3, torch.device("cpu"))
+    agent._deferred = defer(agent.q_network)  # as where the optimizer finishes the gradients
+    (known,) = agent.state_dict()["norms"].values()
+    torch.testing.assert_close(known, direction_and_scale(agent.q_network.hidden)[0].norm(dim=1))
+    reinitialize(agent.q_network, 9, layers=["hidden", "output"])
+    assert agent.state_dict()["norms"] == {}
 
 
 def test_an_initializer_of_torch_sees_plain_layers() -> None:
