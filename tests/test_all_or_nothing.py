@@ -133,6 +133,15 @@ def test_tensors_of_inference_mode_are_treated_or_left(name: str) -> None:
         assert list(treated_layers(model)) == ["0", "1"]
 
 
+def test_handles_of_hooks_survive_a_failure() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), BAD["complex"]())
+    handle = model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="complex"):
+        reparameterize(model, "bn")
+    handle.remove()
+    assert not model[0]._forward_hooks
+
+
 # --- failures in the middle --------------------------------------------------------------------------------------
 
 

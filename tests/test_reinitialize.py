@@ -306,6 +306,14 @@ def test_what_cannot_be_reinitialized_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_compiled_model_and_a_layer_used_twice_are_reset_once() -> None:
+    layer = nn.Linear(3, 3)
+    model = reparameterize(nn.Sequential(layer, nn.ReLU(), layer), "wn")
+    reinitialize(torch.compile(model, backend="eager"), 2)
+    torch.manual_seed(2)
+    assert torch.equal(layer.parametrizations.weight.original1, nn.Linear(3, 3).weight)
+
+
 def test_all_layers_but_a_parameter_of_the_model_itself() -> None:
     model = WithScale()
     before = model.layer.weight.clone()

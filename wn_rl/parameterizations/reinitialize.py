@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -52,6 +53,7 @@ def reinitialize(
             (where all are reset) parameters that no ``reset_parameters()`` reaches. After this or any other error the
             model is what it was.
     """
+    seed = operator.index(seed)
     if not 0 <= seed < 2**63:
         raise ValueError(f"the seed must be from 0 to 2^63 - 1, not {seed}")
     candidates = _candidates(model)
@@ -81,7 +83,8 @@ def _reset_of(module: nn.Module) -> Callable[[], object] | None:
     """Return the method that draws a module's parameters, None where it has none."""
     # torch's attention calls it by another name.
     name = "_reset_parameters" if isinstance(module, nn.MultiheadAttention) else "reset_parameters"
-    method = getattr(module, name, None)
+    own = hasattr(type(module), name) or name in module.__dict__  # a compiled model answers for the one that it wraps
+    method = getattr(module, name, None) if own else None
     return method if callable(method) else None
 
 

@@ -123,8 +123,8 @@ class StandIns:
             added = added_modules(module)
             if _structure(module, added) != _structure(plain, added):
                 raise ValueError(
-                    f"a {type(plain).__name__} carries more than its parameterization, a further parametrization or "
-                    "other shapes, so its weights cannot be drawn anew"
+                    f"a {parametrize.type_before_parametrizations(plain).__name__} carries more than its "
+                    "parameterization, a further parametrization or other shapes, so its weights cannot be drawn anew"
                 )
 
     def write(self) -> None:
@@ -135,6 +135,10 @@ class StandIns:
                 drawn = _tensors(plain, added)
                 for key, tensor in _tensors(module, added).items():
                     tensor.copy_(drawn[key])
+        for plain in self.pairs.values():  # torch's parametrized classes are cycles: they would keep the copies a while
+            for inner in plain.modules():
+                inner._parameters.clear()
+                inner._buffers.clear()
 
 
 def _plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:
