@@ -1,6 +1,6 @@
 """What a parameterization costs: the time of one whole DQN update of each entry over that of ``standard``.
 
-``python benchmarks/parameterizations.py`` prints the table; ``--out`` writes it as CSV. All entries are timed in turn, round
+``python benchmarks/parameterizations.py`` prints the table; ``--out`` writes it as CSV. All are timed in turn, round
 after round, on minibatches of real frames, so that a busy moment of the machine meets them alike; the ratio is taken
 within each round and its median is shown with the range of the middle half of the rounds.
 """

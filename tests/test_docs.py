@@ -26,7 +26,7 @@ def clean_registry() -> Iterator[None]:
     registry._REGISTRY.update(before)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["torch", "sb3", "own"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["torch", "reset", "sb3", "own"])
 def test_the_examples_run(example: str) -> None:
     names_after: dict[str, object] = {"__name__": "example"}
     exec(compile(example, "docs/parameterizations.md", "exec"), names_after)

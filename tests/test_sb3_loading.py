@@ -236,7 +236,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line() -> None:
         model.set_parameters(wide.get_parameters())
     zero = build(DQN, {"net_arch": [8]})
     nn.init.zeros_(zero.q_net.q_net[0].weight[3])
-    with pytest.raises(RuntimeError, match=r"layer 'q_net\.q_net\.0': a unit has only zero weights"):
+    with pytest.raises(RuntimeError, match=r"layer 'q_net\.q_net\.0': a unit of its weight has only zero weights"):
         model.set_parameters(zero.get_parameters())
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "reinitialize": "wn_rl.parameterizations",
     "reparameterize": "wn_rl.parameterizations",
     "initialize_from_data": "wn_rl.parameterizations",
     "fold": "wn_rl.parameterizations",
@@ -38,6 +39,7 @@ __all__ = [
     "make_atari",
     "project",
     "register",
+    "reinitialize",
     "reparameterize",
     "train",
 ]
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         initialize_from_data,
         project,
         register,
+        reinitialize,
         reparameterize,
     )
 

@@ -84,7 +84,12 @@ class QNetwork(nn.Module):
         self.output = nn.Linear(spec.hidden_units, spec.num_actions)
         layers: list[nn.Conv2d | nn.Linear] = [*convolutions, self.hidden, self.output]
         for layer in layers:
-            _initialize(layer, spec.weight_init)
+            self.initialize_layer(layer)
+
+    def initialize_layer(self, layer: nn.Module) -> None:
+        """Draw the initial weights of a plain layer of this network, as its spec says."""
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        _initialize(layer, self.spec.weight_init)
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return Q-values, shape (B, num_actions), of uint8 observations, shape (B, 4, 84, 84).

@@ -22,12 +22,15 @@ from wn_rl.parameterizations.base import (
     Parameterization,
     Units,
     bias_of,
-    entry_of,
     make,
-    note_entry,
+    sort_parameters,
     spatial_axes,
+    tidy,
     weight_names,
 )
+from wn_rl.parameterizations.notes import entry_of, forget_notes, note_entry, was_taken_off
+from wn_rl.parameterizations.reset import ResetParameters
+from wn_rl.parameterizations.rollback import unchanged_on_failure
 
 Model = TypeVar("Model", bound=nn.Module)
 Choice = str | type[nn.Module] | nn.Module
@@ -81,17 +84,24 @@ def _chosen(
     model: nn.Module, include: Choice | Iterable[Choice] | None, exclude: Choice | Iterable[Choice]
 ) -> dict[str, nn.Module]:
     candidates = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    include = None if include is None else as_choices(include)
-    exclude = as_choices(exclude)
-    for choice in [*(include or []), *exclude]:
+    included = candidates if include is None else select(candidates, include)
+    excluded = select(candidates, exclude)
+    return {name: module for name, module in included.items() if name not in excluded}
+
+
+def select(candidates: Mapping[str, nn.Module], choices: Choice | Iterable[Choice]) -> dict[str, nn.Module]:
+    """Return those of ``candidates`` that a choice matches, in their order.
+
+    Raises:
+        ValueError: a choice matches none.
+    """
+    choices = as_choices(choices)
+    for choice in choices:
         if not any(_matches(choice, name, module) for name, module in candidates.items()):
             shown = choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
             raise ValueError(f"no layer matches '{shown}'; there are: {', '.join(map(_shown, candidates)) or 'none'}")
     return {
-        name: module
-        for name, module in candidates.items()
-        if (include is None or any(_matches(choice, name, module) for choice in include))
-        and not any(_matches(choice, name, module) for choice in exclude)
+        name: module for name, module in candidates.items() if any(_matches(choice, name, module) for choice in choices)
     }
 
 
@@ -121,21 +131,32 @@ def reparameterize(
 
     Raises:
         ValueError: an unknown name or option, a choice that matches no layer, or a layer that this parameterization
-            cannot treat. Nothing was changed.
+            cannot treat. After this or any other error the model is what it was.
     """
     entry = resolve(parameterization, options)
     layers = _chosen(model, include, exclude)
-    uses = _uses(model)
-    for name, layer in layers.items():
-        changed = [*weight_names(layer), *(["bias"] if isinstance(entry, OutputNormalization) else [])]
-        shared = next((part for part in changed if uses[id(layer._parameters.get(part))] > 1), None)
-        if problem := _problem(entry, layer, shared=shared):
-            kind = type(layer).__name__
-            raise ValueError(f"layer '{_shown(name)}' ({kind}): {problem}; exclude= leaves a layer alone")
-    for layer in layers.values():
-        entry.apply(layer)
-        note_entry(layer, entry)
+    with unchanged_on_failure(*layers.values()):
+        for layer in filter(was_taken_off, layers.values()):
+            ResetParameters.give_back(layer)
+            tidy(layer)
+        uses = _uses(model)
+        for name, layer in layers.items():
+            changed = [*weight_names(layer), *(["bias"] if isinstance(entry, OutputNormalization) else [])]
+            shared = next((part for part in changed if uses[id(layer._parameters.get(part))] > 1), None)
+            if problem := _problem(entry, layer, shared=shared):
+                kind = type(layer).__name__
+                raise ValueError(f"layer '{_shown(name)}' ({kind}): {problem}; exclude= leaves a layer alone")
+        for layer in layers.values():
+            attach(entry, layer)
     return model
+
+
+def attach(entry: Parameterization, layer: nn.Module) -> None:
+    """Put ``entry`` on ``layer``, which it has accepted."""
+    before = set(layer._modules)
+    entry.apply(layer)
+    note_entry(layer, entry, tuple(name for name in layer._modules if name not in before))
+    ResetParameters.replace(layer)
 
 
 def _uses(model: nn.Module) -> Counter[int]:
@@ -168,7 +189,8 @@ def fold(model: Model) -> Model:
         bias gains one where a mean was subtracted).
 
     Raises:
-        ValueError: a layer's parameterization cannot be folded; nothing was changed.
+        ValueError: a layer's parameterization cannot be folded. After this or any other error the model is what it
+            was.
     """
     treated = treated_layers(model)
     for name, (_, entry) in treated.items():
@@ -176,12 +198,19 @@ def fold(model: Model) -> Model:
             raise ValueError(
                 f"layer '{_shown(name)}': '{entry.name}' cannot be folded: no plain weight and bias give its output"
             )
-    for layer, entry in treated.values():
-        training = layer.training
-        layer.eval()
-        entry.fold(layer)
-        layer.train(training)
-        note_entry(layer, None)
+    taken_off = list(filter(was_taken_off, model.modules()))
+    with unchanged_on_failure(*taken_off, *(layer for layer, _ in treated.values())):
+        for layer in taken_off:
+            ResetParameters.give_back(layer)
+            tidy(layer)
+        for layer, entry in treated.values():
+            training = layer.training
+            layer.eval()
+            entry.fold(layer)
+            layer.train(training)
+            ResetParameters.give_back(layer)
+            forget_notes(layer)
+            sort_parameters(layer)
     return model
 
 
@@ -295,9 +324,9 @@ def initialize_from_data(
 
     Raises:
         ValueError: a model without parameterization, a layer without bias or with a shared parameter, a recurrent
-            layer, an unknown name in ``std_of`` or a standard deviation that is not above 0 (nothing was changed); a
-            layer used twice in the forward pass, values that are not finite, a single example (the layers before are
-            initialized then), or a layer of ``std_of`` that the pass does not reach.
+            layer, an unknown name in ``std_of`` or a standard deviation that is not above 0; a layer used twice in the
+            forward pass, values that are not finite, a single example, or a layer of ``std_of`` that the pass does not
+            reach. After this or any other error the model is what it was.
         TypeError: a parameterization has no scale to initialize.
     """
     treated = treated_layers(model)
@@ -372,8 +401,10 @@ def initialize_from_data(
     for name, (layer, entry) in treated.items():
         initialize(name, layer, entry)
     try:
-        with torch.no_grad(), _statistics_of_one_batch(layers):
+        with unchanged_on_failure(model), torch.no_grad(), _statistics_of_one_batch(layers):
             model(*batch)
+            if missed := set(std_of or {}) - set(found):
+                raise ValueError(f"the forward pass does not reach layer {', '.join(sorted(missed))}")
     finally:
         for handle in handles:
             handle.remove()
@@ -382,6 +413,4 @@ def initialize_from_data(
             assert bias is not None
             with torch.no_grad():
                 bias.copy_(biases[name])
-    if missed := set(std_of or {}) - set(found):
-        raise ValueError(f"the forward pass does not reach layer {', '.join(sorted(missed))}")
     return found

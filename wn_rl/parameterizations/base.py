@@ -13,14 +13,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from wn_rl.parameterizations import recurrent
+from wn_rl.parameterizations.notes import entry_of as entry_of
+from wn_rl.parameterizations.notes import forget_notes
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *RECURRENT)
 """Layer types that :func:`wn_rl.reparameterize` treats."""
-
-_ENTRY = "_wn_rl_parameterization"
+REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Dtypes in which norms, means and their gradients can be computed."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,19 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def parameter_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of a layer's parameters in the order that they have without parameterization."""
+    first = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else weight_names(layer)
+    return tuple(dict.fromkeys((*first, *layer._parameters)))
+
+
+def sort_parameters(layer: nn.Module) -> None:
+    """Bring a plain layer's parameters into that order again: optimizers and ``reset_parameters`` go by it."""
+    ordered = {name: layer._parameters[name] for name in parameter_names(layer) if name in layer._parameters}
+    layer._parameters.clear()
+    layer._parameters.update(ordered)
+
+
 def spatial_axes(layer: nn.Module) -> int:
     """Return how many axes follow the units' in a layer's output: 0 for Linear, 1 to 3 for convolutions."""
     if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
@@ -174,6 +189,9 @@ class Parameterization:
     layers: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
     """Layer types that it can treat."""
 
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = REAL
+    """Dtypes of a weight that it can treat, None for any."""
+
     def check(self, layer: nn.Module) -> None:
         """Refuse a layer that it cannot treat.
 
@@ -192,6 +210,11 @@ class Parameterization:
             raise ValueError(
                 "its weight is no parameter of its own: a hook such as torch.nn.utils.weight_norm's makes it"
             )
+        for name in weight_names(layer):
+            weight = getattr(layer, name)
+            if self.dtypes is not None and weight.dtype not in self.dtypes:
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+                raise ValueError(f"its weight is {weight.dtype}; '{self.name}' treats {known}")
 
     def apply(self, layer: nn.Module) -> None:
         """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
@@ -283,18 +306,20 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"the option {name} must be from {low:g} to {high:g}, not {value:g}")
 
 
-def entry_of(layer: nn.Module) -> Parameterization | None:
-    """Return the parameterization on ``layer``, None where there is none."""
-    entry = layer.__dict__.get(_ENTRY)
-    return entry if isinstance(entry, Parameterization) else None
+def tidy(layer: nn.Module) -> None:
+    """Make an ordinary layer of one whose parameterization torch's ``remove_parametrizations`` has taken off.
 
-
-def note_entry(layer: nn.Module, entry: Parameterization | None) -> None:
-    """Write on ``layer`` which parameterization it carries."""
-    if entry is None:
-        layer.__dict__.pop(_ENTRY, None)
-    else:
-        layer.__dict__[_ENTRY] = entry
+    That leaves hooks and notes behind, and the weight of a frozen layer as a buffer.
+    """
+    forget_notes(layer)
+    for name in weight_names(layer):
+        if name in layer._buffers:
+            weight = layer._buffers.pop(name)
+            assert weight is not None
+            layer.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
+    if isinstance(layer, nn.RNNBase):
+        _keep_flat_weights(layer)
+    sort_parameters(layer)
 
 
 class WeightParameterization(Parameterization):
@@ -321,11 +346,10 @@ class WeightParameterization(Parameterization):
     def fold(self, layer: nn.Module) -> None:
         """Leave the weights as they are now, as plain parameters."""
         for name in weight_names(layer):
-            _make_plain(layer, name)
+            if parametrize.is_parametrized(layer, name):  # torch's remove_parametrizations() may have been here
+                _make_plain(layer, name)
         if isinstance(layer, nn.RNNBase):
-            remove_hook(layer._forward_pre_hooks, recurrent.collect_weights)
-            remove_hook(layer._forward_hooks, recurrent.forget_weights)
-            layer._init_flat_weights()
+            _keep_flat_weights(layer)
 
 
 def _make_plain(layer: nn.Module, name: str) -> None:
@@ -348,6 +372,14 @@ def _make_plain(layer: nn.Module, name: str) -> None:
         kept = {key: value for key, value in vars(shared).items() if key not in (name, "__dict__", "__weakref__")}
         layer.__class__ = type(shared.__name__, shared.__bases__, kept)
     layer.register_parameter(name, nn.Parameter(weight, requires_grad=trained))
+
+
+def _keep_flat_weights(layer: nn.RNNBase) -> None:
+    """Let a recurrent layer keep its weights in its list again."""
+    remove_hook(layer._forward_pre_hooks, recurrent.collect_weights)
+    remove_hook(layer._forward_hooks, recurrent.forget_weights)
+    if "_flat_weights" in layer.__dict__ or "_flat_weights" not in vars(type(layer)):
+        layer._init_flat_weights()
 
 
 def remove_hook(hooks: dict[int, Any], hook: object) -> None:

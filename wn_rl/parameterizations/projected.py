@@ -77,6 +77,8 @@ class ProjectedWeights(WeightParameterization):
     def project(self, layer: nn.Module) -> None:
         """Divide v by its length, per output unit; a v of length 0 has no direction and stays."""
         for name in weight_names(layer):
+            if not parametrize.is_parametrized(layer, name):
+                continue  # torch's remove_parametrizations() has taken it off
             v = self._direction(layer, name)
             norm = Units.of(layer).norm(v)
             v.copy_(Units.of(layer).scale(v, torch.where(norm == 0, 1.0, 1 / norm)))

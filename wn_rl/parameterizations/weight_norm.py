@@ -10,9 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, refuse_zero_weights, transformed
+from wn_rl.parameterizations.base import (
+    Units,
+    WeightParameterization,
+    entry_of,
+    refuse_zero_weights,
+    transformed,
+    weight_names,
+)
 from wn_rl.parameterizations.registry import register
 from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear
+from wn_rl.parameterizations.torch_weights import accept_older_weight_norm
 
 _DEFERRED = "_wn_rl_deferred"
 LARGE = 2**16
@@ -148,6 +156,11 @@ class WeightNormalization(WeightParameterization):
     def computes(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = g · v / ‖v‖."""
         return WeightNormalized(units, exponential=self.g == "exp")
+
+    def apply(self, layer: nn.Module) -> None:
+        """Register the parametrization of each weight; state dicts of torch's weight norms load into it."""
+        super().apply(layer)
+        accept_older_weight_norm(layer, weight_names(layer))
 
     def fold(self, layer: nn.Module) -> None:
         """Leave w as a plain parameter."""
