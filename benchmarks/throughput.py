@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.backends import make_backend
 from agents.backends.cpu_kernels.backend import CpuKernels
+from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
 from agents.backends.cuda_graphs import CudaGraphs
 from agents.backends.interface import Backend
 from agents.dqn import DQN
-from agents.passes import CompiledNetwork
 from wn_rl import cli
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, make_atari
 from wn_rl.config import Count, EnvCount, TrainConfig, load, resolve

@@ -106,7 +106,7 @@ def test_an_installed_package_trains_and_evaluates_from_an_empty_directory(
     done = run(programs, elsewhere, "python", "-m", "wn_rl", "evaluate", "run", *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads((elsewhere / "scores.json").read_text())["checkpoint"] == "run/checkpoints/latest"
-    where = "import wn_rl.agents.native as a, wn_rl.layout as l; print(l.import_agent('native') is a, a.__file__)"
+    where = "import wn_rl.agents.losses as a, wn_rl.layout as l; print(l.import_agent('losses') is a, a.__file__)"
     done = run(programs, elsewhere, "python", "-c", where)
     assert done.stdout.split()[0] == "True"
     assert Path(done.stdout.split()[1]).is_relative_to(tmp_path / "environment")
@@ -117,14 +117,14 @@ def test_an_editable_installation_finds_the_checkout_from_anywhere(elsewhere: Pa
     programs = environment(tmp_path / "environment", "--editable", str(sources))
     code = (
         "from wn_rl import config, layout\n"
-        "found = layout.import_agent('native')\n"
+        "found = layout.import_agent('losses')\n"
         "print(found.__name__, found.__file__, config.load('quick').preset)"
     )
     done = run(programs, elsewhere, "python", "-c", code)
-    assert done.stdout.split() == ["wn_rl.agents.native", str(sources / "agents" / "native.py"), "quick"], done.stderr
+    assert done.stdout.split() == ["wn_rl.agents.losses", str(sources / "agents" / "losses.py"), "quick"], done.stderr
     (elsewhere / "agents.py").unlink()
-    assert run(programs, elsewhere, "python", "-c", code).stdout.split()[0] == "wn_rl.agents.native"
-    assert run(programs, sources, "python", "-c", code).stdout.split()[0] == "agents.native"
+    assert run(programs, elsewhere, "python", "-c", code).stdout.split()[0] == "wn_rl.agents.losses"
+    assert run(programs, sources, "python", "-c", code).stdout.split()[0] == "agents.losses"
     assert "--replay-capacity" in run(programs, elsewhere, "wn-rl", "train", "--help").stdout
 
 

@@ -648,3 +648,15 @@ def test_wn_needs_a_direction_for_each_unit_and_a_weight_of_its_own() -> None:
     model = reparameterize(nn.Linear(3, 2), "wn")
     with pytest.raises(ValueError, match="parametrized already"):
         reparameterize(model, "wn")
+
+
+@pytest.mark.parametrize("param", ["wn", "wn_projected", "sn"])
+def test_a_zero_weight_that_is_assigned_is_refused_and_changes_nothing(param: str) -> None:
+    model = reparameterize(nn.Sequential(nn.Linear(4, 3)), param).eval()
+    before = model[0].weight.detach().clone()
+    weight = torch.zeros(3, 4) if param == "sn" else torch.tensor([[1.0] * 4, [0.0] * 4, [2.0] * 4])
+    with pytest.raises(ValueError, match="only zero weights, so there is no length to divide by"):
+        model[0].weight = weight
+    assert torch.equal(model[0].weight, before)
+    model[0].weight = torch.ones(3, 4)
+    assert bool(model(torch.ones(1, 4)).isfinite().all())

@@ -6,6 +6,7 @@ from wn_rl.errors import UsageError
 from wn_rl.replay import Replay
 from wn_rl.training import Agent
 
+from ..dqn import DQN
 from .cpu_kernels.backend import CpuKernels
 from .cuda_graphs import CudaGraphs
 from .eager import Eager
@@ -28,6 +29,7 @@ def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backen
     Raises:
         UsageError: a backend was asked for that does not support the agent.
     """
+    _refuse_former_methods(agent)
     wanted = agent.config.backend
     problems: dict[str, str] = {}
     for kind in BACKENDS:
@@ -43,6 +45,31 @@ def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backen
             if kind.name == wanted and strict:
                 break
     raise UsageError(f"--backend {wanted}: {problems[wanted]}; --backend auto takes one that can")
+
+
+FORMER = {
+    "measured_loss": "loss",
+    "_forward": "forward",
+    "_compare": "td_loss_of",
+    "work_of_update": "update",
+    "counted": "count_updates",
+    "update_several": "update",
+    "stepper": "update",
+}
+"""Methods that a DQN had once, with those that stand in their place."""
+
+
+def _refuse_former_methods(agent: Agent) -> None:
+    """Refuse a subclass that overrides what is not called any more: it would train something else than it says.
+
+    Raises:
+        UsageError: it does.
+    """
+    for name, now in FORMER.items():
+        if isinstance(agent, DQN) and hasattr(agent, name):
+            raise UsageError(
+                f"{type(agent).__name__} overrides {name}, which is called no more: override {now} instead"
+            )
 
 
 def _reason(agent: Agent, taken: type[Backend], problems: dict[str, str]) -> str:

@@ -107,6 +107,16 @@ def refuse_zero_weights(layer: nn.Module, *, whole: bool = False, eps: float = 0
             raise ValueError(f"{zero} has only zero weights{more}, so there is no length to divide by")
 
 
+def refuse_zero_length(length: Tensor, eps: float = 0.0) -> None:
+    """Refuse a weight that is assigned to a layer whose parameterization divides by its length; meta tensors pass.
+
+    Raises:
+        ValueError: a length is not above ``eps``.
+    """
+    if not length.is_meta and bool((length <= eps).any()):
+        raise ValueError("a unit has only zero weights, so there is no length to divide by")
+
+
 def transformed() -> bool:
     """Return whether a transform of ``torch.func`` or forward-mode differentiation is under way.
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, refuse_zero_weights, weight_names
+from wn_rl.parameterizations.base import (
+    Units,
+    WeightParameterization,
+    refuse_zero_length,
+    refuse_zero_weights,
+    weight_names,
+)
 from wn_rl.parameterizations.registry import register
 
 
@@ -29,6 +35,7 @@ class Projected(nn.Module):
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         """Return (‖w‖, w / ‖w‖), or the second alone."""
         norm = self.units.norm(w)
+        refuse_zero_length(norm)
         v = self.units.scale(w, 1 / norm)
         if self.units.groups > 1:  # no more axes than the weight has, or .to(memory_format=...) would refuse
             norm = norm.flatten()

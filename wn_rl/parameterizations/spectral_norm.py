@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, check_range, refuse_zero_weights
+from wn_rl.parameterizations.base import (
+    Units,
+    WeightParameterization,
+    check_range,
+    refuse_zero_length,
+    refuse_zero_weights,
+)
 from wn_rl.parameterizations.registry import register
 
 
@@ -54,6 +60,7 @@ class SpectralNormalized(nn.Module):
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """Return v = w; the layer's output changes by the factor 1/σ."""
+        refuse_zero_length(w.detach().abs().max(), self.eps)
         return w
 
 

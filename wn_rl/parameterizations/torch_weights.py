@@ -31,18 +31,22 @@ def accept_older_weight_norm(layer: nn.Module, names: Sequence[str]) -> None:
         old = [name for name in present if {f"{prefix}{name}_g", f"{prefix}{name}_v"} <= state_dict.keys()]
         for name in present:
             computes = slots[name][0]
-            if name in old:
-                g, v = state_dict.pop(f"{prefix}{name}_g"), state_dict.pop(f"{prefix}{name}_v")
-                pair = _pair(computes, g, v, slots[name].original0.shape)
-            elif old and f"{prefix}{name}" in state_dict:
-                pair = computes.right_inverse(state_dict.pop(f"{prefix}{name}"))
-            else:
-                continue
+            try:
+                if name in old:
+                    g, v = state_dict.pop(f"{prefix}{name}_g"), state_dict.pop(f"{prefix}{name}_v")
+                    pair = _pair(computes, g, v, slots[name].original0.shape)
+                elif old and f"{prefix}{name}" in state_dict:
+                    pair = computes.right_inverse(state_dict.pop(f"{prefix}{name}"))
+                else:
+                    continue
+            except ValueError:
+                *_, errors = rest
+                errors.append(
+                    f"{prefix}{name}: a unit's weight is zero: log g of g = 0 is not defined, nor a direction"
+                )
+                pair = (slots[name].original0.detach(), slots[name].original1.detach())
             for index, tensor in enumerate(pair):
                 state_dict[f"{prefix}parametrizations.{name}.original{index}"] = tensor
-            if not all(bool(tensor.isfinite().all()) for tensor in pair if not tensor.is_meta):
-                *_, errors = rest
-                errors.append(f"{prefix}{name}: log g of g = 0 is not defined")
         plain._load_from_state_dict(self, state_dict, prefix, *rest)
 
     setattr(own, "_load_from_state_dict", load)  # noqa: B010 - mypy knows the method

@@ -14,6 +14,7 @@ from wn_rl.parameterizations.base import (
     Units,
     WeightParameterization,
     entry_of,
+    refuse_zero_length,
     refuse_zero_weights,
     transformed,
     weight_names,
@@ -88,6 +89,7 @@ class WeightNormalized(nn.Module):
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (g, v) = (‖w‖, w), so that the layer's output does not change."""
         g = self.units.norm(w)
+        refuse_zero_length(g)
         if self.units.groups > 1:  # no more axes than the weight has, or .to(memory_format=...) would refuse
             g = g.flatten()
         return g.log() if self.exponential else g, w.clone(memory_format=torch.preserve_format)

@@ -20,6 +20,7 @@ from wn_rl.layout import command, import_agent
 from wn_rl.machine import (
     LIBRARY_BYTES,
     MemoryPlan,
+    amount,
     check_memory,
     describe_num_envs,
     device_name,
@@ -225,16 +226,14 @@ def _describe(run: Run, memory: MemoryPlan, progress: Progress) -> None:
     backend = run.loop.backend
     detail = f" ({backend.detail})" if backend.detail else ""
     progress.say(f"backend {backend.name}{detail}: {backend.reason}")
-    replay_gb, working_gb = run.loop.replay.nbytes / 1e9, (memory.working_bytes + LIBRARY_BYTES) / 1e9
+    replay, working = amount(run.loop.replay.nbytes), amount(memory.working_bytes + LIBRARY_BYTES)
     where = "memory" if config.device == "cpu" or memory.replay_on_host else "GPU memory"
     if memory.replay_on_host:
         progress.say(
-            f"the GPU has no room for a replay of {replay_gb:.1f} GB: it is kept in host memory, which is slower; "
+            f"the GPU has no room for a replay of {replay}: it is kept in host memory, which is slower; "
             "lower --replay-capacity to have it on the GPU"
         )
-    progress.say(
-        f"at most {replay_gb:.2f} GB of {where} for the replay, about {working_gb:.1f} GB of memory for the rest"
-    )
+    progress.say(f"at most {replay} of {where} for the replay, about {working} of memory for the rest")
     if config.device == "cpu" and config.frames >= LONG_ON_A_CPU:
         progress.say(
             f"this machine has no GPU, and {config.frames:,} frames take days on a CPU; --preset quick shows "

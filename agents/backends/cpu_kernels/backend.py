@@ -16,12 +16,13 @@ from wn_rl.parameterizations import fold
 from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
 from wn_rl.training import Agent
 
-from ... import native, passes
 from ...dqn import DQN
-from ...fused import FusedAdamax, FusedNetwork, Working
-from ...fused import unsupported as network_problem
 from ...target_network import TargetNetwork
 from .. import interface
+from . import kernel_network, loader
+from .calls import Loss
+from .packed_network import FusedAdamax, FusedNetwork, Working
+from .packed_network import unsupported as network_problem
 
 REPLACED = ("q_values", "forward", "act", "copy_target", "update", "training_mode", "loss", "td_loss", "count_updates")
 """Methods that the kernels replace or rely on: an agent with its own takes another backend."""
@@ -43,19 +44,23 @@ class CpuKernels(interface.Backend):
         """Pack the weights and give the agent an optimizer whose step is a kernel."""
         super().__init__(agent, replay)
         assert isinstance(agent, DQN)
-        config, library = agent.config, native.load()
+        config, library = agent.config, loader.load()
         assert not isinstance(library, str)
-        kind = FusedNetwork if passes.unsupported(agent.q_network, library, agent.precision) else passes.CompiledNetwork
+        kind = (
+            FusedNetwork
+            if kernel_network.unsupported(agent.q_network, library, agent.precision)
+            else kernel_network.CompiledNetwork
+        )
         self.network = kind(agent.q_network, library, precision=agent.precision)
         assert config.learning_rate is not None
         betas = (config.adam_beta1, config.adam_beta2)
         self.optimizer = FusedAdamax(self.network, config.learning_rate, betas, config.optimizer_eps)
         agent.optimizer = self.optimizer
         mean = config.loss_reduction != "sum"
-        self._loss = passes.Loss(config.gamma, config.reward_clip, mean, agent.statistics.sums)
+        self._loss = Loss(config.gamma, config.reward_clip, mean, agent.statistics.sums)
         self._torch_loss = bool(interface.overridden(agent, DQN, LOSS))
         self._target: tuple[int, Working] | None = None
-        whole = isinstance(self.network, passes.CompiledNetwork)
+        whole = isinstance(self.network, kernel_network.CompiledNetwork)
         self._one_call = whole and not self._torch_loss
         self.detail = "loss by torch" if self._torch_loss else "" if whole else "products by torch"
 
@@ -79,7 +84,7 @@ class CpuKernels(interface.Backend):
             return f"the target is a {type(agent.target).__name__}"
         if problem := network_problem(agent.q_network):
             return problem
-        library = native.load()
+        library = loader.load()
         return library if isinstance(library, str) else ""
 
     def q_values(self, observations: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ class CpuKernels(interface.Backend):
             NonFiniteLossError: the loss of an update is not finite; those before it were made.
             IndexError: a transition or an action does not exist; no update was made.
         """
-        if self._torch_loss or not isinstance(self.network, passes.CompiledNetwork):
+        if self._torch_loss or not isinstance(self.network, kernel_network.CompiledNetwork):
             assert count == 1
             self._update_with_loss_by_torch(batch)
             self.agent.count_updates(1)

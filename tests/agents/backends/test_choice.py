@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.backends import make_backend
+from agents.backends import FORMER, make_backend
 from agents.backends.cpu_kernels.backend import LOSS, REPLACED, CpuKernels
 from agents.dqn import DQN
 from tests.carried import Given, carried
@@ -117,6 +117,12 @@ def test_kernels_around_a_loss_by_torch_make_eagers_update(kind: type[DQN], redu
     assert found.updates == 3
     assert expected.updates == 1 + found.updates - 1
     assert found.loss == pytest.approx(expected.loss, rel=0.2)
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_a_method_of_an_earlier_version_is_refused_instead_of_ignored(name: str) -> None:
+    with pytest.raises(UsageError, match=f"Own overrides {name}, which nothing calls: override {FORMER[name]}"):
+        carried(small(), kind=type("Own", (DQN,), {name: lambda self, *_: None}))
 
 
 def test_another_network_or_optimizer_takes_eager() -> None:

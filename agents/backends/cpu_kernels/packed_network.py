@@ -23,8 +23,8 @@ from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
 from wn_rl.replay import Minibatch
 
-from . import native
-from .optimizers import CompiledAdamax
+from ...optimizers import CompiledAdamax
+from . import loader
 
 aten = torch.ops.aten
 
@@ -89,7 +89,7 @@ class FusedNetwork:
 
         Args:
             network: one that :func:`unsupported` has nothing against.
-            library: what :func:`agents.native.load` returned.
+            library: what :func:`agents.backends.cpu_kernels.loader.load` returned.
             precision: of the hidden layers, float32 or bfloat16.
         """
         self.network = network
@@ -99,7 +99,7 @@ class FusedNetwork:
         self.block, *others = (stride for _, _, stride in network.spec.convolutions)
         self.strides = [1, *others]
         self.layers = [self._layer(module) for module in (*network.convolutions, network.hidden, network.output)]
-        self.structs = (native.LayerStruct * len(self.layers))()
+        self.structs = (loader.LayerStruct * len(self.layers))()
         self._prepare()
         self.g_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
         self._norms = [torch.zeros(len(layer.v)) for layer in self.layers]

@@ -1,7 +1,7 @@
 """The whole update in one compiled call, for processors with vectors of 512 bits; others take torch's operations.
 
-The same arithmetic as :class:`agents.fused.FusedNetwork`'s with float32 where that rounds to bfloat16 between two
-operations: sums, biases, the hidden layer and all gradients of weights. Layouts are said in ``passes.c``.
+The same arithmetic as :class:`.packed_network.FusedNetwork`'s with float32 where that rounds to bfloat16 between two
+operations: sums, biases, the hidden layer and all gradients of weights. Layouts are said in ``csrc/update.c``.
 """
 
 from __future__ import annotations
@@ -9,78 +9,34 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wn_rl.networks import QNetwork
-from wn_rl.replay import DrawnMinibatch, Entries, Minibatch
+from wn_rl.replay import DrawnMinibatch, Minibatch
 
-from .fused import FusedNetwork, Working, _arranged, _Layer
+from .calls import Call, Loss, Room, Seen, seen_in
+from .packed_network import FusedNetwork, Working, _arranged, _Layer
+from .structs import (
+    LARGEST_TILE,
+    MOST_CONVOLUTIONS,
+    MOST_FRAMES,
+    MOST_LINES,
+    Back,
+    Convolution,
+    Objective,
+    Pass,
+    Shape,
+    Store,
+)
 
-MOST_CONVOLUTIONS, MOST_FRAMES, MOST_LINES = 8, 64, 64
-"""As in ``passes.c``."""
-LARGEST_TILE = 12
-"""Places, likewise."""
 MOST_ROOMS = 8
 """Numbers of observations for which memory is kept where nothing is left for a way back; a run has three or four."""
-Integer, Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
-class _Convolution(ctypes.Structure):
-    _fields_ = tuple(
-        (name, Integer) for name in ("height", "width", "channels", "kernel", "stride", "down", "across", "units")
-    )
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        ("convolutions", Integer),
-        ("convolution", _Convolution * MOST_CONVOLUTIONS),
-        *((name, Integer) for name in ("stack", "block", "flat", "hidden", "actions")),
-        *((name, Integer) for name in ("largest", "most_places", "scratch")),
-    )
-
-
-class _Pass(ctypes.Structure):
-    _fields_ = (
-        ("weight", Pointer * MOST_CONVOLUTIONS),
-        ("bias", Pointer * MOST_CONVOLUTIONS),
-        *((name, Pointer) for name in ("dense", "dense_bias", "output", "output_bias", "frames", "places")),
-        *((name, Integer) for name in ("place_step", "batch")),
-        ("seen", Pointer * (MOST_CONVOLUTIONS + 1)),
-        *((name, Pointer) for name in ("lit", "flat", "hidden", "q_values")),
-    )
-
-
-class _Back(ctypes.Structure):
-    _fields_ = (
-        ("weight", Pointer * MOST_CONVOLUTIONS),
-        *((name, Pointer) for name in ("q_gradient", "hidden", "hidden_words", "flat")),
-        ("words", Pointer * MOST_CONVOLUTIONS),
-        ("gradient", Pointer * MOST_CONVOLUTIONS),
-        ("bias_gradient", Pointer * MOST_CONVOLUTIONS),
-    )
-
-
-class _Store(ctypes.Structure):
-    _fields_ = (
-        *((name, Pointer) for name in ("entry_of", "age", "actions", "terminals", "rewards")),
-        *((name, Integer) for name in ("entries", "num_envs", "stack")),
-    )
-
-
-class _Objective(ctypes.Structure):
-    _fields_ = (
-        *((name, Pointer) for name in ("places", "actions", "rewards", "terminals", "q_gradient", "sums", "seconds")),
-        *((name, ctypes.c_float) for name in ("gamma", "clip")),
-        *((name, Integer) for name in ("mean", "unchecked")),
-    )
-
-
-def _convolutions(network: QNetwork) -> list[_Convolution]:
+def _convolutions(network: QNetwork) -> list[Convolution]:
     """Return the shapes of the convolutions, the first on blocks of pixels."""
     channels, height, width = network.spec.observation_shape
     found = []
@@ -89,7 +45,7 @@ def _convolutions(network: QNetwork) -> list[_Convolution]:
             channels, height, width = channels * stride**2, height // stride, width // stride
             kernel, stride = kernel // stride, 1
         down, across = (height - kernel) // stride + 1, (width - kernel) // stride + 1
-        found.append(_Convolution(height, width, channels, kernel, stride, down, across, units))
+        found.append(Convolution(height, width, channels, kernel, stride, down, across, units))
         channels, height, width = units, down, across
     return found
 
@@ -121,91 +77,6 @@ def _name(precision: torch.dtype) -> str:
     return "bfloat16" if precision is torch.bfloat16 else "float32"
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What an update minimizes: the Huber loss of the TD error.
-
-    Attributes:
-        gamma: discount per agent step.
-        reward_clip: rewards are clipped to ± this; 0: they are not.
-        mean: over the minibatch; False: the sum.
-        sums: float64, shape (3,): to these the means of loss, |TD error| and Q-value are added.
-    """
-
-    gamma: float
-    reward_clip: float
-    mean: bool
-    sums: Tensor
-
-
-@dataclass
-class _Room:
-    """Memory of one pass over ``batch`` observations; what :meth:`CompiledNetwork.forward` leaves for the way back."""
-
-    seen: list[Tensor]
-    lit: Tensor
-    flat: Tensor
-    hidden: Tensor
-
-
-@dataclass
-class _Call:
-    """What an update is told, made once for a target network's weights, a replay and a size.
-
-    It keeps everything alive but the replay, which may be as large as the machine, and the memory of the way back,
-    whose owner forgets a call that refers to it.
-    """
-
-    target: Working
-    kept: weakref.ref[Entries] | None
-    size: int
-    loss: Loss
-    passes: ctypes.Array[_Pass]
-    store: _Store | None
-    objective: _Objective
-    back: _Back
-    q_gradient: Tensor
-    room: _Room
-    spare: Tensor
-    alive: list[Any]
-
-    def serves(self, target: Working, kept: Entries, size: int, loss: Loss) -> bool:
-        """Whether this is the call for such an update."""
-        same_replay = self.kept is not None and self.kept() is kept
-        return same_replay and self.target is target and self.size == size and self.loss is loss
-
-    def turn(self) -> None:
-        """Let what the dense layer sees go to the other of two places.
-
-        After a refused update somebody asks for the gradient of the one before.
-        """
-        room, own = self.room, self.passes[1]
-        room.flat, self.spare = self.spare, room.flat
-        own.flat = room.flat.data_ptr()
-        if room.seen[-1] is self.spare:  # where a word is one number
-            room.seen[-1] = room.flat
-            own.seen[len(room.seen) - 1] = own.flat
-
-
-class Seen(NamedTuple):
-    """Observations as places in a store of frames.
-
-    Attributes:
-        frames: uint8 (any, height, width), contiguous.
-        places: int64 (B, stack), the frames of an observation next to each other.
-    """
-
-    frames: Tensor
-    places: Tensor
-
-
-def _of(observations: Tensor) -> Seen:
-    """Return uint8 observations, (B, C, H, W), as places in themselves."""
-    frames = observations.contiguous()
-    batch, stack = frames.shape[:2]
-    return Seen(frames.view(-1, *frames.shape[2:]), torch.arange(batch * stack).view(batch, stack))
-
-
 class CompiledNetwork(FusedNetwork):
     """A Q-network's passes and step in compiled code; an update is one call.
 
@@ -235,19 +106,19 @@ class CompiledNetwork(FusedNetwork):
             for index, layer in enumerate(self.layers)
         ]
         self._orders: list[Tensor] = []
-        self._rooms: dict[tuple[int, bool], _Room] = {}
+        self._rooms: dict[tuple[int, bool], Room] = {}
         self._room_back: tuple[int, list[Tensor]] = (0, [])
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._pass = _Pass()
+        self._pass = Pass()
         self._q_gradient = torch.empty(0)
         self._shape = self._make_shape()
         self._forward = getattr(self.library, f"forward_{_name(self.precision)}")
         self.seconds = torch.zeros(3, dtype=torch.float64)
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._learn = getattr(self.library, f"learn_{_name(self.precision)}")
         self._backward_and_step = getattr(self.library, f"backward_and_step_{_name(self.precision)}")
 
-    def _make_shape(self) -> _Shape:
+    def _make_shape(self) -> Shape:
         spec = self.network.spec
         largest = 0
         for index, conv in enumerate(self.convolutions):
@@ -261,9 +132,9 @@ class CompiledNetwork(FusedNetwork):
         scratch = max(
             scratch, *((2 * 16 + 1) * layer.v[0].numel() * 4 for layer in self.layers[: len(self.convolutions)])
         )
-        return _Shape(
+        return Shape(
             len(self.convolutions),
-            (_Convolution * MOST_CONVOLUTIONS)(*self.convolutions),
+            (Convolution * MOST_CONVOLUTIONS)(*self.convolutions),
             spec.observation_shape[0],
             self.block,
             self.flat,
@@ -333,7 +204,7 @@ class CompiledNetwork(FusedNetwork):
             copied.biases.append(b.float().clone())
         return copied
 
-    def _room(self, batch: int, keep: bool) -> _Room:
+    def _room(self, batch: int, keep: bool) -> Room:
         """Return memory for a pass over ``batch`` observations, as a rule the same at every call."""
         if (batch, keep) not in self._rooms:
             passing = [key for key in self._rooms if not key[1]]
@@ -348,10 +219,10 @@ class CompiledNetwork(FusedNetwork):
                 # Where a word is one number, the dense layer's input is what it saw.
                 seen.append(flat if self.pair == 1 else torch.empty(groups, self.flat, dtype=torch.int32))
             lit = torch.empty(groups if keep else 0, self.convolutions[0].height, dtype=torch.int64)
-            self._rooms[batch, keep] = _Room(seen, lit, flat, torch.empty(batch, self.hidden))
+            self._rooms[batch, keep] = Room(seen, lit, flat, torch.empty(batch, self.hidden))
         return self._rooms[batch, keep]
 
-    def _fill(self, given: _Pass, working: Working, seen: Seen, room: _Room, q_values: Tensor) -> None:
+    def _fill(self, given: Pass, working: Working, seen: Seen, room: Room, q_values: Tensor) -> None:
         dense = len(self.convolutions)
         for index in range(dense):
             given.weight[index] = working.weights[index].data_ptr()
@@ -372,9 +243,9 @@ class CompiledNetwork(FusedNetwork):
             self._scratch = torch.empty(threads * self._shape.scratch, dtype=torch.uint8)
         return threads
 
-    def _run(self, passes: list[tuple[Working, Seen, bool]]) -> tuple[list[Tensor], ctypes.Array[_Pass]]:
+    def _run(self, passes: list[tuple[Working, Seen, bool]]) -> tuple[list[Tensor], ctypes.Array[Pass]]:
         threads = self._threads()
-        structs = (_Pass * len(passes))()
+        structs = (Pass * len(passes))()
         made = []
         for struct, (working, seen, keep) in zip(structs, passes, strict=True):
             made.append(torch.empty(len(seen.places), self.actions))
@@ -385,7 +256,7 @@ class CompiledNetwork(FusedNetwork):
     @torch.no_grad()
     def forward(self, working: Working, observations: Tensor) -> tuple[Tensor, Any]:
         """Return Q-values, float32 (B, actions); nothing is kept for :meth:`backward`."""
-        (q_values,), _ = self._run([(working, _of(observations), False)])
+        (q_values,), _ = self._run([(working, seen_in(observations), False)])
         return q_values, None
 
     @torch.no_grad()
@@ -398,7 +269,7 @@ class CompiledNetwork(FusedNetwork):
             frames, places = batch.kept.frames, batch.places
             now, then = Seen(frames, places[:, :-1]), Seen(frames, places[:, 1:])
         else:
-            now, then = _of(batch.observations), _of(batch.next_observations)
+            now, then = seen_in(batch.observations), seen_in(batch.next_observations)
         (next_q_values, q_values), structs = self._run([(target, then, False), (self.working, now, True)])
         return next_q_values, q_values, structs[1]
 
@@ -475,7 +346,7 @@ class CompiledNetwork(FusedNetwork):
 
     def _make_call(
         self, target: Working, batch: Minibatch, drawn: DrawnMinibatch | None, size: int, loss: Loss
-    ) -> _Call:
+    ) -> Call:
         store = None
         if drawn is not None:
             kept, stack = drawn.kept, len(drawn.kept.offsets) - 1
@@ -484,10 +355,10 @@ class CompiledNetwork(FusedNetwork):
             actions, rewards = torch.empty(size, dtype=torch.int64), torch.empty(size)
             terminals = torch.empty(size, dtype=torch.bool)
             tensors = (kept.entry_of, kept.age, kept.actions, kept.terminals, kept.rewards)
-            store = _Store(*(tensor.data_ptr() for tensor in tensors), len(kept.age), kept.num_envs, stack)
+            store = Store(*(tensor.data_ptr() for tensor in tensors), len(kept.age), kept.num_envs, stack)
             shape, sizes = (stack, *kept.frames.shape[1:]), {size}
         else:
-            then, now = _of(batch.next_observations), _of(batch.observations)
+            then, now = seen_in(batch.next_observations), seen_in(batch.observations)
             places = now.places
             actions, rewards = batch.actions.long().contiguous(), batch.rewards.float().contiguous()
             terminals = batch.terminals.bool().contiguous()
@@ -496,7 +367,7 @@ class CompiledNetwork(FusedNetwork):
         if shape != tuple(self.network.spec.observation_shape) or len(sizes) > 1:
             raise ValueError(f"a minibatch of {size} transitions with observations of {shape} does not fit the network")
         q_gradient = torch.empty(size, self.actions)
-        structs = (_Pass * 2)()
+        structs = (Pass * 2)()
         rooms = [self._room(size, keep) for keep in (False, True)]
         q_values = torch.empty(2, size, self.actions)
         for struct, working, seen, room, q in zip(
@@ -505,11 +376,11 @@ class CompiledNetwork(FusedNetwork):
             self._fill(struct, working, seen, room, q)
         given = (places, actions, rewards, terminals, q_gradient, loss.sums, self.seconds)
         settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
-        objective = _Objective(*(tensor.data_ptr() for tensor in given), *settings)
+        objective = Objective(*(tensor.data_ptr() for tensor in given), *settings)
         back = self._make_back(q_gradient)
         alive = [q_values, *rooms, *given, *((then, now) if drawn is None else ())]
         kept_reference = None if drawn is None else weakref.ref(drawn.kept)
-        return _Call(
+        return Call(
             target,
             kept_reference,
             size,
@@ -524,7 +395,7 @@ class CompiledNetwork(FusedNetwork):
             alive,
         )
 
-    def _make_back(self, q_gradient: Tensor) -> _Back:
+    def _make_back(self, q_gradient: Tensor) -> Back:
         """Return what the way back is told, with memory for as many observations."""
         batch, dense = len(q_gradient), len(self.convolutions)
         if self._room_back[0] != batch:
@@ -541,7 +412,7 @@ class CompiledNetwork(FusedNetwork):
                 ],
             )
         hidden, hidden_words, flat, *words_of = self._room_back[1]
-        back = _Back()
+        back = Back()
         back.q_gradient = q_gradient.data_ptr()
         back.hidden, back.hidden_words, back.flat = hidden.data_ptr(), hidden_words.data_ptr(), flat.data_ptr()
         for index in range(dense):
