@@ -41,9 +41,7 @@ def accept_older_weight_norm(layer: nn.Module, names: Sequence[str]) -> None:
                     continue
             except ValueError:
                 *_, errors = rest
-                errors.append(
-                    f"{prefix}{name}: a unit's weight is zero: log g of g = 0 is not defined, nor a direction"
-                )
+                errors.append(f"{prefix}{name}: log g of g = 0 is not defined, nor is a zero weight's direction")
                 pair = (slots[name].original0.detach(), slots[name].original1.detach())
             for index, tensor in enumerate(pair):
                 state_dict[f"{prefix}parametrizations.{name}.original{index}"] = tensor
