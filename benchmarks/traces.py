@@ -4,8 +4,8 @@
 hashes of weights differ between processors. It runs in any checkout that has ``train.py``, so the earlier code can be
 recorded with this file from a second work tree.
 
-Each run is a real one through ``train.py``: every parameterization, in float32 and bfloat16, with 1 and 8 emulators, with
-the fastest backend and with plain torch. Kept are SHA-256 of every weight, of every tensor of the training state
+Each run is a real one through ``train.py``: every parameterization, in float32 and bfloat16, with 1 and 8 emulators,
+with the fastest backend and with plain torch. Kept are SHA-256 of every weight, of every tensor of the training state
 (optimizer, target network, generators), and the rows of the CSV files.
 """
 
