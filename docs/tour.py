@@ -34,4 +34,6 @@ print(policy.q_values(observations[0]).round(2))
 
 # %% Score it under a stated protocol: the mean over whole episodes with its 95% interval.
 score = wn_rl.evaluate(run, protocol="nature", episodes=5)
-print(f"{score.result.mean:.1f} points, 95% interval {score.interval.low:.1f} to {score.interval.high:.1f}")
+print(f"{score.result.mean:.1f} points", list(score.result.scores))
+if score.interval.low is not None:  # there is none where all episodes end alike
+    print(f"95% interval {score.interval.low:.1f} to {score.interval.high:.1f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,4 +121,4 @@ def test_the_tour_runs_from_its_first_cell_to_its_last(
     exec(compile(source, "docs/tour.py", "exec"), {"__name__": "tour"})
     printed = capsys.readouterr().out
     assert "observations (4, 4, 84, 84) uint8" in printed
-    assert "95% interval" in printed
+    assert re.search(r"^\d+\.\d points \[", printed, re.MULTILINE)  # two episodes: too few for an interval

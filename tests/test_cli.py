@@ -77,7 +77,7 @@ def test_a_wrong_word_to_train_is_one_line(
     [
         ("", 2, "CHECKPOINT_OR_RUN"),
         ("nowhere", 1, "nowhere does not exist"),
-        (".", 1, "holds no checkpoint"),
+        ("wn_rl", 1, "holds no checkpoint"),
         ("nowhere --episodes 0", 2, "--episodes must be from 1"),
         ("nowhere --episodes -1", 2, "--episodes must be from 1"),
         ("nowhere --steps 0", 2, "--steps must be from 1"),

@@ -23,13 +23,13 @@ from wn_rl.config import (
     from_mapping,
     is_auto,
     load,
-    parse_num_envs,
     preset_names,
     read_yaml,
     resolve,
     to_yaml,
     validate,
 )
+from wn_rl.config.flags import parse_num_envs
 from wn_rl.errors import UsageError
 from wn_rl.machine import choose_num_envs, cores, describe_num_envs, resolve_device
 from wn_rl.replay import Replay

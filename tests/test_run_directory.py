@@ -96,7 +96,7 @@ def test_a_directory_in_which_nothing_was_written_does_not_stay(
     assert not path.exists()
     with pytest.raises(UsageError, match="--backend cuda_graphs"), new_directory("Pong", "wn", "quick", 3) as path:
         train(replace(tiny(), device="cpu", backend="cuda_graphs"), DQN, path, quiet=True)
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError):
         train(replace(tiny(), device="cpu", backend="cuda_graphs"), DQN, tmp_path / "empty", quiet=True)

@@ -428,7 +428,7 @@ def test_the_file_refers_to_this_module_and_files_from_before_to_the_former_name
     assert b"wn_rl.sb3" in dumped
     assert agents.sb3.policy_kwargs is policy_kwargs
     assert agents.sb3.initialize_from_env is initialize_from_env
-    before = pickle.dumps(build_optimizer, 0).replace(b"wn_rl.sb3", b"agents.sb3")  # protocol 0 names no lengths
+    before = pickle.dumps(build_optimizer, 0).replace(b"wn_rl.sb3.bridge", b"agents.sb3")  # protocol 0 names no lengths
     assert b"agents.sb3" in before
     assert pickle.loads(before) == build_optimizer
     assert cloudpickle.loads(dumped) == build_optimizer
@@ -719,9 +719,15 @@ def test_an_environment_that_shows_one_observation_only_is_refused() -> None:
     model.learn(30)
 
 
-def test_without_stable_baselines_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_the_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ``wn_rl.sb3`` imported anew during this test."""
     monkeypatch.setattr(wn_rl, "sb3", wn_rl.sb3)  # to be put back
-    monkeypatch.delitem(sys.modules, "wn_rl.sb3")
+    for name in [name for name in sys.modules if name == "wn_rl.sb3" or name.startswith("wn_rl.sb3.")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_without_stable_baselines_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_the_bridge(monkeypatch)
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     with pytest.raises(ImportError) as caught:
         importlib.import_module("wn_rl.sb3")
@@ -730,7 +736,6 @@ def test_without_stable_baselines_one_line_says_what_to_install(monkeypatch: pyt
 
 
 def test_sb3_contrib_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wn_rl, "sb3", wn_rl.sb3)  # to be put back
-    monkeypatch.delitem(sys.modules, "wn_rl.sb3")
+    forget_the_bridge(monkeypatch)
     monkeypatch.setitem(sys.modules, "sb3_contrib", None)
     assert importlib.import_module("wn_rl.sb3").policy_kwargs("wn")

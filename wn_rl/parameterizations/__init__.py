@@ -17,7 +17,7 @@ from wn_rl.parameterizations.api import (
     resolve,
 )
 from wn_rl.parameterizations.base import OutputNormalization, Parameterization, WeightParameterization
-from wn_rl.parameterizations.reinitialize import reinitialize
+from wn_rl.parameterizations.reinitialization import reinitialize
 from wn_rl.parameterizations.registry import get, load, names, register
 
 __all__ = [

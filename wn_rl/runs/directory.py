@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import glob
 import itertools
@@ -46,12 +47,15 @@ def new_directory(game: str, param: str, preset: str, seed: int) -> Iterator[Pat
         WnRlError: it cannot be made.
     """
     name = f"{game}-{param.rpartition(':')[2]}-{preset}-s{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    runs = Path("runs")
+    there = runs.is_dir()
     try:
-        Path("runs").mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
-            path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+            path = runs / (name if number == 1 else f"{name}-{number}")
+            if os.path.lexists(runs) and not runs.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             with suppress(FileExistsError):
-                path.mkdir()  # one process makes it, whoever else asks gets the error
+                path.mkdir(parents=True)  # one process makes it, whoever else asks gets the error
                 break
     except OSError as error:
         raise WnRlError(f"cannot write to runs: {error.strerror}") from None
@@ -59,6 +63,9 @@ def new_directory(game: str, param: str, preset: str, seed: int) -> Iterator[Pat
         yield path
     finally:
         _remove_unused(path)
+        if not there:
+            with suppress(OSError):  # another run may be in it
+                runs.rmdir()
 
 
 def _remove_unused(path: Path) -> None:
@@ -117,8 +124,8 @@ class RunDirectory:
             UsageError: it is no directory.
             WnRlError: another process trains in it, or it cannot be written.
         """
-        there = self.path.is_dir()
         try:
+            there = self.path.is_dir()
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UsageError(f"--run-dir {self.path}: a file is in the way") from None

@@ -121,7 +121,7 @@ def test_kernels_around_a_loss_by_torch_make_eagers_update(kind: type[DQN], redu
 
 @pytest.mark.parametrize("name", FORMER)
 def test_a_method_of_an_earlier_version_is_refused_instead_of_ignored(name: str) -> None:
-    with pytest.raises(UsageError, match=f"Own overrides {name}, which nothing calls: override {FORMER[name]}"):
+    with pytest.raises(UsageError, match=f"Own overrides {name}, which is called no more: override {FORMER[name]}"):
         carried(small(), kind=type("Own", (DQN,), {name: lambda self, *_: None}))
 
 
