@@ -36,8 +36,10 @@ def test_the_examples_run(example: str) -> None:
 def test_every_entry_and_every_option_has_a_line() -> None:
     rows = [line for line in PARAMETERIZATIONS.splitlines() if line.startswith("|")]
     for name in names():
-        assert sum(line.startswith(f"| `{name}` |") for line in rows) >= 2, name
         entry = get(name)
+        if not entry.__module__.startswith("wn_rl."):
+            continue  # a benchmark or a test that ran before in this process registered it
+        assert sum(line.startswith(f"| `{name}` |") for line in rows) >= 2, name
         treated = {"all": "all", "hidden": "all but the output", "penultimate": "the one before the output"}[
             entry.treats
         ]
