@@ -153,6 +153,15 @@ def test_options_are_honoured_or_refused(env: AtariVector, options: dict[str, An
     env.step(actions())
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_emulators_play_leaves_a_reset_to_make(env: AtariVector) -> None:
     """The result of the step is lost, so the next step is refused until a reset: never an observation that lags."""
     env.reset()
