@@ -13,10 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agents import native, passes
 from agents.compiled import CompiledLoss
 from agents.flat import FlatOptimizer
-from agents.fused import FusedAdamax, FusedNetwork, Working, unsupported
 from agents.graphs import CudaRecorder, GraphStepper
 from agents.optimizers import make_optimizer
 from wn_rl import diagnostics
@@ -29,6 +27,10 @@ from wn_rl.parameterizations.weight_norm import defer
 from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
 from wn_rl.stepping import PlainStepper, Stepper, TogetherStepper
 from wn_rl.training import Statistics
+
+from .backends.cpu_kernels import kernel_network as passes
+from .backends.cpu_kernels import loader as native
+from .backends.cpu_kernels.packed_network import FusedAdamax, FusedNetwork, Working, unsupported
 
 
 def td_targets(rewards: Tensor, terminals: Tensor, next_q_values: Tensor, gamma: float) -> Tensor:

@@ -26,9 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
 from agents.dqn import DQN
 from agents.graphs import GraphStepper
-from agents.passes import CompiledNetwork
 from wn_rl import cli
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, make_atari
 from wn_rl.config import Count, EnvCount, TrainConfig, load, resolve

@@ -23,12 +23,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import agents.backends.cpu_kernels.kernel_network
+import agents.backends.cpu_kernels.loader
 import agents.dqn
-import agents.native
-import agents.passes
+from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
+from agents.backends.cpu_kernels.packed_network import FusedNetwork
 from agents.dqn import DQN
-from agents.fused import FusedNetwork
-from agents.passes import CompiledNetwork
 from wn_rl import cli
 from wn_rl.atari.env import make_atari
 from wn_rl.config import Count, TrainConfig, load, resolve
@@ -122,13 +122,19 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
     def made(changed: TrainConfig, *patches: Any, together: int = TOGETHER) -> Variant:  # noqa: ANN401
         return Variant(changed, replay, num_actions, patches, together)
 
-    operations = mock.patch.object(agents.passes, "unsupported", return_value="switched off")
+    operations = mock.patch.object(
+        agents.backends.cpu_kernels.kernel_network, "unsupported", return_value="switched off"
+    )
     autograd = mock.patch.object(agents.dqn, "_fuse", return_value=None)
     pixels = mock.patch.object(FirstConvolution, "packs", return_value=False)
     found = {"everything on": made(config)}
     if config.compile == "on":
         packing = mock.patch.object(FusedNetwork, "packed", torchs_packing)
-        visiting = mock.patch.object(agents.native, "load", return_value=agents.native.load("VISIT_ALL"))
+        visiting = mock.patch.object(
+            agents.backends.cpu_kernels.loader,
+            "load",
+            return_value=agents.backends.cpu_kernels.loader.load("VISIT_ALL"),
+        )
         found["a call for each update"] = made(config, together=1)
         found["what is black visited too"] = made(config, visiting)
         found["passes of torch's operations"] = made(config, operations)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents import native, passes
+from agents.backends.cpu_kernels import kernel_network as passes
+from agents.backends.cpu_kernels import loader as native
+from agents.backends.cpu_kernels.packed_network import FusedAdamax, FusedNetwork, unsupported
 from agents.dqn import DQN
-from agents.fused import FusedAdamax, FusedNetwork, unsupported
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.networks import FirstConvolution, QNetworkSpec, build_q_network

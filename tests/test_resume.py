@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from agents import native
+from agents.backends.cpu_kernels import loader as native
 from agents.dqn import DQN
 from tests.small_runs import Interrupted, small_flags, stopped_run, tiny
 from wn_rl import checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agents import native
+from agents.backends.cpu_kernels import loader as native
 
 
 def needs_passes(precision: str) -> pytest.MarkDecorator:

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from agents import native, passes
+from agents.backends.cpu_kernels import kernel_network as passes
+from agents.backends.cpu_kernels import loader as native
+from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
+from agents.backends.cpu_kernels.packed_network import FusedAdamax, FusedNetwork
 from agents.dqn import DQN
-from agents.fused import FusedAdamax, FusedNetwork
-from agents.passes import CompiledNetwork
 from tests.vectors import needs_passes
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from wn_rl.errors import one_line
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "passes.c"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "passes.h"))
+SOURCES = tuple(Path(__file__).parent / "csrc" / name for name in ("optimizer.c", "update.c"))
+HEADERS = tuple(Path(__file__).parent / "csrc" / name for name in ("structs.h", "passes.h"))
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 """No ``-ffast-math``: a number that is not finite must stay one."""
 Pointer = ctypes.c_void_p

@@ -1,6 +1,6 @@
 """The whole update in one compiled call, for processors with vectors of 512 bits; others take torch's operations.
 
-The same arithmetic as :class:`agents.fused.FusedNetwork`'s with float32 where that rounds to bfloat16 between two
+The same arithmetic as :class:`agents.backends.cpu_kernels.packed_network.FusedNetwork`'s with float32 where that rounds to bfloat16 between two
 operations: sums, biases, the hidden layer and all gradients of weights. Layouts are said in ``passes.c``.
 """
 
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agents.fused import FusedNetwork, Working, _arranged, _Layer
 from wn_rl.networks import QNetwork
 from wn_rl.replay import DrawnMinibatch, Entries, Minibatch
+
+from .packed_network import FusedNetwork, Working, _arranged, _Layer
 
 MOST_CONVOLUTIONS, MOST_FRAMES, MOST_LINES = 8, 64, 64
 """As in ``passes.c``."""

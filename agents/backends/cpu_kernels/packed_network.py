@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents import native
-from agents.optimizers import CompiledAdamax
 from wn_rl.networks import FirstConvolution, QNetwork
 from wn_rl.parameterizations.base import entry_of
 from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
 from wn_rl.replay import Minibatch
+
+from ...optimizers import CompiledAdamax
+from . import loader
 
 aten = torch.ops.aten
 
@@ -88,7 +89,7 @@ class FusedNetwork:
 
         Args:
             network: one that :func:`unsupported` has nothing against.
-            library: what :func:`agents.native.load` returned.
+            library: what :func:`agents.backends.cpu_kernels.loader.load` returned.
             precision: of the hidden layers, float32 or bfloat16.
         """
         self.network = network
@@ -98,7 +99,7 @@ class FusedNetwork:
         self.block, *others = (stride for _, _, stride in network.spec.convolutions)
         self.strides = [1, *others]
         self.layers = [self._layer(module) for module in (*network.convolutions, network.hidden, network.output)]
-        self.structs = (native.LayerStruct * len(self.layers))()
+        self.structs = (loader.LayerStruct * len(self.layers))()
         self._prepare()
         self.g_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
         self._norms = [torch.zeros(len(layer.v)) for layer in self.layers]

@@ -3,7 +3,7 @@
  * Rows (output units) are shared among threads and each is computed by one thread in one order, so no result depends on
  * the number of threads.
  */
-#include "kernels.h"
+#include "structs.h"
 
 /* Adamax (Kingma & Ba 2015, section 7.1), epsilon where torch has it. */
 static inline float moved(float value, float gradient, float *mean, float *max, Adamax adamax) {

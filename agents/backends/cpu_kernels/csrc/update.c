@@ -2,7 +2,7 @@
  *
  * Each number is computed by one thread in one order, so no result depends on the number of threads.
  */
-#include "kernels.h"
+#include "structs.h"
 #include <time.h>
 #if defined(__AVX512F__) && defined(__BMI2__)
 #include <immintrin.h>
