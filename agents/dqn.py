@@ -28,9 +28,10 @@ from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
 from wn_rl.stepping import PlainStepper, Stepper, TogetherStepper
 from wn_rl.training import Statistics
 
-from .backends.cpu_kernels import kernel_network as passes
-from .backends.cpu_kernels import loader as native
-from .backends.cpu_kernels.packed_network import FusedAdamax, FusedNetwork, Working, unsupported
+from .backends.cpu_kernels import kernel_network, loader
+from .backends.cpu_kernels.adamax import FusedAdamax
+from .backends.cpu_kernels.kernel_network import KernelNetwork, TDLoss
+from .backends.cpu_kernels.packed_network import PackedNetwork, PackedWeights, unsupported
 
 
 def td_targets(rewards: Tensor, terminals: Tensor, next_q_values: Tensor, gamma: float) -> Tensor:
@@ -66,16 +67,16 @@ def epsilon_greedy(q_values: Tensor, epsilon: Tensor, generator: torch.Generator
     return torch.where(explore, random, q_values.argmax(1))
 
 
-def _fuse(network: QNetwork, config: TrainConfig) -> FusedNetwork | None:
+def _fuse(network: QNetwork, config: TrainConfig) -> PackedNetwork | None:
     """Return the compiled way to train ``network``, None where there is none; says so if it should be there."""
     if unsupported(network):
         return None
-    library = native.load()
+    library = loader.load()
     if isinstance(library, str):
         print(f"updates take the plain path: {library}", file=sys.stderr)
         return None
     precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    kind = FusedNetwork if passes.unsupported(network, library, precision) else passes.CompiledNetwork
+    kind = PackedNetwork if kernel_network.unsupported(network, library, precision) else KernelNetwork
     return kind(network, library, precision=precision)
 
 
@@ -141,7 +142,7 @@ class DQN:
         statistics_fixed = self.parameterization.batch_independent or config.target_statistics == "running"
         self._folds_target = self.parameterization.foldable and statistics_fixed
         self._plain_target: QNetwork | None = None
-        self._working_target: Working | None = None
+        self._packed_target: PackedWeights | None = None
         # None until the first update has shown whether it can be compiled.
         plain = config.compile == "off" or not self.static
         self._loss_of: Callable[[Minibatch], Tensor] | None = self.measured_loss if plain else None
@@ -150,7 +151,7 @@ class DQN:
         self.updates = 0
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         mean = config.loss_reduction != "sum"
-        self._loss = passes.Loss(config.gamma, config.reward_clip, mean, self._sums)
+        self._loss = TDLoss(config.gamma, config.reward_clip, mean, self._sums)
         self._summed_updates = 0
         self._restored_gradient_norm = math.nan
         self._offending = torch.full((config.batch_size,), -1, dtype=torch.int64, device=device)
@@ -167,7 +168,7 @@ class DQN:
         if self.static and own and kind.act is DQN.act:
             return GraphStepper(self, replay, CudaRecorder(self.device) if self.device.type == "cuda" else None)
         own = own and kind.work_of_update is DQN.work_of_update and kind.counted is DQN.counted
-        if own and isinstance(self._fused, passes.CompiledNetwork) and type(replay) is Replay:
+        if own and isinstance(self._fused, KernelNetwork) and type(replay) is Replay:
             return TogetherStepper(self, replay, self.config.batch_size)
         return PlainStepper(self, replay, self.config.batch_size)
 
@@ -254,7 +255,7 @@ class DQN:
 
     def work_of_update(self, batch: Minibatch) -> None:
         """Do what an update does on the device; :meth:`counted` does what it does on the host."""
-        if isinstance(self._fused, passes.CompiledNetwork):
+        if isinstance(self._fused, KernelNetwork):
             _, loss = self._compiled_steps(self._fused, batch, 1)
             if batch.numbers is not None:
                 self._refuse(loss, batch.numbers)
@@ -290,7 +291,7 @@ class DQN:
             IndexError: a transition or an action does not exist; no update was made.
         """
         compiled = self._fused
-        assert isinstance(compiled, passes.CompiledNetwork)
+        assert isinstance(compiled, KernelNetwork)
         numbers = batch.numbers.view(count, -1)
         if self._watching:
             self.update(DrawnMinibatch(batch.kept, numbers[0]))
@@ -302,26 +303,26 @@ class DQN:
             if made < len(numbers):
                 self._refuse(loss, numbers[made])
 
-    def _compiled_steps(self, compiled: passes.CompiledNetwork, batch: Minibatch, count: int) -> tuple[int, float]:
+    def _compiled_steps(self, compiled: KernelNetwork, batch: Minibatch, count: int) -> tuple[int, float]:
         """Do all of :meth:`work_of_update` for so many in one call; returns how many were made, and the last loss."""
         optimizer = self.optimizer
         assert isinstance(optimizer, FusedAdamax)
         rates, betas, eps = optimizer.next_steps(count)
-        made, loss = compiled.learn(self._targets_weights(compiled), batch, self._loss, rates, betas, eps)
+        made, loss = compiled.update(self._targets_weights(compiled), batch, self._loss, rates, betas, eps)
         optimizer.count_steps(rates[:made])
         return made, loss
 
-    def _targets_weights(self, fused: FusedNetwork) -> Working:
-        """Return the target network's working weights, after the network's own are up to date."""
+    def _targets_weights(self, fused: PackedNetwork) -> PackedWeights:
+        """Return the target network's packed weights, after the network's own are up to date."""
         fused.refresh()
-        if self._working_target is None:
-            self._working_target = fused.working_copy(fold(copy.deepcopy(self.target_network)))
-        return self._working_target
+        if self._packed_target is None:
+            self._packed_target = fused.pack_network(fold(copy.deepcopy(self.target_network)))
+        return self._packed_target
 
     @torch.no_grad()
-    def _fused_step(self, fused: FusedNetwork, batch: Minibatch) -> None:
+    def _fused_step(self, fused: PackedNetwork, batch: Minibatch) -> None:
         """Step on the gradient of the loss, written out."""
-        next_q_values, q_values, seen = fused.compare(self._targets_weights(fused), batch)
+        next_q_values, q_values, seen = fused.forward_both(self._targets_weights(fused), batch)
         losses, td_error, q_value = self._compare(batch, q_values, next_q_values)
         self._check(losses.sum(), batch)
         # The Huber loss's derivative by the Q-value of the action taken; the other actions' do not enter the loss.
@@ -433,7 +434,7 @@ class DQN:
         if self.static and self._plain_target is not None:
             self._plain_target.load_state_dict(self._folded_target().state_dict())
             return
-        self._plain_target = self._working_target = None
+        self._plain_target = self._packed_target = None
         if self.static and self._folds_target:
             self._plain_target = self._folded_target()
 

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
+from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.dqn import DQN
 from agents.graphs import GraphStepper
 from wn_rl import cli
@@ -170,19 +170,19 @@ class Ours:
             watch(self.loop.stepper, "update", "update, sampling included")
         else:
             watch(self.loop.replay, "draw", "drawing")
-            apart = () if isinstance(self.agent._fused, CompiledNetwork) else ("optimizer",)
+            apart = () if isinstance(self.agent._fused, KernelNetwork) else ("optimizer",)
             if apart:
                 watch(self.agent.optimizer, "step", "optimizer")
             watch(self.agent, "update" if apart else "update_several", "update", apart)
         watch(self.agent, "copy_target", "target copy")
         fused = self.agent._fused
-        inside = fused.seconds.clone() if isinstance(fused, CompiledNetwork) else None
+        inside = fused.stage_seconds.clone() if isinstance(fused, KernelNetwork) else None
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
             self.loop.vector_step()
         took = time.perf_counter() - started
-        if isinstance(fused, CompiledNetwork) and inside is not None:  # one call, which tells where its time went
-            parts = (fused.seconds - inside).tolist()
+        if isinstance(fused, KernelNetwork) and inside is not None:  # one call, which tells where its time went
+            parts = (fused.stage_seconds - inside).tolist()
             spent["update"] -= sum(parts)
             spent["gather"], spent["forward"], spent["backward and optimizer"] = parts
         for owner, name in undo:

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agents.backends.cpu_kernels.kernel_network
 import agents.backends.cpu_kernels.loader
 import agents.dqn
-from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
-from agents.backends.cpu_kernels.packed_network import FusedNetwork
+from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.dqn import DQN
 from wn_rl import cli
 from wn_rl.atari.env import make_atari
@@ -84,8 +84,8 @@ def black_share(replay: Replay) -> float:
     return float((blocks == 0).float().mean())
 
 
-def torchs_packing(fused: FusedNetwork, observations: Tensor) -> Tensor:
-    """Return what ``fused.packed`` does, in torch's own operations."""
+def torchs_packing(fused: PackedNetwork, observations: Tensor) -> Tensor:
+    """Return what ``pack_observations`` does, in torch's own operations."""
     first = fused.network.convolutions[0]
     assert isinstance(first, FirstConvolution)
     return first.packed(observations).to(fused.precision)
@@ -129,11 +129,11 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
     pixels = mock.patch.object(FirstConvolution, "packs", return_value=False)
     found = {"everything on": made(config)}
     if config.compile == "on":
-        packing = mock.patch.object(FusedNetwork, "packed", torchs_packing)
+        packing = mock.patch.object(PackedNetwork, "pack_observations", torchs_packing)
         visiting = mock.patch.object(
             agents.backends.cpu_kernels.loader,
             "load",
-            return_value=agents.backends.cpu_kernels.loader.load("VISIT_ALL"),
+            return_value=agents.backends.cpu_kernels.loader.load("VISIT_ZERO_BLOCKS"),
         )
         found["a call for each update"] = made(config, together=1)
         found["what is black visited too"] = made(config, visiting)
@@ -200,11 +200,11 @@ def main(words: Sequence[str]) -> int:
     print("\nwhere the time of everything on goes, ms:")
     first, count = made["everything on"], 4 * arguments.updates
     fused = first.agent._fused
-    if isinstance(fused, CompiledNetwork):  # one call, which torch's profiler cannot look into
-        before, started = fused.seconds.clone(), time.perf_counter()
+    if isinstance(fused, KernelNetwork):  # one call, which torch's profiler cannot look into
+        before, started = fused.stage_seconds.clone(), time.perf_counter()
         first(count)
         whole = (time.perf_counter() - started) / count * 1e3
-        parts = ((fused.seconds - before) / count * 1e3).tolist()
+        parts = ((fused.stage_seconds - before) / count * 1e3).tolist()
         names = ("looking up transitions", "way forward and loss", "way back and step")
         went = dict(zip(names, parts, strict=True)) | {"drawing and everything else": whole - sum(parts)}
     else:
