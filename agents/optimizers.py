@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from wn_rl.config import TrainConfig
 from wn_rl.errors import one_line
-from wn_rl.parameterizations.scaled_output import Deferred
 
 OptimizerName = Literal["adamax", "adam", "rmsprop_mnih"]
 
@@ -72,28 +72,20 @@ def _adamax(
     gradients: list[Tensor],
     means: list[Tensor],
     maxima: list[Tensor],
-    scales: list[tuple[Tensor, Tensor, Tensor]],
     rate: Tensor,
     *,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> None:
-    """Update in place; the first ``len(scales)`` parameters are directions v with their (g, ∇g, ‖v‖)."""
-    for index, (parameter, gradient, mean, maximum) in enumerate(zip(params, gradients, means, maxima, strict=True)):
-        whole = gradient
-        if index < len(scales):
-            g, g_gradient, norm = scales[index]
-            whole = gradient - (g * g_gradient / norm.square().unsqueeze(1)) * parameter
-            gradient.copy_(whole)
-        new_mean = torch.lerp(mean, whole, 1 - beta1)
-        new_maximum = torch.maximum(maximum * beta2, whole.abs() + eps)
+    """Update in place: Kingma & Ba 2015, algorithm 2, with torch's placing of ε; ``rate`` is lr / (1 − β1ᵗ)."""
+    for parameter, gradient, mean, maximum in zip(params, gradients, means, maxima, strict=True):
+        new_mean = torch.lerp(mean, gradient, 1 - beta1)
+        new_maximum = torch.maximum(maximum * beta2, gradient.abs() + eps)
         new = parameter - rate * (new_mean / new_maximum)
         mean.copy_(new_mean)
         maximum.copy_(new_maximum)
         parameter.copy_(new)
-        if index < len(scales):
-            scales[index][2].copy_(new.square().sum(1).sqrt())
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -101,28 +93,13 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _term(entry: Deferred) -> Tensor:
-    """Return ∇g for the term that is missing in ∇v, zeros where none is."""
-    gradient = _gradient(entry.g)
-    return gradient if entry.left_out else torch.zeros_like(gradient)
-
-
 class CompiledAdamax(torch.optim.Adamax):
-    """torch's Adamax as one compiled pass over each tensor, on a CPU with a C++ compiler.
+    """torch's Adamax as one pass over each tensor that torch compiles, on a CPU with a C++ compiler.
 
-    torch makes about 16 passes over memory. The same pass finishes the gradient of a weight-normalized layer's v (the
-    second term of ∇v = (g/‖v‖) ∇w − (g ∇g/‖v‖²) v) and takes the norm of the new v; after a step ``v.grad`` is whole.
-    Same state dict as torch's, same values but for rounding.
+    torch makes about 16 passes over memory. Same state dict as torch's, same values but for rounding.
     """
 
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        deferred: Sequence[Deferred] = (),
-    ) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
         """Make the optimizer; the first step compiles.
 
         Args:
@@ -130,17 +107,22 @@ class CompiledAdamax(torch.optim.Adamax):
             lr: learning rate.
             betas: β1 and β2.
             eps: added to the absolute gradient.
-            deferred: what :func:`wn_rl.parameterizations.weight_norm.defer` returned for the model.
         """
         super().__init__(params, lr=lr, betas=betas, eps=eps)
-        self._deferred = list(deferred)
         self._steps = 0
-        self._written = functools.partial(_adamax, beta1=betas[0], beta2=betas[1], eps=eps)
+        self._plain = functools.partial(_adamax, beta1=betas[0], beta2=betas[1], eps=eps)
         self._compiled: Callable[..., None] | None = None
-        (group,) = self.param_groups
-        self._dtype = group["params"][0].dtype
-        directions = {id(entry.v) for entry in self._deferred}
-        self._plain = [parameter for parameter in group["params"] if id(parameter) not in directions]
+
+    @staticmethod
+    def replaces(optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether ``optimizer`` is an Adamax as :func:`make_optimizer` makes it, before its first step."""
+        return type(optimizer) is torch.optim.Adamax and not optimizer.state and len(optimizer.param_groups) == 1
+
+    @classmethod
+    def like(cls, optimizer: torch.optim.Optimizer) -> CompiledAdamax:
+        """Return one for the parameters of an Adamax, with its arguments."""
+        (group,) = optimizer.param_groups
+        return cls(group["params"], group["lr"], group["betas"], group["eps"])
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[parameter]
@@ -155,37 +137,27 @@ class CompiledAdamax(torch.optim.Adamax):
         """Make one step."""
         self._steps += 1
         (group,) = self.param_groups
+        trained: list[nn.Parameter] = group["params"]
         # A tensor, since a number would be compiled into the code.
-        rate = torch.tensor(group["lr"] / (1 - group["betas"][0] ** self._steps), dtype=self._dtype)
-        # A scale's own step changes g, so the directions, whose gradient needs the old one, come first.
-        ordered = [*(entry.v for entry in self._deferred), *self._plain]
-        moments = [self._moments(parameter) for parameter in ordered]
-        gradients = [_gradient(parameter) for parameter in ordered]
-        scales = [(entry.g.detach(), _term(entry), entry.norm) for entry in self._deferred]
-        for entry in self._deferred:
-            if entry.known_norm() is None:
-                torch.linalg.vector_norm(entry.v, dim=1, out=entry.norm)
+        rate = torch.tensor(group["lr"] / (1 - group["betas"][0] ** self._steps), dtype=trained[0].dtype)
+        moments = [self._moments(parameter) for parameter in trained]
         arguments = (
-            [parameter.detach() for parameter in ordered],
-            gradients,
+            [parameter.detach() for parameter in trained],
+            [_gradient(parameter) for parameter in trained],
             [state["exp_avg"] for state in moments],
             [state["exp_inf"] for state in moments],
-            scales,
             rate,
         )
         if self._compiled is None:
-            self._compiled = torch.compile(self._written, dynamic=False, options={"compile_threads": 1})
+            self._compiled = torch.compile(self._plain, dynamic=False, options={"compile_threads": 1})
         try:
             self._compiled(*arguments)
         except BackendCompilerFailed as error:
             print(
                 f"the optimizer step could not be compiled and runs as it is: {one_line(error)[:200]}", file=sys.stderr
             )
-            self._compiled = self._written
+            self._compiled = self._plain
             self._compiled(*arguments)
-        for entry in self._deferred:
-            entry.version = entry.v._version
-            entry.left_out = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict."""
@@ -199,26 +171,12 @@ class CompiledAdamax(torch.optim.Adamax):
         self._steps = max((int(state["step"]) for state in self.state.values()), default=0)
 
 
-def make_optimizer(
-    name: OptimizerName,
-    params: Iterable[nn.Parameter],
-    *,
-    learning_rate: float,
-    eps: float,
-    beta1: float,
-    beta2: float,
-    rmsprop_decay: float,
-    compiled: bool = False,
-    deferred: Sequence[Deferred] = (),
-) -> torch.optim.Optimizer:
-    """Return the optimizer called ``name`` over ``params``; only the arguments that it has are used.
-
-    ``compiled`` and ``deferred`` are for adamax, see :class:`CompiledAdamax`.
-    """
-    if name == "adamax" and compiled:
-        return CompiledAdamax(params, learning_rate, (beta1, beta2), eps, deferred)
-    if name == "adamax":
-        return torch.optim.Adamax(params, lr=learning_rate, betas=(beta1, beta2), eps=eps)
-    if name == "adam":
-        return torch.optim.Adam(params, lr=learning_rate, betas=(beta1, beta2), eps=eps)
-    return RMSpropMnih(params, lr=learning_rate, decay=rmsprop_decay, eps=eps)
+def make_optimizer(config: TrainConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer over ``params`` that the configuration names; only the keys that it has are used."""
+    assert config.learning_rate is not None
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "adamax":
+        return torch.optim.Adamax(params, lr=config.learning_rate, betas=betas, eps=config.optimizer_eps)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(params, lr=config.learning_rate, betas=betas, eps=config.optimizer_eps)
+    return RMSpropMnih(params, lr=config.learning_rate, decay=config.rmsprop_decay, eps=config.optimizer_eps)

@@ -31,10 +31,12 @@ from stable_baselines3.common.vec_env import VecFrameStack
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wn_rl import cli, export, scoring, trained
+from wn_rl import cli
 from wn_rl.errors import UsageError
-from wn_rl.runs import write_file
-from wn_rl.trained import Trained
+from wn_rl.evaluation import export, scoring
+from wn_rl.evaluation import policies as trained
+from wn_rl.evaluation.policies import Trained
+from wn_rl.runs.directory import write_file
 
 EPSILON = 0.05
 

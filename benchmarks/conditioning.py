@@ -25,14 +25,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.dqn import DQN, epsilon_greedy, huber, td_targets
-from wn_rl import checkpoint, cli
+from wn_rl import cli
 from wn_rl.atari.env import make_atari
 from wn_rl.config import load, resolve
 from wn_rl.errors import UsageError, WnRlError
-from wn_rl.evaluation import environment_options
+from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import keep_freed_memory
 from wn_rl.parameterizations import names, project
 from wn_rl.replay import Minibatch, Replay
+from wn_rl.runs import checkpoint
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """The learning rates among which the paper searched."""
@@ -62,9 +63,9 @@ class Arguments:
     """A point of the curve is the mean minibatch loss over so many updates."""
     jobs: int = 1
     """Fits at a time, each with one thread."""
-    out: str = "docs/results/benchmarks/conditioning.csv"
-    """The losses; the picture goes to docs/conditioning.png."""
-    picture: str = "docs/conditioning.png"
+    out: str = "runs/conditioning.csv"
+    """The losses; those of the documentation are docs/results/benchmarks/conditioning.csv."""
+    picture: str = "runs/conditioning.png"
     """The picture."""
     plot_only: bool = False
     """Draw the picture from the CSV."""

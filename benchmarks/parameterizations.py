@@ -1,6 +1,6 @@
 """What a parameterization costs: the time of one whole DQN update of each entry over that of ``standard``.
 
-``python benchmarks/parameterizations.py`` prints the table and writes it as CSV. All entries are timed in turn, round
+``python benchmarks/parameterizations.py`` prints the table; ``--out`` writes it as CSV. All are timed in turn, round
 after round, on minibatches of real frames, so that a busy moment of the machine meets them alike; the ratio is taken
 within each round and its median is shown with the range of the middle half of the rounds.
 """
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agents.backends import make_backend
 from agents.dqn import DQN
 from wn_rl import cli
 from wn_rl.atari.env import AtariVector, make_atari
 from wn_rl.config import load, resolve
 from wn_rl.errors import UsageError
-from wn_rl.evaluation import environment_options
+from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import device_name, keep_freed_memory, resolve_device
 from wn_rl.parameterizations import names, register
 from wn_rl.parameterizations.base import Parameterization
@@ -64,8 +65,9 @@ class Arguments:
     """As in train.py."""
     num_threads: int = 0
     """Threads of the arithmetic on a CPU; 0: torch's default."""
-    out: str = "docs/results/benchmarks/parameterizations.csv"
-    """The table; rows of another device in it are kept."""
+    out: str | None = None
+    """Write the table to this file, in which rows of another device are kept; default: it is printed and kept nowhere.
+    docs/results/benchmarks/parameterizations.csv is that of the documentation."""
 
 
 COLUMNS = ("hardware", "threads", "precision", "torch", "minibatch", "param", "ms", "ratio", "ratio_low", "ratio_high")
@@ -92,23 +94,22 @@ def measure(
 ) -> dict[str, list[float]]:
     """Return seconds per update of each round, by entry."""
     entries = ["standard", *(arguments.params or [name for name in names() if name != "standard"])]
-    agents = {}
+    agents, backends = {}, {}
     for name in entries:
         config = resolve(replace(load("paper"), game=arguments.game, param=name, batch_size=batch_size))
         config = resolve_device(replace(config, device=arguments.device, precision=arguments.precision))
         agents[name] = DQN(config, num_actions, device)
         agents[name].initialize(replay.sample(256).observations)
-    drawn = [replay.draw(batch_size) for _ in range(arguments.updates)]
+        backends[name] = make_backend(agents[name], replay)
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     for turn in range(arguments.rounds + 2):
         for name in entries if turn % 2 else reversed(entries):
             wait(device)
             started = time.perf_counter()
-            for numbers in drawn:  # looked up by each, since a minibatch keeps what it looked up
-                agents[name].update(replay.transitions(numbers))
+            backends[name].update(arguments.updates)
             wait(device)
             if turn >= 2:  # the first rounds warm up
-                seconds[name].append((time.perf_counter() - started) / len(drawn))
+                seconds[name].append((time.perf_counter() - started) / arguments.updates)
         if turn == 1 and any(not agent.is_finite() for agent in agents.values()):
             raise UsageError("a weight is not finite: the times would be those of no real update")
     return seconds
@@ -123,6 +124,8 @@ def wait(device: torch.device) -> None:
 def main(words: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     arguments = cli.parse(Arguments, words)
+    if min(arguments.rounds, arguments.updates, *arguments.batch_sizes) < 1:
+        raise UsageError("--rounds, --updates and --batch-sizes must be at least 1")
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
     keep_freed_memory()
@@ -139,12 +142,15 @@ def main(words: Sequence[str]) -> int:
         print(f"{'entry':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
         for name, times in seconds.items():
             ratios = [mine / plain for mine, plain in zip(times, seconds["standard"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
+            middle = statistics.median(ratios)
+            low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (middle, middle, middle)
             shown = f"{low:.3f} to {high:.3f}"
             print(f"{name:18} {1e3 * statistics.median(times):7.2f} {middle:14.3f} {shown:>16}")
             figures = [f"{value:.4g}" for value in (1e3 * statistics.median(times), middle, low, high)]
             setting = (hardware, torch.get_num_threads(), config.precision, torch.__version__, batch_size)
             rows.append((*setting, name, *figures))
+    if arguments.out is None:
+        return 0
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = []

@@ -23,11 +23,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agents.backends.eager import Eager
 from wn_rl import cli
+from wn_rl.atari.action_log import Journal
 from wn_rl.atari.env import NO_CAP, make_atari
 from wn_rl.atari.games import find_game
-from wn_rl.atari.journal import Journal
 from wn_rl.config import Count, TrainConfig
+from wn_rl.errors import UsageError
 from wn_rl.machine import keep_freed_memory
 from wn_rl.replay import Replay
 from wn_rl.training import TrainingLoop, training_seeds
@@ -56,6 +58,7 @@ class RandomPlay:
 
     def __init__(self, num_actions: int, seed: int) -> None:
         """Play ``num_actions`` actions."""
+        self.device = torch.device("cpu")
         self._num_actions = num_actions
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -70,7 +73,7 @@ def make_loop(config: TrainConfig, path: Path) -> TrainingLoop:
     journal = Journal(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
     agent = RandomPlay(env.num_actions, config.seed)
     replay = Replay(config.replay_capacity, config.num_envs)
-    return TrainingLoop(config, env, agent, replay, journal)  # type: ignore[arg-type]
+    return TrainingLoop(config, env, Eager(agent, replay), replay, journal)  # type: ignore[arg-type]
 
 
 def bare_seconds(config: TrainConfig, vector_steps: int) -> float:
@@ -97,6 +100,8 @@ def bare_seconds(config: TrainConfig, vector_steps: int) -> float:
 def main(words: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     arguments = cli.parse(Arguments, words)
+    if min(arguments.rounds, arguments.num_envs) < 1 or arguments.steps < arguments.num_envs:
+        raise UsageError("--rounds and --num-envs must be at least 1, --steps at least --num-envs")
     keep_freed_memory()  # as training does
     config = TrainConfig(
         game=arguments.game,

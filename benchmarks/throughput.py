@@ -3,7 +3,7 @@
 ``python benchmarks/throughput.py`` alternates segments of ours and of SB3 (at its best over torch threads and numbers
 of environments), then times the emulators alone, the learner alone and the parts of a vector step. Both sides train the
 network of Mnih et al. on the same game with one update per four agent steps, the same minibatch and replay size; the
-warm-up is left out. Prints a table and writes JSON.
+warm-up is left out. Prints a table; ``--out`` writes JSON.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agents.backends import make_backend
+from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cuda_graphs import CudaGraphs
+from agents.backends.interface import Backend
 from agents.dqn import DQN
-from agents.graphs import GraphStepper
 from wn_rl import cli
 from wn_rl.atari.env import FRAME_SKIP, AtariVector, make_atari
 from wn_rl.config import Count, EnvCount, TrainConfig, load, resolve
-from wn_rl.errors import WnRlError
-from wn_rl.evaluation import environment_options
+from wn_rl.errors import UsageError, WnRlError
+from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import cores, device_name, keep_freed_memory, resolve_device, set_float32_precision
 from wn_rl.replay import Replay
-from wn_rl.runs import versions
-from wn_rl.stepping import Stepper
+from wn_rl.runs.directory import versions
 from wn_rl.training import TrainingLoop
 
 WARM_UP = 2_000
@@ -76,8 +78,9 @@ class Arguments:
     """Time the learner alone at minibatches of 32 and of 64 as well."""
     peer: bool = True
     """Measure Stable-Baselines3 too."""
-    out: str = "docs/results/benchmarks/throughput.json"
-    """Measurements are appended to the list in this file."""
+    out: str | None = None
+    """Append the measurements to the list in this file; default: they are printed and kept nowhere.
+    docs/results/benchmarks/throughput.json is that of the documentation."""
 
 
 def configure(arguments: Arguments) -> TrainConfig:
@@ -111,7 +114,8 @@ class Ours:
         )
         self.agent = DQN(config, self.env.num_actions, self.device)
         replay = Replay(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
-        self.loop = TrainingLoop(config, self.env, self.agent, replay, stepper=self.agent.stepper(replay))
+        self.backend = make_backend(self.agent, replay)
+        self.loop = TrainingLoop(config, self.env, self.backend, replay)
         self.loop.start()
         started = time.perf_counter()
         while self.agent.updates < 50:
@@ -161,21 +165,23 @@ class Ours:
             setattr(owner, name, timed)
             undo.append((owner, name))
 
-        graphs = isinstance(self.loop.stepper, GraphStepper)
-        watch(self.loop.stepper if graphs else self.agent, "act", "act")
+        backend = self.backend
+        graphs = isinstance(backend, CudaGraphs)
+        watch(backend, "act", "act")
         watch(self.env, "send", "emulators: send")
         watch(self.env, "recv", "emulators: wait")
         watch(self.loop.replay, "add", "store")
         if graphs:  # one graph holds all of it
-            watch(self.loop.stepper, "update", "update, sampling included")
+            watch(backend, "update", "update, sampling included")
         else:
             watch(self.loop.replay, "draw", "drawing")
-            apart = () if isinstance(self.agent._fused, KernelNetwork) else ("optimizer",)
+            kernels = isinstance(backend, CpuKernels)
+            apart = () if kernels and isinstance(backend.network, KernelNetwork) else ("optimizer",)
             if apart:
                 watch(self.agent.optimizer, "step", "optimizer")
-            watch(self.agent, "update" if apart else "update_several", "update", apart)
+            watch(backend if kernels else self.agent, "update_on" if kernels else "update", "update", apart)
         watch(self.agent, "copy_target", "target copy")
-        fused = self.agent._fused
+        fused = backend.network if isinstance(backend, CpuKernels) else None
         inside = fused.stage_seconds.clone() if isinstance(fused, KernelNetwork) else None
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
@@ -192,15 +198,15 @@ class Ours:
 
     def learner_alone(self, seconds: float) -> float:
         """Return updates per second without emulators, sampling included."""
-        return updates_per_second(self.agent, self.loop.stepper, seconds)
+        return updates_per_second(self.backend, seconds)
 
     def learner_with(self, batch_size: int, seconds: float) -> float:
         """Return updates per second of a new agent with another minibatch, on the same replay, without emulators."""
         agent = DQN(replace(self.config, batch_size=batch_size), self.env.num_actions, self.device)
         agent.initialize(self.loop.replay.sample(self.config.init_samples).observations)
-        stepper = agent.stepper(self.loop.replay)
-        updates_per_second(agent, stepper, 0.0)  # compiles, or records
-        return updates_per_second(agent, stepper, seconds)
+        backend = make_backend(agent, self.loop.replay)
+        updates_per_second(backend, 0.0)  # compiles, or records
+        return updates_per_second(backend, seconds)
 
 
 class GpuWatch:
@@ -228,14 +234,15 @@ class GpuWatch:
         return statistics.mean(self._seen) / 100 if self._seen else None
 
 
-def updates_per_second(agent: DQN, stepper: Stepper, seconds: float) -> float:
+def updates_per_second(backend: Backend, seconds: float) -> float:
     """Return updates per second without emulators, sampling included, as many at a time as a vector step owes."""
+    agent = backend.agent
     together = max(agent.config.num_envs // agent.config.update_period, 1)
     wait(agent.device)
     updates, started = agent.updates, time.perf_counter()
     while agent.updates == updates or time.perf_counter() - started < seconds:
         for _ in range(max(10 // together, 1)):
-            stepper.update(together)
+            backend.update(together)
         wait(agent.device)
     return (agent.updates - updates) / (time.perf_counter() - started)
 
@@ -343,6 +350,8 @@ def best_peer(arguments: Arguments, device: str) -> tuple[Peer, int, int, dict[s
 def main(words: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     arguments = cli.parse(Arguments, words)
+    if arguments.segments < 1 or not arguments.seconds > 0:
+        raise UsageError("--segments must be at least 1 and --seconds more than 0")
     keep_freed_memory()
     config = configure(arguments)
     set_float32_precision(config.precision)
@@ -424,6 +433,8 @@ def main(words: Sequence[str]) -> int:
         }
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
         print(f"SB3 {theirs:.0f} agent steps/s; ours is {middle:.2f} times as fast ({low:.2f} to {high:.2f})")
+    if arguments.out is None:
+        return 0
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []

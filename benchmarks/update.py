@@ -23,16 +23,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import agents.backends.cpu_kernels.kernel_network
-import agents.backends.cpu_kernels.loader
-import agents.dqn
+from agents.backends import make_backend
+from agents.backends.cpu_kernels import kernel_network, loader
+from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cpu_kernels.packed_network import PackedNetwork
+from agents.backends.eager import Eager
 from agents.dqn import DQN
 from wn_rl import cli
 from wn_rl.atari.env import make_atari
 from wn_rl.config import Count, TrainConfig, load, resolve
-from wn_rl.evaluation import environment_options
+from wn_rl.errors import UsageError
+from wn_rl.evaluation.episodes import environment_options
 from wn_rl.machine import keep_freed_memory, resolve_device
 from wn_rl.networks import FirstConvolution
 from wn_rl.replay import Replay
@@ -69,7 +71,8 @@ def filled_replay(config: TrainConfig) -> tuple[Replay, int]:
     played = replace(config, num_envs=16, replay_capacity=STORED, learning_starts=2 * STORED)
     env = make_atari(config.game, played.num_envs, **environment_options(played))
     replay = Replay(STORED, played.num_envs)
-    loop = TrainingLoop(played, env, DQN(played, env.num_actions, torch.device("cpu")), replay)
+    agent = DQN(played, env.num_actions, torch.device("cpu"))
+    loop = TrainingLoop(played, env, Eager(agent, replay), replay)
     loop.start()
     while loop.agent_steps < STORED:
         loop.vector_step()
@@ -103,9 +106,9 @@ class Variant:
         with ExitStack() as switched_off:
             for patch in patches:
                 switched_off.enter_context(patch)
-            self.agent = DQN(config, num_actions, torch.device("cpu"))
-            self.agent.initialize(replay.sample(512).observations)
-            self.stepper = self.agent.stepper(replay)
+            agent = DQN(config, num_actions, torch.device("cpu"))
+            agent.initialize(replay.sample(512).observations)
+            self.backend = make_backend(agent, replay)
 
     def __call__(self, count: int) -> None:
         """Make so many updates."""
@@ -113,7 +116,7 @@ class Variant:
             for patch in self.patches:
                 switched_off.enter_context(patch)
             for made in range(0, count, self.together):
-                self.stepper.update(min(self.together, count - made))
+                self.backend.update(min(self.together, count - made))
 
 
 def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str, Variant]:
@@ -122,18 +125,16 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
     def made(changed: TrainConfig, *patches: Any, together: int = TOGETHER) -> Variant:  # noqa: ANN401
         return Variant(changed, replay, num_actions, patches, together)
 
-    operations = mock.patch.object(
-        agents.backends.cpu_kernels.kernel_network, "unsupported", return_value="switched off"
-    )
-    autograd = mock.patch.object(agents.dqn, "_fuse", return_value=None)
+    operations = mock.patch.object(kernel_network, "unsupported", return_value="switched off")
+    autograd = mock.patch.object(CpuKernels, "unsupported", return_value="switched off")
     pixels = mock.patch.object(FirstConvolution, "packs", return_value=False)
     found = {"everything on": made(config)}
     if config.compile == "on":
         packing = mock.patch.object(PackedNetwork, "pack_observations", torchs_packing)
         visiting = mock.patch.object(
-            agents.backends.cpu_kernels.loader,
+            loader,
             "load",
-            return_value=agents.backends.cpu_kernels.loader.load("VISIT_ZERO_BLOCKS"),
+            return_value=loader.load("VISIT_ZERO_BLOCKS"),
         )
         found["a call for each update"] = made(config, together=1)
         found["what is black visited too"] = made(config, visiting)
@@ -168,6 +169,8 @@ def profile(updates: Callable[[int], None], count: int) -> dict[str, float]:
 def main(words: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     arguments = cli.parse(Arguments, words)
+    if min(arguments.rounds, arguments.updates, arguments.batch_size) < 1:
+        raise UsageError("--rounds, --updates and --batch-size must be at least 1")
     keep_freed_memory()
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
@@ -199,7 +202,7 @@ def main(words: Sequence[str]) -> int:
         print(f"{name:45} {statistics.median(times):6.2f} ms, at best {min(times):6.2f} ms, {cpu:6.2f} ms of CPU time")
     print("\nwhere the time of everything on goes, ms:")
     first, count = made["everything on"], 4 * arguments.updates
-    fused = first.agent._fused
+    fused = first.backend.network if isinstance(first.backend, CpuKernels) else None
     if isinstance(fused, KernelNetwork):  # one call, which torch's profiler cannot look into
         before, started = fused.stage_seconds.clone(), time.perf_counter()
         first(count)

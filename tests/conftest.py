@@ -14,10 +14,10 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
-from wn_rl import checkpoint
 from wn_rl.atari.env import FULL_ACTION_SET, minimal_actions
 from wn_rl.config import load, resolve, to_yaml
 from wn_rl.networks import QNetworkSpec, build_q_network
+from wn_rl.runs import checkpoint
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

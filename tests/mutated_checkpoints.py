@@ -31,8 +31,8 @@ import torch
 from safetensors.numpy import load_file
 
 from agents.dqn import DQN
-from wn_rl import checkpoint
 from wn_rl.errors import WnRlError
+from wn_rl.runs import checkpoint
 
 JSON, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 ODD_VALUES: list[Any] = [

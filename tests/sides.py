@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.backends.cuda_graphs import CudaGraphs
+from agents.backends.cuda_graphs.recording import Recorder
+from agents.backends.eager import Eager
+from agents.backends.interface import Backend
 from agents.dqn import DQN
-from agents.graphs import GraphStepper, Recorder
 from wn_rl.config import TrainConfig, load, resolve
-from wn_rl.host_replay import HostReplay
 from wn_rl.replay import Replay
-from wn_rl.stepping import PlainStepper, Stepper
+from wn_rl.replay.host import HostReplay
 
 CPU = torch.device("cpu")
 ACTIONS = 4
@@ -46,7 +48,7 @@ class Sides:
         self.config = configured(**changes)
         plain = replace(self.config, compile="off")
         configs = (plain, plain, self.config)
-        self.agents = [DQN(config, ACTIONS, device, static=index > 0) for index, config in enumerate(configs)]
+        self.agents = [DQN(config, ACTIONS, device) for config in configs]
         self.plain, self.as_it_is, self.recorded = self.agents
 
         def replay(staged: bool) -> Replay:
@@ -55,11 +57,11 @@ class Sides:
             return Replay(60, N, device=device, seed=5, staged=staged)
 
         self.replays = [replay(False), replay(True), replay(True)]
-        self.stepper = GraphStepper(self.recorded, self.replays[2], recorder)
-        self.steppers: list[Stepper] = [
-            PlainStepper(self.plain, self.replays[0], self.config.batch_size),
-            GraphStepper(self.as_it_is, self.replays[1], None),
-            self.stepper,
+        self.graphs = CudaGraphs(self.recorded, self.replays[2], recorder=recorder)
+        self.backends: list[Backend] = [
+            Eager(self.plain, self.replays[0]),
+            CudaGraphs(self.as_it_is, self.replays[1], recorder=None),
+            self.graphs,
         ]
         self.rng = np.random.default_rng(0)
         first = self.frames()
@@ -89,11 +91,11 @@ class Sides:
     def act(self, epsilon: float) -> list[list[int]]:
         """Actions of all three, the first emulator's greedy unless all are random."""
         values = np.array([1.0 if epsilon == 1.0 else 0.0, epsilon, epsilon], np.float32)
-        return [stepper.act(values).tolist() for stepper in self.steppers]
+        return [backend.act(values).tolist() for backend in self.backends]
 
     def update(self) -> None:
-        for stepper in self.steppers:
-            stepper.update()
+        for backend in self.backends:
+            backend.update()
 
     def copy_target(self) -> None:
         for agent in self.agents:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from torch import Tensor
 
 from agents.dqn import DQN
 from wn_rl.config import TrainConfig, load, resolve
-from wn_rl.replay import Minibatch
-from wn_rl.trainer import train
+from wn_rl.training.session import train
 
 
 def tiny(**changes: object) -> TrainConfig:
@@ -31,7 +36,7 @@ def tiny(**changes: object) -> TrainConfig:
         "evaluation_episodes": 1,
         "evaluation_envs": 1,
         "max_frames_per_episode": 300,
-        "log_period": 40,
+        "log_period": 100,
         "precision": "float32",
         "reseed_period": 90,
     }
@@ -39,16 +44,36 @@ def tiny(**changes: object) -> TrainConfig:
 
 
 class Interrupted(DQN):
-    """Sends this process a signal after so many updates."""
+    """Sends this process a signal when it acts after so many updates: a method that every backend calls."""
 
     after: list[int]
     number = signal.SIGTERM
 
-    def update(self, batch: Minibatch) -> None:
-        super().update(batch)
-        if self.after and self.updates == self.after[0]:
+    def epsilon_greedy(self, q_values: Tensor, epsilon: Tensor) -> Tensor:
+        if self.after and self.updates >= self.after[0]:
             self.after.pop(0)
             os.kill(os.getpid(), self.number)
+        return super().epsilon_greedy(q_values, epsilon)
+
+
+class EventFileClock:
+    """The seconds in the names of TensorBoard's event files, by whose order it reads them, without waiting for them."""
+
+    def __init__(self) -> None:
+        self.ahead = 0
+
+    def time(self) -> float:
+        return time.time() + self.ahead
+
+
+@contextmanager
+def event_file_clock() -> Iterator[EventFileClock]:
+    """A clock for the names of event files: put it a second ahead before a run that was just stopped goes on."""
+    from tensorboard.summary.writer import event_file_writer
+
+    clock = EventFileClock()
+    with mock.patch.object(event_file_writer, "time", clock):
+        yield clock
 
 
 def stopped_run(directory: Path, config: TrainConfig, after: int = 60) -> None:

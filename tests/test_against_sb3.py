@@ -10,7 +10,7 @@ import pytest
 
 from agents.dqn import DQN
 from wn_rl.config import load, resolve
-from wn_rl.trainer import train
+from wn_rl.training.session import train
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "against_sb3.py"
 

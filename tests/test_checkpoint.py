@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from wn_rl import checkpoint
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import CheckpointError
 from wn_rl.networks import QNetworkSpec, build_q_network
+from wn_rl.runs import checkpoint
 
 SPEC = QNetworkSpec(4, "wn", hidden_units=8, weight_init="normal")
 TRAINING = {

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 import evaluate
 import train
-from wn_rl import cli, machine, parameterizations, trainer
+from wn_rl import cli, machine, parameterizations
 from wn_rl.atari.games import game_names
 from wn_rl.config import TrainConfig
 from wn_rl.parameterizations import registry
+from wn_rl.training import session as trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = (  # noqa: SIM905 - reads like a command line
@@ -117,7 +118,7 @@ def test_train_watch_evaluate_resume(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from wn_rl.diagnostics import DIAGNOSTIC_TAGS, OVERESTIMATION
-    from wn_rl.telemetry import FINAL_TAGS, HISTOGRAM_TAGS, LAYOUT, TAGS
+    from wn_rl.training.telemetry import FINAL_TAGS, HISTOGRAM_TAGS, LAYOUT, TAGS
 
     directory = tmp_path / "run"
     arguments = ["--game", "space invaders", "--param", "wn", *TINY, "--run-dir", str(directory)]
@@ -185,7 +186,7 @@ def test_help_names_every_game_and_parameterization_and_needs_no_torch() -> None
 def test_reparameterize_loads_neither_gymnasium_nor_ale_nor_tensorboard() -> None:
     code = (
         "import sys\nfrom wn_rl import reparameterize\n"
-        "print([m for m in ('gymnasium', 'ale_py', 'tensorboard') if m in sys.modules])"
+        "print([m for m in ('gymnasium', 'ale_py', 'tensorboard', 'stable_baselines3') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

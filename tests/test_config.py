@@ -13,7 +13,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wn_rl.config import TrainConfig, from_mapping, load, parse_count, preset_names, read_yaml, resolve, to_yaml
+from wn_rl.config import (
+    TrainConfig,
+    configure,
+    from_mapping,
+    load,
+    parse_count,
+    preset_names,
+    read_yaml,
+    resolve,
+    to_yaml,
+)
 from wn_rl.errors import UsageError
 
 KEYS = [entry.name for entry in fields(TrainConfig)]
@@ -64,7 +74,7 @@ def test_every_preset_pins_what_changes_results_and_its_yaml_round_trips(preset:
     assert {"preset", "frames", "num_envs", "batch_size", "optimizer", "replay_capacity"} <= keys.keys()
     config = resolve(replace(load(preset), game="pong", param="standard", seed=7))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert load(None, tmp_path / "config.yaml") == config
+    assert resolve(load(None, tmp_path / "config.yaml")) == config
     assert from_mapping(yaml.safe_load(to_yaml(config))) == config
 
 
@@ -168,3 +178,104 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key: str, value: o
 @functools.cache
 def resolved() -> TrainConfig:
     return resolve(replace(load("quick"), game="breakout", run_dir="somewhere"))
+
+
+# --- what was chosen and what was derived ------------------------------------------------------------------------
+
+
+def run_of(tmp_path: Path, preset: str | None = None, **given: Any) -> Path:
+    """The config.yaml that a run with these flags writes."""
+    config, _ = configure(preset, None, {"game": "Breakout", **given})
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(replace(resolve(config), device="cpu", backend="eager", compile="off")))
+    return file
+
+
+def plain(preset: str | None, **given: Any) -> TrainConfig:
+    return replace(resolve(configure(preset, None, {"game": "Breakout", **given})[0]), chosen=())
+
+
+@pytest.mark.parametrize("before", ["standard", "wn", "bn", "wn_projected"])
+@pytest.mark.parametrize("after", ["standard", "wn", "sn", "ln"])
+def test_another_parameterization_derives_its_own_settings(before: str, after: str, tmp_path: Path) -> None:
+    """Learning rate, initialization, layers and options are those of the new one, as if it had been named at first."""
+    file = run_of(tmp_path, "quick", param=before)
+    config, told = configure(None, file, {"param": after})
+    assert replace(resolve(config), chosen=()) == plain("quick", param=after)
+    assert (told == "") == (before == after)
+    if told:
+        assert (
+            told == f"{file}: kept, as chosen there: game Breakout, preset quick; the rest follows from param {after}"
+        )
+
+
+def test_what_was_chosen_stays_under_another_parameterization_and_preset(tmp_path: Path) -> None:
+    file = run_of(tmp_path, "quick", param="standard", learning_rate=7e-4, data_dependent_init=True, batch_size=16)
+    config, told = configure(None, file, {"param": "wn"})
+    found = resolve(config)
+    assert (found.param, found.learning_rate, found.data_dependent_init) == ("wn", 7e-4, True)
+    assert "batch_size 16, data_dependent_init True, game Breakout, learning_rate 0.0007" in told
+    config, told = configure("nature", file, {})
+    found = resolve(config)
+    assert (found.preset, found.optimizer, found.batch_size, found.learning_rate) == (
+        "nature",
+        "rmsprop_mnih",
+        16,
+        7e-4,
+    )
+    assert found.replay_capacity == 1_000_000
+    assert told.endswith("the rest follows from preset nature")
+    again, _ = configure(None, file, {"param": "wn", "learning_rate": 1e-5})
+    assert again.learning_rate == 1e-5
+    assert "learning_rate" in again.chosen
+
+
+def test_options_of_one_parameterization_are_not_anothers(tmp_path: Path) -> None:
+    file = run_of(tmp_path, param="wn", param_options={"g": "exp"})
+    assert resolve(configure(None, file, {})[0]).param_options == {"g": "exp"}
+    assert resolve(configure(None, file, {"param": "standard"})[0]).param_options == {}
+    assert resolve(configure(None, file, {"param": "sn"})[0]).param_options == {"iterations": 1, "eps": 1e-12}
+
+
+def test_a_file_alone_repeats_the_run_and_the_machine_is_asked_anew(tmp_path: Path) -> None:
+    file = run_of(tmp_path, "quick", param="wn", seed=4)
+    config, told = configure(None, file, {})
+    assert told == ""
+    assert (config.device, config.backend, config.compile) == ("auto", "auto", "auto")
+    assert replace(resolve(config), chosen=()) == plain("quick", param="wn", seed=4)
+    chosen = run_of(tmp_path, "quick", device="cpu", compile="off")
+    assert configure(None, chosen, {})[0].device == "cpu"
+    assert configure(None, chosen, {})[0].compile == "off"
+    assert "device" not in configure("quick", None, {"device": "auto"})[0].chosen
+
+
+def test_the_same_from_python_without_configure(tmp_path: Path) -> None:
+    file = run_of(tmp_path, "quick", param="standard")
+    found = resolve(replace(load(None, file), param="wn"))
+    assert replace(found, chosen=()) == plain("quick", param="wn")
+
+
+def test_a_file_of_an_earlier_version_says_no_choice_so_what_is_no_default_counts_as_one(tmp_path: Path) -> None:
+    file = run_of(tmp_path, "quick", param="standard", learning_rate=7e-4, seed=3)
+    values = yaml.safe_load(file.read_text())
+    del values["chosen"], values["backend"]
+    file.write_text(yaml.safe_dump(values))
+    config, told = configure(None, file, {"param": "wn"})
+    found = resolve(config)
+    assert (found.learning_rate, found.data_dependent_init, found.seed) == (7e-4, True, 3)
+    assert "kept, which are no defaults there: game Breakout, learning_rate 0.0007, seed 3" in told
+
+
+def test_a_file_by_hand_is_chosen_as_a_whole(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: quick\nlearning_rate: 0.002\nparam: standard\n")
+    config, told = configure(None, file, {"game": "Breakout", "param": "wn"})
+    assert told == ""
+    assert resolve(config).learning_rate == 0.002
+    assert config.chosen == ("game", "learning_rate", "param", "preset")
+
+
+@pytest.mark.parametrize(("preset", "param"), [("nature", "standard"), ("machado", "standard"), ("paper", "wn")])
+def test_presets_of_papers_without_weight_norm_train_without_it(preset: str, param: str) -> None:
+    assert load(preset).param == param
+    assert resolve(configure(preset, None, {"game": "Breakout", "param": "wn"})[0]).param == "wn"

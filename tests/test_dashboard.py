@@ -18,9 +18,9 @@ import pytest
 
 from agents.dqn import DQN
 from wn_rl.config import load, resolve
-from wn_rl.evaluation import Episode, EvaluationResult
-from wn_rl.telemetry import LAYOUT, TAGS, Dashboard, Progress
-from wn_rl.trainer import duration, train
+from wn_rl.evaluation.episodes import Episode, EvaluationResult
+from wn_rl.training.session import duration, train
+from wn_rl.training.telemetry import LAYOUT, TAGS, Dashboard, Progress
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = (  # noqa: SIM905 - reads like a command line

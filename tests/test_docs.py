@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from wn_rl.evaluation.protocols import PROTOCOLS
 from wn_rl.parameterizations import get, names, registry
 from wn_rl.parameterizations.base import make
-from wn_rl.protocols import PROTOCOLS
 from wn_rl.report.table import CSV_COLUMNS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -26,7 +26,7 @@ def clean_registry() -> Iterator[None]:
     registry._REGISTRY.update(before)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["torch", "sb3", "own"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["torch", "reset", "sb3", "own"])
 def test_the_examples_run(example: str) -> None:
     names_after: dict[str, object] = {"__name__": "example"}
     exec(compile(example, "docs/parameterizations.md", "exec"), names_after)

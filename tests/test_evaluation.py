@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from wn_rl.atari.env import make_atari
 from wn_rl.config import load, resolve
 from wn_rl.errors import UsageError
-from wn_rl.evaluation import (
+from wn_rl.evaluation.episodes import (
     Episode,
     EpisodeLedger,
     EvaluationInterrupted,

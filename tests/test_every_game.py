@@ -11,8 +11,8 @@ import pytest
 from agents.dqn import DQN
 from wn_rl.atari.games import game_names
 from wn_rl.config import load, resolve
-from wn_rl.scoring import score_checkpoint
-from wn_rl.trainer import train
+from wn_rl.evaluation.scoring import score_checkpoint
+from wn_rl.training.session import train
 
 
 def check_it_trains_and_is_evaluated(game: str, directory: Path, *, full_action_set: bool = False) -> None:

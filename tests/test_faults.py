@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from agents.dqn import DQN
 from tests.small_runs import small_flags, stopped_run, tiny
-from wn_rl import checkpoint
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.replay import Minibatch
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.runs import checkpoint
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -174,13 +175,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_minibatch(
 
 
 def test_a_minibatch_with_an_infinite_loss_is_kept_on_the_device_where_nothing_may_be_read_back() -> None:
-    agent = DQN(tiny(param="standard"), 4, torch.device("cpu"), static=True)  # as on a GPU
+    agent = DQN(tiny(param="standard"), 4, torch.device("cpu"))
+    agent.finite.reads_back = False  # as on a GPU
     numbers = torch.arange(4)
-    batch = Minibatch(*[torch.zeros(0)] * 5, numbers=numbers)
-    agent._check(torch.tensor(1.0), batch)
+    agent.finite.check(torch.tensor(1.0), numbers)
     assert agent.offending_transitions() is None
-    agent._check(torch.tensor(math.inf), batch)
-    agent._check(torch.tensor(math.nan), Minibatch(*[torch.zeros(0)] * 5, numbers=numbers + 4))
+    agent.finite.check(torch.tensor(math.inf), numbers)
+    agent.finite.check(torch.tensor(math.nan), numbers + 4)
     found = agent.offending_transitions()
     assert found is not None
     assert found.tolist() == [0, 1, 2, 3]  # the first one

@@ -19,21 +19,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.compiled import CompiledLoss
+from agents.backends import make_backend
+from agents.backends.cuda_graphs import CudaGraphs
+from agents.backends.cuda_graphs.recording import WARM_UPS, CudaRecorder, Repeated
+from agents.backends.cuda_graphs.torch_compile import CompiledLoss
 from agents.dqn import DQN
-from agents.graphs import WARM_UPS, CudaRecorder, GraphStepper, Repeated
 from tests.sides import ACTIONS, N, Sides, configured
 from tests.small_runs import tiny
-from wn_rl import machine, trainer
+from wn_rl import machine
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig
 from wn_rl.errors import NonFiniteLossError
-from wn_rl.host_replay import HostReplay
 from wn_rl.parameterizations import names
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.staging import Readback, Staging
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.replay.host import HostReplay
+from wn_rl.replay.pinned_transfer import Readback, Staging
 from wn_rl.training import TrainingLoop
+from wn_rl.training import session as trainer
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -98,8 +102,8 @@ def test_graphs_do_what_was_recorded(param: str, host: bool, capsys: pytest.Capt
         if step == WARM_UPS + 2:
             sides.copy_target()
         sides.store()
-    assert sides.stepper.updating.recorded, capsys.readouterr().err
-    assert sides.stepper.acting.recorded
+    assert sides.graphs.updating.recorded, capsys.readouterr().err
+    assert sides.graphs.acting.recorded
     expected = sides.plain.read_statistics()
     for agent in sides.agents[1:]:
         found = agent.read_statistics()
@@ -120,8 +124,8 @@ def test_a_compiled_update_is_recorded_too(param: str, host: bool, capsys: pytes
         if step == WARM_UPS + 2:
             sides.copy_target()
         sides.store()
-    assert isinstance(sides.recorded._loss_of, CompiledLoss), capsys.readouterr().err
-    assert sides.stepper.updating.recorded, capsys.readouterr().err
+    assert isinstance(sides.graphs._loss_of, CompiledLoss), capsys.readouterr().err
+    assert sides.graphs.updating.recorded, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("compile_", ["off", "on"])
@@ -135,15 +139,15 @@ def test_updates_a_second(compile_: str, capsys: pytest.CaptureFixture[str]) -> 
         frames = generator.integers(0, 256, (16, 84, 84), np.uint8)
         replay.add(generator.integers(0, ACTIONS, 16), generator.normal(size=16), np.zeros(16), frames, np.zeros(16))
     agent.initialize(replay.sample(16).observations)
-    stepper = agent.stepper(replay)
-    stepper.update(20)
+    backend = make_backend(agent, replay)
+    backend.update(20)
     torch.cuda.synchronize()
     started = time.perf_counter()
-    stepper.update(2000)
+    backend.update(2000)
     torch.cuda.synchronize()
     rate = 2000 / (time.perf_counter() - started)
-    assert isinstance(stepper, GraphStepper)
-    assert stepper.updating.recorded, capsys.readouterr().err
+    assert isinstance(backend, CudaGraphs)
+    assert backend.updating.recorded, capsys.readouterr().err
     with capsys.disabled():
         print(f" wn, bfloat16, minibatch 32, compile {compile_}: {rate:,.0f} updates/s", end="")
     assert rate > 900
@@ -157,7 +161,7 @@ def test_graphs_with_other_optimizers(optimizer: str) -> None:
         sides.update()
         assert_close_weights(sides.recorded.q_network, sides.plain.q_network, before, 0.02)
         sides.go_on_from_plain()
-    assert sides.stepper.updating.recorded
+    assert sides.graphs.updating.recorded
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -165,7 +169,7 @@ def test_graphs_survive_loading_a_state_and_a_watched_update(precision: str) -> 
     sides = Sides(CudaRecorder(CUDA), CUDA, param="wn", precision=precision)
     agent, replay = sides.recorded, sides.replays[2]
     for _ in range(WARM_UPS + 2):
-        sides.stepper.update()
+        sides.graphs.update()
     weights, state = copy.deepcopy(agent.q_network.state_dict()), copy.deepcopy(agent.state_dict())
     drawn = replay.generator.get_state()
     losses = []
@@ -174,13 +178,13 @@ def test_graphs_survive_loading_a_state_and_a_watched_update(precision: str) -> 
         replay.generator.set_state(drawn)
         agent.read_statistics()
         for _ in range(4):
-            sides.stepper.update()
+            sides.graphs.update()
         losses.append(agent.read_statistics().loss)
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    assert sides.stepper.updating.recorded
-    agent.watch_next_update()
-    sides.stepper.update()
-    assert all(math.isfinite(value) and value > 0 for value in agent.watched_update().values())
+    assert sides.graphs.updating.recorded
+    sides.graphs.watch_next_update()
+    sides.graphs.update()
+    assert all(math.isfinite(value) and value > 0 for value in sides.graphs.effective_learning_rates().values())
     assert math.isfinite(agent.gradient_norm())
     assert agent.is_finite()
 
@@ -307,7 +311,7 @@ def loop_on_gpu(config: TrainConfig, *, host: bool = False) -> TrainingLoop:
     agent = DQN(config, env.num_actions, CUDA)
     kind = HostReplay if host else Replay
     replay = kind(config.replay_capacity, config.num_envs, device=CUDA, seed=config.seed)
-    loop = TrainingLoop(config, env, agent, replay, stepper=agent.stepper(replay))
+    loop = TrainingLoop(config, env, make_backend(agent, replay), replay)
     loop.start()
     return loop
 
@@ -317,12 +321,12 @@ def loop_on_gpu(config: TrainConfig, *, host: bool = False) -> TrainingLoop:
 def test_a_vector_step_waits_for_nothing_but_the_actions(precision: str, compile_: str, host: bool) -> None:
     config = replace(tiny(num_envs=8, precision=precision, target_period=16, compile=compile_), device="cuda")
     loop = loop_on_gpu(config, host=host)
-    stepper = loop.stepper
-    assert isinstance(stepper, GraphStepper)
+    backend = loop.backend
+    assert isinstance(backend, CudaGraphs)
     while loop.agent.updates < 2 * WARM_UPS:
         loop.vector_step()
-    assert stepper.updating.recorded
-    while not stepper.acting.recorded:
+    assert backend.updating.recorded
+    while not backend.acting.recorded:
         loop.vector_step()
     with no_waits():
         for _ in range(30):
@@ -406,7 +410,7 @@ def test_memory_of_a_whole_replay_and_of_many_updates() -> None:
     config = replace(configured(param="wn", hidden_units=512, batch_size=32, precision="bfloat16"), num_envs=N)
     agent = DQN(config, ACTIONS, CUDA)
     replay = Replay(1_000_000, N, device=CUDA)
-    stepper = agent.stepper(replay)
+    backend = make_backend(agent, replay)
     frames = np.zeros((N, 84, 84), np.uint8)
     replay.start(frames)
     for _ in range(10):
@@ -415,7 +419,7 @@ def test_memory_of_a_whole_replay_and_of_many_updates() -> None:
 
     def updates(count: int) -> int:
         for _ in range(count):
-            stepper.update()
+            backend.update()
         torch.cuda.synchronize()
         return torch.cuda.memory_reserved()
 

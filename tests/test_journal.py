@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from agents.backends.eager import Eager
+from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, EmulatorState, History, Journal, Mark, read_history
 from wn_rl.atari.env import make_atari
-from wn_rl.atari.journal import AUTO_RESET, RESEEDED, EmulatorState, History, Journal, Mark, read_history
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError
 from wn_rl.networks import QNetworkSpec, build_q_network
@@ -186,6 +187,7 @@ class RandomAgent:
 
     def __init__(self, num_actions: int) -> None:
         self.updates = 0
+        self.device = torch.device("cpu")
         self.q_network = build_q_network(QNetworkSpec(num_actions, hidden_units=1), seed=0)
         self._generator = torch.Generator().manual_seed(7)
 
@@ -223,7 +225,8 @@ def loop_of(config: TrainConfig, path: Path) -> TrainingLoop:
     )
     journal = Journal(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
     replay = Replay(config.replay_capacity, config.num_envs)
-    return TrainingLoop(config, env, RandomAgent(env.num_actions), replay, journal)  # type: ignore[arg-type]
+    backend = Eager(RandomAgent(env.num_actions), replay)  # type: ignore[arg-type]
+    return TrainingLoop(config, env, backend, replay, journal)
 
 
 @pytest.mark.parametrize("sticky", [0.0, 0.25])

@@ -6,7 +6,9 @@ import copy
 import io
 import os
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,12 @@ def test_a_layer_itself_may_be_chosen_and_two_entries_live_in_one_model() -> Non
     train(model, tokens)
 
 
+def one_bias() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    model[2].bias = model[0].bias
+    return model
+
+
 def tied() -> nn.Module:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4))
     model[1].weight = model[0].weight
@@ -132,6 +140,9 @@ def tied() -> nn.Module:
         ),
         (lambda: nn.ReLU(), "wn", {"exclude": [nn.Conv2d]}, "no layer matches 'Conv2d'; there are: none"),
         (tied, "wn", {}, r"layer '1' \(Linear\): its weight is shared with another layer"),
+        (one_bias, "bn", {}, r"layer '0' \(Linear\): its bias is shared with another layer"),
+        (one_bias, "mean_only_bn", {"exclude": ["0"]}, r"layer '2' \(Linear\): its bias is shared"),
+        (one_bias, "ln", {}, "its bias is shared with another layer"),
         (lambda: nn.Sequential(nn.LazyLinear(3)), "wn", {}, "layer '0' .*lazy layer.*run the model once"),
         (lambda: nn.LSTM(2, 2), "bn", {}, r"the model itself' \(LSTM\): 'bn' does not treat this type"),
         (lambda: nn.MultiheadAttention(4, 2), "ln", {}, "layer 'out_proj'.*attention that never calls it"),
@@ -271,6 +282,37 @@ def test_an_initialization_that_fails_changes_nothing(
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_shared_bias_is_not_initialized_and_folds_where_it_stays() -> None:
+    """It would be set for one layer and change the other; reparameterized and folded it stays as it is."""
+    x = torch.randn(9, 2)
+    for name in ("standard", "wn"):
+        model = reparameterize(one_bias(), name)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="layer '0': its bias is shared with another layer"):
+            initialize_from_data(model, x)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        expected = model(x)
+        torch.testing.assert_close(fold(model)(x), expected)
+        assert model[0].bias is model[2].bias
+
+
+@pytest.mark.parametrize("name", ["mean_only_bn", "wn_mean_only_bn", "bn"])
+def test_parameters_that_came_to_be_shared_fold_to_the_same_output(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        reparameterize(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).to(F64), name),
+        torch.randn(9, 2),
+    )
+    model[2].normalization.bias = model[0].normalization.bias
+    if name != "wn_mean_only_bn":
+        model[2].weight = model[0].weight
+    with torch.no_grad():
+        model[0].normalization.bias.normal_()
+    model(x.to(F64))
+    expected = model.eval()(x.to(F64))
+    torch.testing.assert_close(fold(model)(x.to(F64)), expected)
+
+
 # --- recurrent layers --------------------------------------------------------------------------------------------
 
 RECURRENT: dict[str, Callable[[], nn.Module]] = {
@@ -312,6 +354,57 @@ def test_a_recurrent_layer_that_failed_can_still_be_copied() -> None:
     with pytest.raises(RuntimeError):
         model(torch.randn(5, 2, 7))
     copy.deepcopy(model)(torch.randn(5, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["wn", "sn", "wn_projected"])
+def test_threads_that_share_a_recurrent_layer_each_have_their_weights(name: str) -> None:
+    """One thread makes a whole forward pass while another is in the middle of its own."""
+    model, x = reparameterize(nn.LSTM(3, 4), name).eval(), torch.randn(5, 2, 3)
+    expected = model(x)[0].detach()
+    begun, finished = threading.Event(), threading.Event()
+
+    def wait(module: nn.Module, inputs: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert finished.wait(60)
+
+    handle = model.register_forward_pre_hook(wait)
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: model(x)[0].detach())
+        assert begun.wait(60)
+        torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=0)
+        finished.set()
+        torch.testing.assert_close(other.result(60), expected, rtol=0, atol=0)
+    handle.remove()
+    with torch.no_grad(), ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: model(x)[0].detach(), range(150)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_forward_pass_of_a_recurrent_layer_makes_one_step_of_power_iteration() -> None:
+    torch.manual_seed(0)
+    lstm, x = reparameterize(nn.LSTM(3, 4), "sn"), torch.randn(5, 2, 3)
+    computes = lstm.parametrizations["weight_hh_l0"][0]
+    with torch.no_grad():
+        lstm.parametrizations["weight_hh_l0"].original.normal_()
+        u, v, weight = computes.running_u, computes.running_v, lstm.parametrizations["weight_hh_l0"].original
+        one_step = nn.functional.normalize(weight @ v, dim=0)
+        lstm(x)
+    torch.testing.assert_close(u, one_step)
+
+
+def test_a_recurrent_layer_that_torch_makes_plain_again_works() -> None:
+    torch.manual_seed(0)
+    lstm, x = reparameterize(nn.LSTM(3, 4), "wn"), torch.randn(5, 2, 3)
+    expected = lstm(x)[0]
+    for name in list(lstm.parametrizations):
+        torch.nn.utils.parametrize.remove_parametrizations(lstm, name)
+    assert type(lstm) is nn.LSTM
+    torch.testing.assert_close(lstm(x)[0], expected)
+    with torch.no_grad():
+        for parameter in lstm.parameters():
+            parameter.zero_()
+    assert bool((lstm(x)[0] == 0).all())
 
 
 def test_torchs_own_parametrized_lstm_cannot_be_copied_after_a_forward_pass() -> None:

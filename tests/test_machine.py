@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from wn_rl.machine import (
 )
 from wn_rl.networks import QNetworkSpec
 from wn_rl.replay import Replay
-from wn_rl.trainer import train
+from wn_rl.training.session import train
 
 
 def test_free_memory_is_a_plausible_number_or_unknown() -> None:
@@ -36,7 +37,10 @@ def test_a_replay_that_does_not_fit_is_refused_with_a_capacity_that_would(tmp_pa
     if free_bytes(torch.device("cpu")) is None:
         pytest.skip("this system does not tell its free memory")
     config = resolve(replace(load("quick"), game="breakout", replay_capacity=10**9))
-    with pytest.raises(WnRlError, match=r"needs 7071\.0 GB.*lower --replay-capacity \(about [\d,]+ would fit\)"):
+    with pytest.raises(
+        WnRlError,
+        match=r"is 7071\.0 GB for replay_capacity 1,000,000,000.*lower --replay-capacity \(about [\d,]+ would fit\)",
+    ):
         train(config, DQN, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -86,8 +90,27 @@ def test_what_does_not_fit_on_the_host_either_is_refused_by_name(monkeypatch: py
     plan = MemoryPlan({"replay_capacity": 7 * GB, "batch_size": GB}, {"num_envs": 30})
     monkeypatch.setattr(machine, "free_bytes", lambda device: 4 * GB)
     placed = place_replay(plan, 4 * GB)
-    with pytest.raises(WnRlError, match=r"replay_capacity 1,000,000 needs 7\.0 GB, and 3\.2 GB are left for it on cpu"):
+    expected = (
+        "this run needs 7.8 GB of memory on cpu, and 4.0 GB are free; its largest need is 7.0 GB for "
+        "replay_capacity 1,000,000, beside 800.0 MB for Python and its libraries: lower --replay-capacity (about "
+        "457,142 would fit), or free some memory"
+    )
+    with pytest.raises(WnRlError, match=re.escape(expected)):
         check_memory(config, placed, torch.device("cuda"))
+
+
+def test_where_another_program_holds_the_memory_the_units_show_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(replace(load("quick"), game="breakout", init_samples=16))
+    plan = MemoryPlan({"init_samples": 6_400_000, "batch_size": 400_000}, {"num_envs": 30})
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 3_600_000)
+    expected = (
+        "this run needs 806.8 MB of memory on cpu, and 3.6 MB are free; its largest need is 6.4 MB for "
+        "init_samples 16, beside 800.0 MB for Python and its libraries: no init_samples would fit; free some "
+        "memory, or wait"
+    )
+    with pytest.raises(WnRlError, match=re.escape(expected)):
+        check_memory(config, plan, torch.device("cpu"))
+    assert [machine.amount(size) for size in (7.1e9, 0.96e9, 4e5, 12)] == ["7.1 GB", "1.0 GB", "400 kB", "0 kB"]
 
 
 def test_precision_by_device(monkeypatch: pytest.MonkeyPatch) -> None:

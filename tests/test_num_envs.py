@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.backends.eager import Eager
 from agents.dqn import DQN
 from tests.small_runs import Interrupted, tiny
 from wn_rl import cli, machine
@@ -32,8 +33,9 @@ from wn_rl.config import (
 from wn_rl.errors import UsageError
 from wn_rl.machine import choose_num_envs, cores, describe_num_envs, resolve_device
 from wn_rl.replay import Replay
-from wn_rl.trainer import open_for_resume, train
 from wn_rl.training import TrainingLoop
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,8 @@ def test_512_emulators_train() -> None:
     config = replace(tiny(num_envs=512, learning_starts=600, replay_capacity=2000, update_period=64), device="cpu")
     env = make_atari("breakout", 512)
     agent = DQN(config, env.num_actions, torch.device("cpu"))
-    loop = TrainingLoop(config, env, agent, Replay(config.replay_capacity, 512))
+    replay = Replay(config.replay_capacity, 512)
+    loop = TrainingLoop(config, env, Eager(agent, replay), replay)
     loop.start()
     for _ in range(4):
         loop.vector_step()

@@ -18,9 +18,11 @@ from wn_rl import config
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import (
     Parameterization,
+    WeightParameterization,
     get,
     initialize_from_data,
     names,
+    project,
     register,
     registry,
     reparameterize,
@@ -30,6 +32,7 @@ from wn_rl.parameterizations.base import Units
 from wn_rl.parameterizations.weight_norm import direction_and_scale
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+ONE_AXIS = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "ConvTranspose1d": nn.ConvTranspose1d}
 
 
 @st.composite
@@ -479,6 +482,72 @@ def test_a_unit_that_is_constant_but_for_rounding_is_only_centred(name: str, dty
         torch.testing.assert_close(layer.weight.detach(), weight_before)
 
 
+@pytest.mark.parametrize("name", [name for name in names() if get(name).rescale is not Parameterization.rescale])
+def test_one_large_constant_input_hides_no_ordinary_unit(name: str) -> None:
+    """What is constant is told by the unit's own sum: 10⁶ times one weight is rounded to 10⁻³ or so, not to 0.5."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 256)
+    x[:, 0] = 1e6
+    layer = reparameterize(nn.Linear(256, 16), name)
+    initialize_from_data(layer, x)
+    output = layer.train(not get(name).batch_independent)(x).detach()
+    torch.testing.assert_close(output.std(0, correction=0), torch.ones(16), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bn", "mean_only_bn", "ln"])
+def test_a_normalization_does_not_make_a_signal_of_rounding(name: str) -> None:
+    """Divided by its own deviation the rounding of a constant unit looks like any other signal."""
+    torch.manual_seed(0)
+    layer = reparameterize(nn.Linear(33, 9), name)
+    before = copy.deepcopy(layer.normalization)
+    initialize_from_data(layer, (1e3 * torch.rand(33)).expand(17, 33).contiguous())
+    if name != "mean_only_bn":
+        torch.testing.assert_close(layer.normalization.gain, before.gain, rtol=0, atol=0)
+
+
+@st.composite
+def inputs_of_any_size(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """A layer, and a batch for it of ordinary inputs among which a few are large or small, and spread or constant."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    kind, groups, inputs = (
+        draw(st.sampled_from(list(ONE_AXIS))),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([1, 4, 150])),
+    )
+    layer = nn.Linear(inputs, 6) if kind == "Linear" else ONE_AXIS[kind](groups * inputs, 6, 2, groups=groups)
+    x = torch.randn(40, inputs) if kind == "Linear" else torch.randn(40, groups * inputs, 3)
+    for _ in range(draw(st.integers(0, 3))):
+        unusual = draw(st.integers(0, x.shape[1] - 1))
+        spread = draw(st.sampled_from([0.0, 1e-8, 1e-6, 1e-3, 1.0]))
+        x[:, unusual] = 10.0 ** draw(st.sampled_from([-6, -2, 3, 5, 6])) * (1 + spread * x[:, unusual])
+    if draw(st.booleans()):
+        x[:, draw(st.integers(0, x.shape[1] - 1)) :] = 0.0
+    return layer, x
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=inputs_of_any_size(), name=st.sampled_from(["standard", "wn"]))
+def test_a_unit_is_scaled_just_where_its_deviation_is_more_than_rounding(
+    case: tuple[nn.Module, Tensor], name: str
+) -> None:
+    layer, x = case
+    exact = copy.deepcopy(layer).double()
+    with torch.no_grad():
+        exact.bias.zero_()
+        t = exact(x.double()).transpose(0, 1).flatten(1)
+        exact.weight.abs_()
+        terms = exact(x.double().abs()).transpose(0, 1).flatten(1).amax(1)  # Σ |w||x|
+    deviation = t.std(1, correction=0)
+    reparameterize(layer, name)
+    before = layer.weight.detach().clone()
+    initialize_from_data(layer, x)
+    scale = Units.of(layer).rows(layer.weight).norm(dim=1) / Units.of(layer).rows(before).norm(dim=1)
+    rounding = torch.finfo(torch.float32).eps * terms
+    clear, hidden = deviation > 20 * rounding, deviation < 1e-3 * rounding
+    torch.testing.assert_close(scale[clear].double(), 1 / deviation[clear], rtol=0.03, atol=0)
+    torch.testing.assert_close(scale[hidden], torch.ones_like(scale[hidden]), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["standard", "wn"])
 def test_one_state_over_and_over_scales_no_dense_layer(name: str) -> None:
     """A convolution's statistics run over positions too, so it has something to go by; a dense layer has not."""
@@ -524,6 +593,52 @@ def test_layers_may_be_called_by_keyword_and_one_that_is_never_reached_cannot_be
         initialize_from_data(model, batch, std_of={"unused": 0.5})
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 2), lambda: nn.ConvTranspose2d(3, 2, 2), lambda: nn.GRU(3, 2)])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in names()), ("bn", {"eps": 0.0}), ("ln", {"eps": 0.0})]
+)
+def test_a_zero_weight_is_refused_or_gives_finite_values(
+    name: str, options: dict[str, float], make: Callable[[], nn.Module]
+) -> None:
+    layer = make()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    if isinstance(layer, nn.GRU) and not issubclass(get(name), WeightParameterization) and name != "standard":
+        return
+    refuses = name in ("wn", "wn_mean_only_bn", "sn", "wn_projected") or options.get("eps") == 0.0
+    if refuses:
+        before = [id(parameter) for parameter in layer.parameters()]
+        with pytest.raises(ValueError, match=r"has only zero weights.*no length to divide by"):
+            reparameterize(layer, name, **options)
+        assert [id(parameter) for parameter in layer.parameters()] == before
+        return
+    x = torch.randn(5, 3, 4, 4) if isinstance(layer, nn.ConvTranspose2d) else torch.randn(5, 3)
+    output = reparameterize(layer, name, **options)(x)
+    assert bool((output[0] if isinstance(output, tuple) else output).isfinite().all())
+
+
+def test_a_direction_that_became_zero_stays_finite_when_it_is_projected() -> None:
+    layer = reparameterize(nn.Linear(3, 2), "wn_projected")
+    v = layer.parametrizations.weight.original1
+    with torch.no_grad():
+        v[0] = 0.0
+        v[1] *= 7.0
+    project(layer)
+    assert v[0].tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(v[1].norm().detach(), torch.tensor(1.0))
+
+
+def test_spectral_normalization_refuses_weights_that_eps_hides() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1e-13)
+    with pytest.raises(ValueError, match="none above eps=1e-12"):
+        reparameterize(layer, "sn")
+    reparameterize(layer, "sn", eps=0.0)
+    torch.testing.assert_close(torch.linalg.matrix_norm(layer.weight.detach(), 2), torch.tensor(1.0))
+
+
 def test_wn_needs_a_direction_for_each_unit_and_a_weight_of_its_own() -> None:
     layer = nn.Linear(3, 2)
     with torch.no_grad():
@@ -533,3 +648,15 @@ def test_wn_needs_a_direction_for_each_unit_and_a_weight_of_its_own() -> None:
     model = reparameterize(nn.Linear(3, 2), "wn")
     with pytest.raises(ValueError, match="parametrized already"):
         reparameterize(model, "wn")
+
+
+@pytest.mark.parametrize("param", ["wn", "wn_projected", "sn"])
+def test_a_zero_weight_that_is_assigned_is_refused_and_changes_nothing(param: str) -> None:
+    model = reparameterize(nn.Sequential(nn.Linear(4, 3)), param).eval()
+    before = model[0].weight.detach().clone()
+    weight = torch.zeros(3, 4) if param == "sn" else torch.tensor([[1.0] * 4, [0.0] * 4, [2.0] * 4])
+    with pytest.raises(ValueError, match="only zero weights, so there is no length to divide by"):
+        model[0].weight = weight
+    assert torch.equal(model[0].weight, before)
+    model[0].weight = torch.ones(3, 4)
+    assert bool(model(torch.ones(1, 4)).isfinite().all())

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.backends.cpu_kernels import kernel_network, loader
+from agents.backends.cpu_kernels import layouts, loader
 from agents.backends.cpu_kernels.adamax import FusedAdamax
+from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cpu_kernels.packed_network import PackedNetwork, unsupported
 from agents.dqn import DQN
+from tests.carried import Carried, carried
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.networks import FirstConvolution, QNetworkSpec, build_q_network
@@ -50,17 +52,17 @@ def minibatch(size: int = 8, seed: int = 0) -> Minibatch:
     )
 
 
-def agent(param: str, precision: str = "float32", compile: str = "on", **changes: object) -> DQN:  # noqa: A002
-    made = DQN(configured(param=param, precision=precision, compile=compile, **changes), 4, CPU)
+def agent(param: str, precision: str = "float32", compile: str = "on", **changes: object) -> Carried:  # noqa: A002
+    made = carried(configured(param=param, precision=precision, compile=compile, **changes))
     made.initialize(frames(64, 99))
     return made
 
 
-def played(config: TrainConfig, vector_steps: int) -> tuple[DQN, Replay]:
+def played(config: TrainConfig, vector_steps: int) -> tuple[Carried, Replay]:
     env = make_atari("breakout", config.num_envs, num_threads=config.emulator_threads)
-    made = DQN(config, env.num_actions, CPU)
     replay = Replay(config.replay_capacity, config.num_envs, seed=config.seed)
-    loop = TrainingLoop(config, env, made, replay)
+    made = carried(config, env.num_actions, replay=replay)
+    loop = TrainingLoop(config, env, made.backend, replay)
     loop.start()
     for _ in range(vector_steps):
         loop.vector_step()
@@ -68,13 +70,13 @@ def played(config: TrainConfig, vector_steps: int) -> tuple[DQN, Replay]:
     return made, replay
 
 
-def gradient(dqn: DQN) -> Tensor:
+def gradient(dqn: Carried) -> Tensor:
     """The whole gradient of the last update, in the order of the parameters."""
-    dqn.read_statistics()
+    dqn.write_gradients()
     return torch.cat([p.grad.flatten().double() for p in dqn.q_network.parameters() if p.grad is not None])
 
 
-def each_gradient(first: DQN, second: DQN) -> list[tuple[Tensor, Tensor]]:
+def each_gradient(first: Carried, second: Carried) -> list[tuple[Tensor, Tensor]]:
     """The gradients of the last update by each parameter, flat, of both, after :func:`gradient` of both."""
     pairs = zip(first.q_network.parameters(), second.q_network.parameters(), strict=True)
     return [tuple(p.grad.flatten().double() for p in pair if p.grad is not None) for pair in pairs]  # type: ignore[misc]
@@ -149,8 +151,8 @@ def test_compiled_packing_is_the_written_one(precision: torch.dtype, convolution
 def test_float32_updates_equal_the_plain_ones(param: str, layers: tuple[str, ...] | None, reduction: str) -> None:
     changes = {"param_layers": layers, "loss_reduction": reduction, "reward_clip": 1.0}
     fused, plain = (agent(param, compile=choice, **changes) for choice in ("on", "off"))
-    assert isinstance(fused.optimizer, FusedAdamax)
-    assert type(plain.optimizer) is torch.optim.Adamax
+    assert isinstance(fused.agent.optimizer, FusedAdamax)
+    assert type(plain.agent.optimizer) is torch.optim.Adamax
     for number in range(6):
         before = copy.deepcopy(fused.q_network.state_dict())
         plain.load_state_dict(before, copy.deepcopy(fused.state_dict()))
@@ -175,7 +177,7 @@ def test_statistics_are_those_of_the_plain_path(param: str) -> None:
     for dqn in (fused, plain):
         dqn.watch_next_update()
         dqn.update(minibatch(32))
-    assert fused.watched_update() == pytest.approx(plain.watched_update(), rel=1e-3)
+    assert fused.effective_learning_rates() == pytest.approx(plain.effective_learning_rates(), rel=1e-3)
     assert fused.gradient_norm() == pytest.approx(plain.gradient_norm(), rel=1e-4)
     ours, theirs = fused.read_statistics(), plain.read_statistics()
     for name in ("updates", "loss", "td_error", "q_value"):
@@ -191,7 +193,7 @@ def test_a_loaded_agent_goes_on_to_the_last_bit(param: str, precision: str) -> N
         first.update(minibatch(seed=number))
     first.copy_target()
     first.update(minibatch(seed=3))
-    second = DQN(first.config, 4, CPU)
+    second = carried(first.config)
     second.update(minibatch(seed=50))  # has working weights and moments that must be forgotten
     second.load_state_dict(copy.deepcopy(first.q_network.state_dict()), copy.deepcopy(first.state_dict()))
     for number in (4, 5):
@@ -241,9 +243,10 @@ def test_without_a_compiler_updates_take_the_plain_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loader, "load", lambda: "there is no C compiler")
-    dqn = DQN(configured(compile="on"), 4, CPU)
-    assert not isinstance(dqn.optimizer, FusedAdamax)
-    assert capsys.readouterr().err == "updates take the plain path: there is no C compiler\n"
+    made = carried(configured(compile="on"))
+    assert made.backend.name == "eager"
+    assert made.backend.reason == "it supports everything; not cpu_kernels, since there is no C compiler"
+    assert capsys.readouterr().err == ""
 
 
 @needs_compiler
@@ -282,7 +285,7 @@ def test_bfloat16_gradients_point_where_float32_ones_do_over_1000_updates(param:
     config = replace(config, learning_starts=2000, replay_capacity=10_000, epsilon_decay_steps=1000, target_period=400)
     quick, replay = played(config, 260)
     assert quick.updates > 0
-    plain = DQN(replace(config, precision="float32", compile="off"), 4, CPU)
+    plain = carried(replace(config, precision="float32", compile="off"))
     sums: list[Tensor] = []
     plain.q_network.hidden.register_forward_hook(lambda *given: sums.append(given[-1].detach()))
     cosines, by_parameter, turned = [], [], []
@@ -294,9 +297,9 @@ def test_bfloat16_gradients_point_where_float32_ones_do_over_1000_updates(param:
         plain.update(batch)
         cosines.append(float(cosine(gradient(quick), gradient(plain))))
         by_parameter.append([float(cosine(ours, theirs)) for ours, theirs in each_gradient(quick, plain)])
-        if isinstance(quick._fused, KernelNetwork):
+        if isinstance(quick.network, KernelNetwork):
             active = sums[-1] > 0
-            also = quick._fused.workspace.activations_for(len(active), True).hidden != 0
+            also = quick.network.workspace.activations_for(len(active), True).hidden != 0
             turned.append(float((active != also).sum() / active.sum()))
         if number % 100 == 99:
             quick.copy_target()
@@ -360,21 +363,23 @@ def test_replay_holds_the_same_whatever_path_the_updates_take() -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [PackedNetwork, KernelNetwork])
-def test_memory_stays_flat_over_200_000_updates(kind: type[PackedNetwork]) -> None:
+def test_memory_stays_flat_over_200_000_updates(kind: type[PackedNetwork], monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network on small frames, or it would take an hour; the code is that of the large one."""
     convolutions = ((16, 4, 4), (16, 2, 2))
     spec = QNetworkSpec(3, "wn", observation_shape=(4, 16, 16), convolutions=convolutions, hidden_units=16)
-    dqn = DQN(configured(param="wn", precision="bfloat16", compile="on", hidden_units=16, batch_size=4), 3, CPU)
     library = loader.load()
     assert not isinstance(library, str)
     network = build_q_network(spec, seed=0)
-    if kind is KernelNetwork and (reason := kernel_network.unsupported(network, library, torch.bfloat16)):
+    if kind is KernelNetwork and (reason := layouts.unsupported(network, library, torch.bfloat16)):
         pytest.skip(reason)
-    dqn._fused = kind(network, library, precision=torch.bfloat16)
-    dqn.q_network, dqn.target_network = network, copy.deepcopy(network)
-    dqn.optimizer = FusedAdamax(dqn._fused, 1e-4, (0.5, 0.999), 1e-8)
+    agent = DQN(configured(param="wn", precision="bfloat16", compile="on", hidden_units=16, batch_size=4), 3, CPU)
+    agent.q_network, agent.target.network = network, copy.deepcopy(network)
+    agent.optimizer = torch.optim.Adamax(network.parameters(), 1e-4, (0.5, 0.999), 1e-8)
     replay = Replay(500, 4, frame_shape=(16, 16))
-    stepper = dqn.stepper(replay)
+    if kind is PackedNetwork:
+        monkeypatch.setattr(layouts, "unsupported", lambda *_: "switched off")
+    dqn = CpuKernels(agent, replay)
+    assert type(dqn.network) is kind
     generator = np.random.default_rng(0)
     replay.start(generator.integers(0, 256, (4, 16, 16), np.uint8))
 
@@ -382,7 +387,7 @@ def test_memory_stays_flat_over_200_000_updates(kind: type[PackedNetwork]) -> No
         for number in range(0, count, 4):
             shown = generator.integers(0, 256, (4, 16, 16), np.uint8)
             replay.add(np.zeros(4), np.ones(4), np.zeros(4, bool), shown, np.zeros(4, bool))
-            stepper.update(4)
+            dqn.update(4)
             if number % 1000 == 0:
                 dqn.copy_target()
                 dqn.read_statistics()

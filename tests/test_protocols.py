@@ -10,13 +10,13 @@ import pytest
 import torch
 from ale_py import Action, ALEInterface, roms
 
-from wn_rl import scoring
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError, UsageError
-from wn_rl.evaluation import Episode, EvaluationResult, evaluate
-from wn_rl.protocols import PROTOCOLS, SAFETY_CAP, ScoreProtocol, find_protocol
-from wn_rl.scoring import How
+from wn_rl.evaluation import scoring
+from wn_rl.evaluation.episodes import Episode, EvaluationResult, evaluate
+from wn_rl.evaluation.protocols import PROTOCOLS, SAFETY_CAP, ScoreProtocol, find_protocol
+from wn_rl.evaluation.scoring import How
 
 NOOP, FIRE = 0, 1
 

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from agents.backends.cuda_graphs import CudaGraphs
 from agents.dqn import DQN
-from agents.graphs import GraphStepper
 from tests.small_runs import tiny
 from tests.tape import TapeRecorder
 from tests.test_resume import rows, state_of
-from wn_rl import checkpoint, trainer
-from wn_rl.config import TrainConfig
-from wn_rl.host_replay import HostReplay
 from wn_rl.replay import Replay
-from wn_rl.stepping import Stepper
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.replay.host import HostReplay
+from wn_rl.runs import checkpoint
+from wn_rl.training import Agent
+from wn_rl.training import run as trainer
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 
 class Staged(Replay):
@@ -33,24 +31,23 @@ class Staged(Replay):
 
 
 class Recorded(DQN):
-    """Records as on a GPU; sends this process a signal after so many updates."""
+    """Sends this process a signal after so many updates."""
 
     after: list[int]
-    recordings: list[GraphStepper]
+    recordings: list[CudaGraphs]
 
-    def __init__(self, config: TrainConfig, num_actions: int, device: torch.device) -> None:
-        super().__init__(config, num_actions, device, static=True)
-
-    def stepper(self, replay: Replay) -> Stepper:
-        made = GraphStepper(self, replay, TapeRecorder())
-        self.recordings.append(made)
-        return made
-
-    def counted(self, work: Callable[[], None]) -> None:
-        super().counted(work)
+    def count_updates(self, count: int) -> None:
+        super().count_updates(count)
         if self.after and self.updates == self.after[0]:
             self.after.pop(0)
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def recorded(agent: Agent, replay: Replay) -> CudaGraphs:
+    assert type(replay) is not Replay, "the run's replay is the test's"
+    made = CudaGraphs(agent, replay, recorder=TapeRecorder())
+    Recorded.recordings.append(made)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -69,16 +66,15 @@ def test_a_recorded_run_goes_on_exactly(
     monkeypatch.setattr(trainer, "Replay", replay)
     config = tiny(frames=1200, **changes)
     Recorded.recordings, Recorded.after = [], []
-    assert train(config, Recorded, tmp_path / "whole", quiet=True) == 0
+    assert train(config, Recorded, tmp_path / "whole", quiet=True, make_backend=recorded) == 0
     assert Recorded.recordings[0].updating.recorded
     assert Recorded.recordings[0].acting.recorded
     Recorded.after = [2, 30]
-    code = train(config, Recorded, tmp_path / "parts", quiet=True)
+    code = train(config, Recorded, tmp_path / "parts", quiet=True, make_backend=recorded)
     while code != 0:
         assert code == 143
-        time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
         resumed, saved = open_for_resume(tmp_path / "parts", {})
-        code = train(resumed, Recorded, tmp_path / "parts", resume=saved, quiet=True)
+        code = train(resumed, Recorded, tmp_path / "parts", resume=saved, quiet=True, make_backend=recorded)
     assert len(Recorded.recordings) == 4
     whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
     assert parts == whole

@@ -282,7 +282,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wn_rl.runs.write_atomically", full)
+    monkeypatch.setattr("wn_rl.runs.directory.write_atomically", full)
     code, out, err = run([QUICK / "Pong-wn-quick-s1", "--report", ours], capsys, monkeypatch)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "No space left" in err
@@ -310,7 +310,7 @@ def test_a_first_report_that_does_not_end_leaves_nothing(
         count += 1
         replaced(source, target)
 
-    monkeypatch.setattr("wn_rl.runs.os.replace", replace_some)
+    monkeypatch.setattr("wn_rl.runs.directory.os.replace", replace_some)
     code, _, err = run([QUICK / "Pong-wn-quick-s1", "--report", out], capsys, monkeypatch)
     assert (code, err.count("\n")) == ((130, 0) if isinstance(error, KeyboardInterrupt) else (1, 1))
     assert list((tmp_path / "deep").iterdir()) == []

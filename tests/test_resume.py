@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ import torch
 
 from agents.backends.cpu_kernels import loader
 from agents.dqn import DQN
-from tests.small_runs import Interrupted, small_flags, stopped_run, tiny
-from wn_rl import checkpoint
-from wn_rl.atari.journal import Mark, read_history
+from tests.small_runs import Interrupted, event_file_clock, small_flags, stopped_run, tiny
+from wn_rl.atari.action_log import Mark, read_history
+from wn_rl.commands.train import main
 from wn_rl.config import TrainConfig, to_yaml
 from wn_rl.errors import CheckpointError, UsageError, WnRlError
 from wn_rl.parameterizations import names
-from wn_rl.runs import RunDirectory
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.runs import checkpoint
+from wn_rl.runs.directory import RunDirectory
 from wn_rl.training import TrainingLoop
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,14 +69,15 @@ def points(directory: Path) -> dict[str, list[tuple[int, float]]]:
 def interrupted_run(directory: Path, config: TrainConfig, after: list[int]) -> None:
     """Train, stopped after each of these numbers of updates and resumed."""
     Interrupted.after = list(after)
-    code = train(config, Interrupted, directory, quiet=True)
     stops = 0
-    while code != 0:
-        assert code == 143
-        stops += 1
-        time.sleep(1.0)  # TensorBoard reads event files in the order of the second in their names
-        resumed, saved = open_for_resume(directory, {})
-        code = train(resumed, Interrupted, directory, resume=saved, quiet=True)
+    with event_file_clock() as clock:
+        code = train(config, Interrupted, directory, quiet=True)
+        while code != 0:
+            assert code == 143
+            stops += 1
+            clock.ahead += 1
+            resumed, saved = open_for_resume(directory, {})
+            code = train(resumed, Interrupted, directory, resume=saved, quiet=True)
     assert stops == len(after)
 
 
@@ -82,7 +86,7 @@ def interrupted_run(directory: Path, config: TrainConfig, after: list[int]) -> N
     [
         pytest.param({"param": "wn"}, marks=pytest.mark.slow),
         {"param": "wn", "num_envs": 1},
-        {"param": "wn", "num_envs": 16, "precision": "bfloat16", "frames": 4000},
+        {"param": "wn", "num_envs": 16, "precision": "bfloat16"},
         {"param": "wn", "sticky_actions": 0.25, "num_envs": 2, "journal": "replay", "checkpoint_period": 60},
         pytest.param({"param": "standard", "optimizer": "rmsprop_mnih", "learning_rate": 1e-4}, marks=pytest.mark.slow),
         {"param": "wn", "compile": "on"},
@@ -95,8 +99,8 @@ def test_interrupted_is_as_never_interrupted(tmp_path: Path, changes: dict[str, 
     interrupted_run(tmp_path / "parts", config, [1, 47, 52, 90])
     assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
     whole, parts = points(tmp_path / "whole"), points(tmp_path / "parts")
-    measured_once = {tag for tag in whole if "effective_learning_rate" in tag}
-    for tag in whole.keys() - measured_once:
+    assert parts.keys() == whole.keys()
+    for tag in whole:
         assert parts[tag] == whole[tag], tag
 
 
@@ -115,6 +119,36 @@ def test_every_parameterization_goes_on_exactly(tmp_path: Path, param: str) -> N
     assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("ends_at", "changes"),
+    [
+        (1360, {}),  # 340 agent steps: an evaluation is due, a point is not
+        (1440, {}),  # 360: a point is due, an evaluation is not
+        (1500, {"checkpoint_period": 50}),  # 375: neither
+    ],
+)
+def test_a_finished_run_that_goes_on_is_the_longer_run(tmp_path: Path, ends_at: int, changes: dict[str, Any]) -> None:
+    """What came at the end, whatever the schedule said, is in no file of the longer run: neither rows nor points."""
+    config = tiny(param="wn", num_envs=1, **changes)
+    assert train(config, DQN, tmp_path / "whole", quiet=True) == 0
+    parts = tmp_path / "parts"
+    assert train(replace(config, frames=ends_at), DQN, parts, quiet=True) == 0
+    first = points(parts)
+    assert first["evaluation/return_mean"][-1][0] == first["train/loss"][-1][0] == ends_at
+    assert first["summary/best_return_mean"][0][0] == ends_at
+    assert all(len({step for step, _ in curve}) == len(curve) for curve in first.values()), "no frame twice"
+    assert float(rows(parts / "evaluations.csv")[-1]["frames"]) == ends_at
+    resumed, saved = open_for_resume(parts, {"frames": config.frames})
+    with event_file_clock() as clock:
+        clock.ahead += 1
+        assert train(resumed, DQN, parts, resume=saved, quiet=True) == 0
+    expected, found = points(tmp_path / "whole"), points(parts)
+    assert found.keys() == expected.keys()
+    for tag in expected:
+        assert found[tag] == expected[tag], tag
+    assert state_of(parts) == state_of(tmp_path / "whole")
+
+
 def command(directory: Path | None, *flags: str) -> subprocess.Popen[str]:
     start = ["--resume", str(directory)] if directory else []
     return subprocess.Popen(
@@ -125,31 +159,6 @@ def command(directory: Path | None, *flags: str) -> subprocess.Popen[str]:
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-
-
-def killed_run(directory: Path, flags: list[str], waits: list[tuple[float, signal.Signals]], cadence: str) -> int:
-    """Run train.py, stop it after each of these seconds with that signal, resume; returns how often it was stopped."""
-    process = command(None, *flags, "--run-dir", str(directory), "--checkpoint-seconds", cadence)
-    stopped = 0
-    for wait, number in waits:
-        try:
-            process.wait(wait)
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-            stopped += 1
-        _, errors = process.communicate()
-        assert process.returncode in (0, 130, 143, -signal.SIGKILL), errors
-        assert errors == ""
-        if process.returncode == 0:
-            return stopped
-        if list(directory.glob("checkpoints/latest/*.json")) + list(directory.glob("checkpoints/*.previous/*.json")):
-            process = command(directory, "--checkpoint-seconds", cadence)
-        else:
-            subprocess.run(["rm", "-rf", str(directory)], check=True)
-            process = command(None, *flags, "--run-dir", str(directory), "--checkpoint-seconds", cadence)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return stopped
 
 
 def killed_on_the_way(
@@ -181,14 +190,16 @@ def killed_on_the_way(
     assert (process.returncode, errors) == (0, "")
 
 
-def test_killed_at_random_moments_some_of_them_inside_a_checkpoint(tmp_path: Path) -> None:
+def test_killed_at_random_moments_some_of_them_inside_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # With a checkpoint after every vector step a kill meets one being written more often than not.
-    flags = small_flags(4000)
-    whole = command(None, *flags, "--run-dir", str(tmp_path / "whole"))
-    assert whole.communicate()[1] == ""
+    flags = small_flags(3200)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert main([*flags, "--run-dir", str(tmp_path / "whole"), "--quiet"]) == 0
     rng = random.Random(4)
-    waits = [(rng.uniform(4, 6), signal.SIGKILL) for _ in range(2)]
-    assert killed_run(tmp_path / "parts", flags, waits, "0") >= 1
+    stops = [(steps, rng.uniform(0.0, 0.1), signal.SIGKILL) for steps in (150, 300)]
+    killed_on_the_way(tmp_path / "parts", flags, stops, "0")
     assert state_of(tmp_path / "parts") == state_of(tmp_path / "whole")
 
 
@@ -196,8 +207,8 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from wn_rl import checkpoint
-from wn_rl.atari.journal import Mark, read_history
+from wn_rl.runs import checkpoint
+from wn_rl.atari.action_log import Mark, read_history
 from wn_rl.config import load, resolve
 from wn_rl.networks import QNetworkSpec, build_q_network
 from dataclasses import asdict, replace
@@ -311,7 +322,7 @@ class TestRefusals:
             [
                 sys.executable,
                 "-c",
-                "import sys, time; from pathlib import Path; from wn_rl.runs import RunDirectory\n"
+                "import sys, time; from pathlib import Path; from wn_rl.runs.directory import RunDirectory\n"
                 "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(60)",
                 str(run),
             ],
@@ -373,7 +384,7 @@ class TestRefusals:
 
     def test_a_checkpoint_of_a_later_version(self, run: Path) -> None:
         self.change(run, lambda values: values.update(format=99))
-        self.refused(run, "has format 99; this version of wn_rl reads formats 1 to 3")
+        self.refused(run, "has format 99; this version of wn_rl reads formats 1 to 4")
 
     def test_a_run_that_began_on_a_gpu(self, run: Path) -> None:
         if torch.cuda.is_available():

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wn_rl.errors import UsageError
-from wn_rl.host_replay import HostReplay
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.staging import ALIGNMENT, Readback, Staging
+from wn_rl.replay.host import HostReplay
+from wn_rl.replay.pinned_transfer import ALIGNMENT, Readback, Staging
 
 CPU = torch.device("cpu")
 SIZE = 3

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from wn_rl import statistics
-from wn_rl.statistics import (
+from wn_rl.evaluation import statistics
+from wn_rl.evaluation.statistics import (
     Estimate,
     improvement_with_interval,
     interquartile_mean,
@@ -44,17 +44,51 @@ def test_hand_worked_probability_of_improvement() -> None:
 
 
 def test_hand_worked_intervals() -> None:
-    # Two runs: a resample has mean 0, 1 or 2 with probability 1/4, 1/2, 1/4.
-    assert mean_interval([0.0, 2.0]) == Estimate(1.0, 0.0, 2.0)
+    # Four runs: a resample has mean 0 or 2 with probability 1/16 each, so both lie beyond the middle 95%'s ends.
+    assert mean_interval([0.0, 2.0, 0.0, 2.0]) == Estimate(1.0, 0.0, 2.0, (4,))
     # Runs are drawn within their game: B's never take A's place, so the mean moves by A's half alone.
-    assert with_interval(mean, {"A": [0.0, 2.0], "B": [10.0, 10.0]}) == Estimate(5.5, 5.0, 6.0)
-    assert with_interval(median, {"A": [4.0, 4.0, 4.0]}) == Estimate(4.0, 4.0, 4.0)
-    assert with_interval(mean, {"A": [3.0], "B": [5.0]}) == Estimate(4.0, None, None)
-    # x resampled is (0, 0), (0, 4), (4, 0) or (4, 4) against 2: a quarter each of P = 0 and 1.
-    assert improvement_with_interval({"A": [0.0, 4.0]}, {"A": [2.0]}) == Estimate(0.5, 0.0, 1.0)
-    assert improvement_with_interval({"A": [1.0]}, {"A": [2.0]}) == Estimate(0.0, None, None)
+    assert with_interval(mean, {"A": [0.0, 2.0, 0.0, 2.0], "B": [10.0] * 3}) == Estimate(5.5, 5.0, 6.0, (7,))
+    assert with_interval(mean, {"A": [3.0], "B": [5.0]}) == Estimate(4.0, None, None, (2,))
+    # Of x resampled all are 0, or all 4, one time in 16 each, against 2: P = 0 and 1.
+    assert improvement_with_interval({"A": [0.0, 4.0] * 2}, {"A": [2.0] * 3}) == Estimate(0.5, 0.0, 1.0, (4, 3))
+    assert improvement_with_interval({"A": [1.0]}, {"A": [2.0]}) == Estimate(0.0, None, None, (1, 1))
     assert str(Estimate(1.0, 0.5, 2.0)) == "1 [0.5, 2]"
     assert str(Estimate(1.0, None, None)) == "1"
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        # The chance that a resample is one and the same run every time, against 2.5%.
+        ([2], False),  # 1/4
+        ([3], False),  # 1/27 = 3.7%
+        ([4], True),  # 1/256
+        ([2, 2], False),  # 1/16 = 6.3%
+        ([2, 2, 2], False),  # 1/64, but two runs of a game
+        ([3, 3], True),  # 1/729
+        ([1] * 50, False),  # never resampled
+        ([3, 1, 1], False),
+        ([3, 2], False),
+        ([3, 4], True),
+    ],
+)
+def test_below_so_many_runs_a_bootstrap_says_nothing(runs: list[int], says: bool) -> None:
+    rng = np.random.default_rng(0)
+    scores = {str(game): rng.normal(size=count).tolist() for game, count in enumerate(runs)}
+    assert statistics.says_something([scores]) == says
+    estimate = with_interval(mean, scores)
+    assert (estimate.low is not None) == says
+    assert estimate.n == (sum(runs),)
+    assert estimate.rests_on == (f"n = {sum(runs)}" if says else f"n = {sum(runs)}: no interval")
+
+
+def test_no_probability_of_improvement_is_certain() -> None:
+    """Two seeds against two, and three against three that all lie above: 0.0% [0.0%, 0.0%] would be a lie."""
+    for n in (2, 3, 6):
+        found = improvement_with_interval({"A": [1.0, 2, 3, 4, 5, 6][:n]}, {"A": [7.0, 8, 9, 10, 11, 12][:n]})
+        assert found == Estimate(0.0, None, None, (n, n))
+        assert found.rests_on == f"n = {n} and {n}: no interval"
+    assert with_interval(median, {"A": [4.0] * 9}) == Estimate(4.0, None, None, (9,))
 
 
 @given(scores=SUITES)

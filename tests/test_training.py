@@ -18,17 +18,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agents.backends import make_backend
 from agents.dqn import DQN
-from wn_rl import checkpoint
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig, from_mapping, load, resolve
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.trainer import open_for_resume, train
+from wn_rl.runs import checkpoint
 from wn_rl.training import Event, TrainingLoop, epsilon_at, owed
+from wn_rl.training.resume import open_for_resume
+from wn_rl.training.session import train
 
 TINY = {
     "game": "breakout",
+    "param": "wn",
     "frames": 1600,
     "num_envs": 3,
     "num_threads": 1,
@@ -79,7 +82,7 @@ def test_events_happen_at_the_agent_steps_of_the_schedule(num_envs: int, target_
     agent = RecordingDQN(config, env.num_actions, torch.device("cpu"))
     replay = Replay(config.replay_capacity, num_envs)
     agent.read = lambda: replay.drawable[1]
-    loop = TrainingLoop(config, env, agent, replay)
+    loop = TrainingLoop(config, env, make_backend(agent, replay), replay)
     loop.start()
     expected: list[tuple[Event, int]] = []
     resets = 0
@@ -130,6 +133,14 @@ def test_epsilon_decays_linearly_after_the_warm_up() -> None:
     )
 
 
+OTHER_CADENCE = {
+    "log_period": 33,
+    "evaluation_period": 90,
+    "checkpoint_period": 10**6,
+    "evaluation_envs": 2,
+}
+
+
 def run(directory: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
     assert train(config, DQN, directory) == 0
     return checkpoint.load(directory).weights
@@ -139,23 +150,33 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("param", ["standard", "wn"])
-def test_same_seed_gives_same_weights_whatever_is_logged_evaluated_or_saved_when(tmp_path: Path, param: str) -> None:
-    first = run(tmp_path / "a", tiny(param=param))
-    again = run(tmp_path / "b", tiny(param=param, emulator_threads=1))
-    other_cadence = run(
-        tmp_path / "c",
-        tiny(param=param, log_period=33, evaluation_period=90, checkpoint_period=10**6, evaluation_envs=2),
-    )
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of ``tiny()``, to be read only."""
+    directory = tmp_path_factory.mktemp("finished")
+    run(directory, tiny())
+    return directory
+
+
+def test_same_seed_gives_same_weights_whatever_is_logged_evaluated_or_saved_when(
+    finished: Path, tmp_path: Path
+) -> None:
+    first = checkpoint.load(finished).weights
+    again = run(tmp_path / "b", tiny(emulator_threads=1))
+    other_cadence = run(tmp_path / "c", tiny(**OTHER_CADENCE))
     assert equal(first, again)
     assert equal(first, other_cadence)
-    assert (tmp_path / "a" / "episodes.csv").read_text() == (tmp_path / "b" / "episodes.csv").read_text()
-    assert not equal(first, run(tmp_path / "d", tiny(param=param, seed=2)))
+    assert (finished / "episodes.csv").read_text() == (tmp_path / "b" / "episodes.csv").read_text()
+    assert not equal(first, run(tmp_path / "d", tiny(seed=2)))
 
 
-def test_a_resume_with_a_value_out_of_range_is_refused_and_touches_nothing(tmp_path: Path) -> None:
-    run(tmp_path, tiny())
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+def test_same_seed_gives_same_weights_without_weight_normalization(tmp_path: Path) -> None:
+    first = run(tmp_path / "a", tiny(param="standard"))
+    assert equal(first, run(tmp_path / "b", tiny(param="standard", emulator_threads=1, **OTHER_CADENCE)))
+
+
+def test_a_resume_with_a_value_out_of_range_is_refused_and_touches_nothing(finished: Path) -> None:
+    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
     for key, value in {
         "evaluation_steps": -1,
         "num_threads": 5000,
@@ -166,12 +187,12 @@ def test_a_resume_with_a_value_out_of_range_is_refused_and_touches_nothing(tmp_p
         "frames": -5,
     }.items():
         with pytest.raises(UsageError, match=key):
-            open_for_resume(tmp_path, {key: value})
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+            open_for_resume(finished, {key: value})
+    assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()} == before
 
 
 def test_a_resume_understands_another_way_of_writing_the_same(tmp_path: Path) -> None:
-    run(tmp_path, tiny(param="bn"))
+    run(tmp_path, tiny(param="bn", frames=800))
     config, _ = open_for_resume(tmp_path, {"game": "BREAKOUT", "param_options": {"rate": "1e-1", "eps": "0.000001"}})
     assert (config.game, config.param_options) == ("Breakout", {"eps": 1e-6, "rate": 0.1})
     with pytest.raises(UsageError, match="param_options is"):
@@ -180,21 +201,20 @@ def test_a_resume_understands_another_way_of_writing_the_same(tmp_path: Path) ->
         open_for_resume(tmp_path, {"param_options": {"speed": "1"}})
 
 
-def test_a_run_directory_holds_what_it_promises(tmp_path: Path) -> None:
+def test_a_run_directory_holds_what_it_promises(finished: Path) -> None:
     config = tiny()
-    run(tmp_path, config)
-    assert from_mapping(yaml.safe_load((tmp_path / "config.yaml").read_text())) == replace(
-        config, device="cpu", compile="off"
+    assert from_mapping(yaml.safe_load((finished / "config.yaml").read_text())) == replace(
+        config, device="cpu", compile="off", backend="eager"
     )
-    with open(tmp_path / "evaluations.csv") as file:
+    with open(finished / "evaluations.csv") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["frames", "episodes", "mean", "std", "min", "max", "mean_length", "seconds"]
     assert [int(row["frames"]) // 4 // 200 for row in rows] == [1, 2]
-    with open(tmp_path / "episodes.csv") as file:
+    with open(finished / "episodes.csv") as file:
         episodes = list(csv.DictReader(file))
     assert list(episodes[0]) == ["frames", "return", "length"]
     assert all(float(episode["length"]) <= 100 for episode in episodes)  # the cap of 400 frames
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((finished / "summary.json").read_text())
     for key in ("game", "param", "preset", "seed", "frames", "final_evaluation", "best_evaluation", "wall_seconds"):
         assert summary[key] is not None
     assert summary["updates"] == sum(event is Event.UPDATE for _, event in owed(config, 1, summary["agent_steps"]))
@@ -202,10 +222,10 @@ def test_a_run_directory_holds_what_it_promises(tmp_path: Path) -> None:
     assert summary["updates_per_second"] > 0
     assert {"torch", "ale-py", "python"} <= summary["versions"].keys()
     for name in ("latest", "best"):
-        assert checkpoint.load(tmp_path / "checkpoints" / name).config.game == "Breakout"
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+        assert checkpoint.load(finished / "checkpoints" / name).config.game == "Breakout"
+    assert list(finished.glob("events.out.tfevents.*"))
     with pytest.raises(UsageError, match="already holds a run"):
-        train(config, DQN, tmp_path)
+        train(config, DQN, finished)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -268,7 +288,7 @@ def test_wn_is_initialized_from_replayed_observations_at_learning_starts() -> No
     env = make_atari("breakout", 2, seed=1)
     agent = DQN(config, env.num_actions, torch.device("cpu"))
     replay = Replay(config.replay_capacity, 2)
-    loop = TrainingLoop(config, env, agent, replay)
+    loop = TrainingLoop(config, env, make_backend(agent, replay), replay)
     loop.start()
     while loop.agent_steps < config.learning_starts - 2:
         loop.vector_step()

@@ -13,7 +13,7 @@ from agents.dqn import DQN
 from tests.small_runs import tiny
 from wn_rl.errors import CheckpointError, UsageError, WnRlError
 from wn_rl.report.training_episode import training_episode
-from wn_rl.trainer import train
+from wn_rl.training.session import train
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.25], ids=["plain", "sticky"])

@@ -25,15 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agents.dqn import DQN
-from wn_rl import checkpoint
-from wn_rl.checkpoint import check_state, seal
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import CheckpointError
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import Parameterization, names, register, registry
 from wn_rl.replay import Minibatch
-from wn_rl.trainer import train
-from wn_rl.untrusted import Layout, layout_of, open_regular, parse_json, read_layouts, read_tensors, shown
+from wn_rl.runs import checkpoint
+from wn_rl.runs.checkpoint import check_state, seal
+from wn_rl.runs.safe_load import Layout, layout_of, open_regular, parse_json, read_layouts, read_tensors, shown
+from wn_rl.training.session import train
 
 JSON, MODEL, TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 SMALL = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "reinitialize": "wn_rl.parameterizations",
     "reparameterize": "wn_rl.parameterizations",
     "initialize_from_data": "wn_rl.parameterizations",
     "fold": "wn_rl.parameterizations",
@@ -21,22 +22,30 @@ _WHERE = {
     "OutputNormalization": "wn_rl.parameterizations",
     "make_atari": "wn_rl.atari.env",
     "game_names": "wn_rl.atari.games",
+    "load": "wn_rl.api",
+    "train": "wn_rl.api",
+    "evaluate": "wn_rl.api",
 }
 __all__ = [
     "OutputNormalization",
     "Parameterization",
     "WeightParameterization",
     "__version__",
+    "evaluate",
     "fold",
     "game_names",
     "initialize_from_data",
+    "load",
     "make_atari",
     "project",
     "register",
+    "reinitialize",
     "reparameterize",
+    "train",
 ]
 
 if TYPE_CHECKING:
+    from wn_rl.api import evaluate, load, train
     from wn_rl.atari.env import make_atari
     from wn_rl.atari.games import game_names
     from wn_rl.parameterizations import (
@@ -47,6 +56,7 @@ if TYPE_CHECKING:
         initialize_from_data,
         project,
         register,
+        reinitialize,
         reparameterize,
     )
 
@@ -54,6 +64,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type is that of the name
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
+    if name == "sb3":  # so that wn_rl.sb3.policy_kwargs needs no import of its own
+        return importlib.import_module("wn_rl.sb3")
     raise AttributeError(f"module 'wn_rl' has no attribute '{name}'")
 
 

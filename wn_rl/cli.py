@@ -9,13 +9,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
 from wn_rl.errors import UsageError, WnRlError, one_line
+from wn_rl.output import forget, make_standard_streams_readable
 
 LONGEST_MESSAGE = 600
 """Letters of an error line; the middle of a longer one is left out."""
@@ -61,7 +62,9 @@ def parse(
     if any(word in ("-h", "--help") for word in arguments):
         tyro.cli(kind, args=["--help"], description=description, config=config, **options)
     if is_dataclass(kind):
-        _check_flags([f"--{entry.name.replace('_', '-')}" for entry in fields(kind)], arguments)
+        hints = get_type_hints(kind, include_extras=True)
+        shown = [name for name, hint in hints.items() if tyro.conf.Suppress not in getattr(hint, "__metadata__", ())]
+        _check_flags([f"--{name.replace('_', '-')}" for name in shown], arguments)
     with _wide_and_captured() as captured:
         try:
             parsed: _Arguments = tyro.cli(kind, args=list(arguments), description=description, config=config, **options)
@@ -154,6 +157,7 @@ def complain(message: str) -> None:
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a script's ``main`` on the command line and exit; an error that a user can mend is one line on stderr."""
+    make_standard_streams_readable()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -164,7 +168,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         code = 130
     except BrokenPipeError:
         # The reader of our output went away; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget(sys.stdout)
         code = 1
     except OSError as error:
         # A path that the system refuses, say one that is too long or may not be looked at.

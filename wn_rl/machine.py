@@ -141,11 +141,24 @@ def _check_fits(config: TrainConfig, needs: dict[str, int], device: torch.device
         return
     key = max(needs, key=lambda name: needs[name])
     value = int(getattr(config, key))
-    room = max(free - fixed - sum(needs.values()) + needs[key], 0)
-    raise WnRlError(
-        f"{key} {value:,} needs {needs[key] / 1e9:.1f} GB, and {room / 1e9:.1f} GB are left for it on {device.type}: "
-        f"lower --{key.replace('_', '-')} (about {int(room / needs[key] * value):,} would fit)"
+    whole = sum(needs.values()) + fixed
+    room = free - whole + needs[key]
+    told = (
+        f"this run needs {amount(whole)} of memory on {device.type}, and {amount(free)} are free; its largest need is "
+        f"{amount(needs[key])} for {key} {value:,}, beside {amount(fixed)} for Python and its libraries"
     )
+    if room <= 0:
+        raise WnRlError(f"{told}: no {key} would fit; free some memory, or wait until it is free")
+    flag = f"--{key.replace('_', '-')}"
+    raise WnRlError(f"{told}: lower {flag} (about {int(room / needs[key] * value):,} would fit), or free some memory")
+
+
+def amount(size: float) -> str:
+    """Return so many bytes in the unit that shows them: ``7.1 GB``, ``12.8 MB``, ``400 kB``."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= 0.95 * scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.0f} kB"
 
 
 def pick_device(wanted: str) -> Literal["cpu", "cuda"]:

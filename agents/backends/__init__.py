@@ -1,1 +1,83 @@
-"""How an update is carried out: backends that are equal in result and differ in speed."""
+"""How an agent's work is carried out: backends, equal in what they compute, chosen once at the start of a run."""
+
+from __future__ import annotations
+
+from wn_rl.errors import UsageError
+from wn_rl.replay import Replay
+from wn_rl.training import Agent
+
+from ..dqn import DQN
+from .cpu_kernels.backend import CpuKernels
+from .cuda_graphs import CudaGraphs
+from .eager import Eager
+from .interface import Backend as Backend
+
+BACKENDS: tuple[type[Backend], ...] = (CudaGraphs, CpuKernels, Eager)
+"""Fastest first: ``auto`` takes the first that supports the agent."""
+
+
+def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backend:
+    """Return the backend that the agent's configuration asks for; ``auto``: the fastest that supports the agent.
+
+    ``compile: off`` with ``auto`` asks for plain torch on a CPU.
+
+    Args:
+        agent: before its first update.
+        replay: from which it will draw.
+        strict: refuse if the backend that was asked for does not support the agent; else another takes its place.
+
+    Raises:
+        UsageError: a backend was asked for that does not support the agent.
+    """
+    _refuse_former_methods(agent)
+    wanted = agent.config.backend
+    problems: dict[str, str] = {}
+    for kind in BACKENDS:
+        if kind.name == wanted or wanted == "auto" or wanted in problems:
+            problem = kind.unsupported(agent, replay)
+            if not problem and kind is CpuKernels and wanted != kind.name and agent.config.compile == "off":
+                problem = "compile is off"
+            if not problem:
+                backend = kind(agent, replay)
+                backend.reason = _reason(agent, kind, problems)
+                return backend
+            problems[kind.name] = problem
+            if kind.name == wanted and strict:
+                break
+    raise UsageError(f"--backend {wanted}: {problems[wanted]}; --backend auto takes one that can")
+
+
+FORMER = {
+    "measured_loss": "loss",
+    "_forward": "forward",
+    "_compare": "td_loss_of",
+    "work_of_update": "update",
+    "counted": "count_updates",
+    "update_several": "update",
+    "stepper": "update",
+}
+"""Methods that a DQN had once, with those that stand in their place."""
+
+
+def _refuse_former_methods(agent: Agent) -> None:
+    """Refuse a subclass that overrides what is not called any more: it would train something else than it says.
+
+    Raises:
+        UsageError: it does.
+    """
+    for name, now in FORMER.items():
+        if isinstance(agent, DQN) and hasattr(agent, name):
+            raise UsageError(
+                f"{type(agent).__name__} overrides {name}, which is called no more: override {now} instead"
+            )
+
+
+def _reason(agent: Agent, taken: type[Backend], problems: dict[str, str]) -> str:
+    wanted = agent.config.backend
+    if wanted == taken.name:
+        return "as asked for"
+    # Why the device's own backend was passed over, or the one that the run had before.
+    own = "cuda_graphs" if agent.device.type == "cuda" else "cpu_kernels"
+    missed = own if wanted == "auto" else wanted
+    why = f"; not {missed}, since {problems[missed]}" if missed in problems else ""
+    return f"{'the fastest that supports this agent' if taken is not Eager else 'it supports everything'}{why}"

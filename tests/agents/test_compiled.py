@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from agents.compiled import CompiledLoss
+from agents.backends.cuda_graphs import CudaGraphs
+from agents.backends.cuda_graphs.torch_compile import CompiledLoss
 from tests.sides import Sides
 from tests.tape import TapeRecorder, _Notes
 from wn_rl.parameterizations import names
@@ -41,7 +42,7 @@ def assert_updates_agree(sides: Sides, updates: int, tolerance: float) -> None:
         sides.go_on_from_plain()
         if step == 1:
             sides.copy_target()
-    assert isinstance(sides.recorded._loss_of, CompiledLoss)
+    assert isinstance(sides.graphs._loss_of, CompiledLoss)
 
 
 def test_a_compiled_update_is_the_same_but_for_rounding(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +115,7 @@ def test_what_cannot_be_compiled_is_made_without_and_once(
                 raise RuntimeError("no compiler for the way back\nand more")
             result = function(*arguments)
             if arguments:  # as if what was compiled had computed something wrong before
-                sides.recorded._offending.fill_(1)
+                sides.recorded.finite.offending.fill_(1)
             if where == "loss":
                 raise RuntimeError("no compiler for the way back\nand more")
             return Breaks.apply(result) if where == "gradient" and arguments else result
@@ -126,7 +127,7 @@ def test_what_cannot_be_compiled_is_made_without_and_once(
     for _ in range(6):
         sides.update()
     sides.assert_recorded_is_as_it_is()
-    assert sides.stepper.updating.recorded
+    assert sides.graphs.updating.recorded
     ours, theirs = (agent.read_statistics() for agent in (sides.recorded, sides.as_it_is))
     assert ours == theirs
     assert ours.updates == 6
@@ -143,12 +144,14 @@ def test_what_cannot_be_compiled_is_made_without_and_once(
 def test_fewer_operations_are_left(param: str) -> None:
     """Counts what an update asks the device for; with -s the counts are printed."""
     sides = Sides(None, param=param, compile="on", hidden_units=512)
-    plain, compiled = sides.as_it_is, sides.recorded
+    _, plain, compiled = sides.backends
+    assert isinstance(plain, CudaGraphs)
+    assert isinstance(compiled, CudaGraphs)
     batch = sides.replays[1].sample(8)
     recorder = Noted()
-    recorder.record(lambda: plain.work_of_update(DrawnMinibatch(batch.kept, batch.numbers)), [])  # type: ignore[attr-defined]
+    recorder.record(lambda: plain.update_on(DrawnMinibatch(batch.kept, batch.numbers)), [])  # type: ignore[attr-defined]
     before = sum(1 for function, *_ in recorder.steps if gives_work(function))
-    _, code = run_and_get_code(lambda: compiled.work_of_update(DrawnMinibatch(batch.kept, batch.numbers)))  # type: ignore[attr-defined]
+    _, code = run_and_get_code(lambda: compiled.update_on(DrawnMinibatch(batch.kept, batch.numbers)))  # type: ignore[attr-defined]
     calls = re.compile(r"^ +(?:\w+ = )?(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.aten\.\w+\.\w+)\(", re.MULTILINE)
     parts = [len(calls.findall(text)) for text in code]
     print(f"{param}: {before} operations as it is; compiled, in {len(parts)} parts, {parts} and the gradients' joining")
@@ -185,14 +188,18 @@ def test_a_minibatch_that_was_given_can_be_compiled_too() -> None:
 def test_what_somebody_looked_at_or_wrote_into_counts() -> None:
     sides = Sides(None, param="standard", compile="on")
     for step in range(3):
-        for agent, replay in zip(sides.agents, sides.replays, strict=True):
+        for agent, backend, replay in zip(sides.agents, sides.backends, sides.replays, strict=True):
             batch = replay.sample(8)
             if step > 0:  # the first, untouched, decides whether updates are compiled
                 batch.rewards.fill_(0.5 * step)
-            agent.update(batch)
+            if isinstance(backend, CudaGraphs):
+                backend.update_on(batch)
+                agent.count_updates(1)
+            else:
+                agent.update(batch)
         before = sides.as_it_is.read_statistics()
         found = sides.recorded.read_statistics()
         assert found.loss == pytest.approx(before.loss, rel=1e-4)
         assert found.td_error == pytest.approx(before.td_error, rel=1e-4)
         sides.go_on_from_plain()
-    assert isinstance(sides.recorded._loss_of, CompiledLoss)
+    assert isinstance(sides.graphs._loss_of, CompiledLoss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from agents.flat import FlatOptimizer
+from agents.backends.cuda_graphs.flat_optimizer import FlatOptimizer
 from agents.optimizers import OptimizerName, make_optimizer
+from wn_rl.config import TrainConfig
 
 NAMES: tuple[OptimizerName, ...] = ("adamax", "adam", "rmsprop_mnih")
 OPTIONS: dict[str, Any] = {"learning_rate": 1e-2, "eps": 1e-6, "beta1": 0.5, "beta2": 0.9, "rmsprop_decay": 0.95}
+
+
+def configured(name: OptimizerName) -> TrainConfig:
+    keys = {"eps": "optimizer_eps", "beta1": "adam_beta1", "beta2": "adam_beta2"}
+    return replace(TrainConfig(), optimizer=name, **{keys.get(key, key): value for key, value in OPTIONS.items()})
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -58,7 +65,7 @@ def test_one_step_of_adamax_by_hand() -> None:
 def test_steps_and_state_are_the_plain_optimizers(name: OptimizerName, steps: int, handed_over: int) -> None:
     ours, theirs = model(), model()
     flat = FlatOptimizer(name, ours.parameters(), **OPTIONS)
-    plain = make_optimizer(name, theirs.parameters(), **OPTIONS)
+    plain = make_optimizer(configured(name), theirs.parameters())
     for step in range(steps):
         if step == handed_over:  # each goes on from the other's state
             of_flat, of_plain = copy.deepcopy(flat.state_dict()["state"]), copy.deepcopy(plain.state_dict()["state"])

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from agents.backends.cuda_graphs import CudaGraphs
+from agents.backends.cuda_graphs.recording import WARM_UPS, CudaRecorder, Repeated
 from agents.dqn import DQN
-from agents.graphs import WARM_UPS, CudaRecorder, GraphStepper, Repeated
+from tests.carried import Given
 from tests.sides import ACTIONS, CPU, N, Sides, configured
 from tests.tape import TapeRecorder
 from wn_rl.errors import NonFiniteLossError
@@ -28,13 +30,13 @@ def test_same_actions_and_minibatches_update_by_update(param: str, host: bool) -
     sides = Sides(recorder := TapeRecorder(), host=host, param=param)
     drawn: list[list[Tensor]] = [[], [], []]
     for numbers, agent in zip(drawn, sides.agents, strict=True):
-        original = agent.work_of_update
+        original = agent.td_loss
 
-        def noted(batch: Any, original: Any = original, numbers: list[Tensor] = numbers) -> None:
+        def noted(batch: Any, original: Any = original, numbers: list[Tensor] = numbers) -> Any:
             numbers.append(batch.numbers.clone())
-            original(batch)
+            return original(batch)
 
-        agent.work_of_update = noted  # type: ignore[method-assign]
+        agent.td_loss = noted  # type: ignore[method-assign]
     for step in range(8):
         ours, *others = sides.act(1.0 if step == 0 else 0.3)
         assert others == [ours, ours]
@@ -52,8 +54,8 @@ def test_same_actions_and_minibatches_update_by_update(param: str, host: bool) -
     assert len(drawn[2]) == WARM_UPS + 1 if not host else 16
     for ours, theirs in zip(*drawn[:2], strict=True):
         assert torch.equal(ours, theirs)
-    assert sides.stepper.updating.recorded
-    assert sides.stepper.acting.recorded
+    assert sides.graphs.updating.recorded
+    assert sides.graphs.acting.recorded
     assert recorder.recordings == 2
     assert recorder.repetitions == 16 - WARM_UPS + 7 - WARM_UPS
     expected = sides.plain.read_statistics()
@@ -77,7 +79,7 @@ def test_every_parameterization_can_be_recorded(param: str, statistics: str) -> 
             sides.go_on_from_plain()
         if step == WARM_UPS + 1:
             sides.copy_target()
-    assert sides.stepper.updating.recorded
+    assert sides.graphs.updating.recorded
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop_mnih"])
@@ -89,7 +91,7 @@ def test_other_optimizers_can_be_recorded(optimizer: str) -> None:
         sides.assert_recorded_is_as_it_is()
         sides.assert_as_plain(before, 2e-3)
         sides.go_on_from_plain()
-    assert sides.stepper.updating.recorded
+    assert sides.graphs.updating.recorded
 
 
 def test_bfloat16_is_rounded_at_every_repetition() -> None:
@@ -100,7 +102,7 @@ def test_bfloat16_is_rounded_at_every_repetition() -> None:
         sides.assert_recorded_is_as_it_is()
         if step == WARM_UPS + 2:
             sides.copy_target()
-    assert sides.stepper.updating.recorded
+    assert sides.graphs.updating.recorded
 
 
 def test_a_watched_update_is_not_repeated_but_made_as_it_is() -> None:
@@ -109,12 +111,13 @@ def test_a_watched_update_is_not_repeated_but_made_as_it_is() -> None:
         sides.update()
     sides.go_on_from_plain()
     made = recorder.repetitions
-    for agent in sides.agents:
-        agent.watch_next_update()
+    for backend in sides.backends:
+        backend.watch_next_update()
     sides.update()
     assert recorder.repetitions == made
-    for agent in sides.agents[1:]:
-        assert agent.watched_update() == pytest.approx(sides.plain.watched_update(), rel=1e-3)
+    for agent, backend in zip(sides.agents[1:], sides.backends[1:], strict=True):
+        expected = sides.backends[0].effective_learning_rates()
+        assert backend.effective_learning_rates() == pytest.approx(expected, rel=1e-3)
         assert agent.gradient_norm() == pytest.approx(sides.plain.gradient_norm(), rel=1e-3)
     sides.update()
     assert recorder.repetitions == made + 1
@@ -130,13 +133,13 @@ def test_state_is_loaded_under_a_recording(param: str) -> None:
     def go_on() -> tuple[Any, ...]:
         acted = []
         for _ in range(3):
-            acted.append(sides.stepper.act(np.full(N, 0.5, np.float32)).tolist())
-            sides.stepper.update()
+            acted.append(sides.graphs.act(np.full(N, 0.5, np.float32)).tolist())
+            sides.graphs.update()
         return acted, copy.deepcopy(agent.q_network.state_dict()), agent.gradient_norm()
 
     for _ in range(WARM_UPS + 2):
-        sides.stepper.act(np.full(N, 0.5, np.float32))
-        sides.stepper.update()
+        sides.graphs.act(np.full(N, 0.5, np.float32))
+        sides.graphs.update()
     agent.copy_target()
     weights = copy.deepcopy(agent.q_network.state_dict())
     state, drawn = copy.deepcopy(agent.state_dict()), replay.generator.get_state()
@@ -153,7 +156,8 @@ def test_state_is_loaded_under_a_recording(param: str) -> None:
     assert first[2] == second[2]
     assert recorder.recordings == 2
     # A new agent that takes the state over goes the same way, and so does one of the plain kind, but for rounding.
-    other = DQN(sides.config, ACTIONS, CPU, static=True)
+    other = DQN(sides.config, ACTIONS, CPU)
+    graphs = CudaGraphs(other, replay, recorder=None)
     other.load_state_dict(weights, copy.deepcopy(state))
     for name, value in other.q_network.state_dict().items():
         assert torch.equal(value, weights[name])
@@ -162,7 +166,7 @@ def test_state_is_loaded_under_a_recording(param: str) -> None:
     replay.generator.set_state(drawn)
     batch = replay.sample(8)
     plain.update(batch)
-    other.update(batch)
+    graphs.update_on(batch)
     for ours, theirs in zip(other.q_network.parameters(), plain.q_network.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -170,18 +174,18 @@ def test_state_is_loaded_under_a_recording(param: str) -> None:
 def test_nothing_of_a_static_agent_leaves_its_place() -> None:
     def places(agent: DQN) -> list[int]:
         networks = [agent.q_network, agent.target_network]
-        if agent._plain_target is not None:
-            networks.append(agent._plain_target)
+        if agent.target._folded is not None:
+            networks.append(agent.target._folded)
         tensors = [tensor for network in networks for tensor in network.state_dict(keep_vars=True).values()]
-        return [tensor.data_ptr() for tensor in (*tensors, agent._sums, agent._offending)]
+        return [tensor.data_ptr() for tensor in (*tensors, agent.statistics.sums, agent.finite.offending)]
 
     for param in names():
         sides = Sides(TapeRecorder(), param=param)
-        made, replay, stepper = sides.as_it_is, sides.replays[1], sides.steppers[1]
-        stepper.update()
+        made, replay, backend = sides.as_it_is, sides.replays[1], sides.backends[1]
+        backend.update()
         before = places(made)
         made.initialize(replay.sample(16).observations)
-        stepper.update()
+        backend.update()
         made.copy_target()
         weights = copy.deepcopy(made.q_network.state_dict())
         made.load_state_dict(weights, copy.deepcopy(made.state_dict()))
@@ -192,23 +196,24 @@ def test_nothing_of_a_static_agent_leaves_its_place() -> None:
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_loss_that_is_not_finite_comes_with_the_next_actions(recorded: bool) -> None:
     sides = Sides(TapeRecorder(), param="wn")
-    agent, replay, stepper = sides.agents[1 + recorded], sides.replays[1 + recorded], sides.steppers[1 + recorded]
+    index = 1 + recorded
+    agent, replay, backend = sides.agents[index], sides.replays[index], sides.backends[index]
     epsilon = np.full(N, 0.5, np.float32)
     for _ in range(WARM_UPS + 2):
-        stepper.act(epsilon)
-        stepper.update()
+        backend.act(epsilon)
+        backend.update()
     state = replay.generator.get_state()
-    stepper.update()
+    backend.update()
     replay.generator.set_state(state)
     with torch.no_grad():
         agent.q_network.get_parameter("output.bias").fill_(float("nan"))
-    stepper.update()  # the same minibatch as the update before
-    stepper.update()  # the one after it does not hide it
+    backend.update()  # the same minibatch as the update before
+    backend.update()  # the one after it does not hide it
     assert agent.updates == WARM_UPS + 5
     with pytest.raises(NonFiniteLossError, match="one of the first 8 updates is not finite"):
-        stepper.act(epsilon)
+        backend.act(epsilon)
     with pytest.raises(NonFiniteLossError):
-        stepper.act(np.ones(N, np.float32))
+        backend.act(np.ones(N, np.float32))
     replay.generator.set_state(state)
     offending = agent.offending_transitions()
     assert offending is not None
@@ -335,7 +340,8 @@ def test_a_failed_recording_gives_stream_and_generators_back(
 @pytest.mark.parametrize("param", names())
 def test_no_autograd_graph_outlives_an_update(param: str) -> None:
     """A parameter's node that did would be of the stream of then, and a recording on another stream fails at it."""
-    agent = DQN(configured(param=param), ACTIONS, CPU, static=True)
+    agent = DQN(configured(param=param), ACTIONS, CPU)
+    graphs = CudaGraphs(agent, Given(), recorder=None)  # type: ignore[arg-type]
 
     def node_of(parameter: Tensor) -> Any:
         function = parameter.view_as(parameter).grad_fn
@@ -343,25 +349,26 @@ def test_no_autograd_graph_outlives_an_update(param: str) -> None:
         return function.next_functions[0][0]
 
     marked = []
-    check = agent._check
+    check = agent.finite.check
 
-    def noted(loss: Tensor, batch: Any) -> None:
+    def noted(loss: Tensor, numbers: Any) -> None:
         for parameter in agent.q_network.parameters():
             node = node_of(parameter)
             node.metadata["seen"] = True
             assert "seen" in node_of(parameter).metadata, "while the graph lives, the node is the same"
             marked.append(parameter)
-        check(loss, batch)
+        check(loss, numbers)
 
-    agent._check = noted  # type: ignore[method-assign]
+    agent.finite.check = noted  # type: ignore[method-assign]
     x = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
     zeros = torch.zeros(8, dtype=torch.int64)
     batch = Minibatch(x, zeros, zeros.float(), x, zeros.bool(), zeros)
     agent.initialize(x)
     for _ in range(2):
-        agent.watch_next_update()
-        agent.update(batch)
-        agent.read_statistics()
+        graphs.watch_next_update()
+        graphs.replay.batch = batch  # type: ignore[attr-defined]
+        graphs.update()
+        graphs.read_statistics()
         assert marked
         assert not any("seen" in node_of(parameter).metadata for parameter in marked)
 
@@ -386,23 +393,23 @@ def test_no_work_crosses_from_host_to_device(param: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": kind())
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
-    agent = DQN(configured(param=param), ACTIONS, meta, static=True)
+    agent = DQN(configured(param=param), ACTIONS, meta)
     replay = Replay(60, N, device=meta, staged=True)
     rng = np.random.default_rng(0)
     replay.start(rng.integers(0, 256, (N, 84, 84), np.uint8))
     zeros = np.zeros(N)
     for _ in range(6):
         replay.add(zeros, zeros, zeros, rng.integers(0, 256, (N, 84, 84), np.uint8), zeros)
-    stepper = GraphStepper(agent, replay, None)
+    graphs = CudaGraphs(agent, replay, recorder=None)
     agent.copy_target()
     with OneDevice():
-        stepper._act()
-        stepper._update()
+        graphs._act()
+        graphs._update()
         agent.copy_target()
         with pytest.raises(RuntimeError, match=r"tensors on cpu and meta"):
             torch.zeros(2).to(meta)
         with pytest.raises(RuntimeError):
-            agent._sums.sum().item()
+            agent.statistics.sums.sum().item()
 
 
 def test_recording_leaves_no_trace_and_repeating_goes_on() -> None:

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from agents.dqn import DQN
 from agents.optimizers import CompiledAdamax, OptimizerName, RMSpropMnih, make_optimizer
-from wn_rl import parameterizations
-from wn_rl.config import load, resolve
-from wn_rl.parameterizations import reparameterize, weight_norm
-from wn_rl.parameterizations.weight_norm import defer
+from tests.carried import carried
+from wn_rl.config import TrainConfig, load, resolve
+from wn_rl.parameterizations import reparameterize
 from wn_rl.replay import Minibatch
 
 START = [1.0, -2.0, 0.5]
@@ -30,9 +28,8 @@ def named(
     name: OptimizerName, *, learning_rate: float = 0.01, eps: float = 0.01
 ) -> Callable[..., torch.optim.Optimizer]:
     """Return what makes the optimizer called ``name``; β1 = 0.5, β2 = 0.999, RMSProp's decay 0.95."""
-    return lambda params: make_optimizer(
-        name, params, learning_rate=learning_rate, eps=eps, beta1=0.5, beta2=0.999, rmsprop_decay=0.95
-    )
+    config = replace(TrainConfig(), optimizer=name, learning_rate=learning_rate, optimizer_eps=eps, adam_beta1=0.5)
+    return lambda params: make_optimizer(replace(config, adam_beta2=0.999, rmsprop_decay=0.95), params)
 
 
 def after_each_step(make: Callable[..., torch.optim.Optimizer]) -> list[list[float]]:
@@ -157,10 +154,6 @@ def two_layers(param: str) -> nn.Module:
     return reparameterize(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), param)
 
 
-def forward_all(model: nn.Module, x: Tensor) -> Tensor:
-    return parameterizations.forward(model[2], model[1](parameterizations.forward(model[0], x)))
-
-
 def as_written(function: Any, **_: object) -> Any:
     """Stand in for ``torch.compile``: the same function, not compiled."""
     return function
@@ -170,29 +163,21 @@ def as_written(function: Any, **_: object) -> Any:
 def test_the_one_pass_equals_torchs_adamax_and_leaves_whole_gradients(
     param: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_norm, "LARGE", 0)
     monkeypatch.setattr(torch, "compile", as_written)
     ours, torchs = two_layers(param), two_layers(param)
-    deferred = defer(ours)
-    assert len(deferred) == (2 if param == "wn" else 0)
-    optimizers = (
-        CompiledAdamax(ours.parameters(), 0.01, (0.5, 0.999), 1e-8, deferred),
-        torch.optim.Adamax(torchs.parameters(), lr=0.01, betas=(0.5, 0.999), eps=1e-8),
-    )
+    adamaxes = [torch.optim.Adamax(model.parameters(), 0.01, (0.5, 0.999), 1e-8) for model in (ours, torchs)]
+    assert CompiledAdamax.replaces(adamaxes[0])
+    optimizers = (CompiledAdamax.like(adamaxes[0]), adamaxes[1])
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         x = torch.randn(7, 6, dtype=torch.float64, generator=generator)
         for model, optimizer in zip((ours, torchs), optimizers, strict=True):
             optimizer.zero_grad()
-            forward_all(model, x).square().sum().backward()
+            model(x).square().sum().backward()
             optimizer.step()
         for (name, mine), theirs in zip(ours.named_parameters(), torchs.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10, msg=name)
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-8, atol=1e-9, msg=name)
-        for entry in deferred:
-            known = entry.known_norm()
-            assert known is not None
-            torch.testing.assert_close(known, entry.v.norm(dim=1), rtol=1e-12, atol=0)
 
     # Both read each other's state and go on alike.
     first, second = copy.deepcopy(optimizers[0].state_dict()), copy.deepcopy(optimizers[1].state_dict())
@@ -200,75 +185,26 @@ def test_the_one_pass_equals_torchs_adamax_and_leaves_whole_gradients(
     optimizers[1].load_state_dict(first)
     for model, optimizer in zip((ours, torchs), optimizers, strict=True):
         optimizer.zero_grad()
-        forward_all(model, x).square().sum().backward()
+        model(x).square().sum().backward()
         optimizer.step()
     for mine, theirs in zip(ours.parameters(), torchs.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
 
-def test_a_pass_that_hooks_lead_through_the_layers_themselves_is_not_finished_twice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(weight_norm, "LARGE", 0)
-    monkeypatch.setattr(torch, "compile", as_written)
-    model, x = two_layers("wn"), torch.randn(4, 6, dtype=torch.float64)
-    plain = copy.deepcopy(model)
-    optimizer = CompiledAdamax(model.parameters(), 0.01, (0.5, 0.999), 1e-8, defer(model))
-    for hooked in (True, False, True):
-        handle = model[0].register_forward_hook(lambda *_: None) if hooked else None
-        for network in (model, plain):
-            network.zero_grad()
-            forward_all(network, x).square().sum().backward()
-        optimizer.step()
-        for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-10, msg=name)
-        plain.load_state_dict(model.state_dict())
-        if handle is not None:
-            handle.remove()
-
-
-def test_a_norm_is_forgotten_when_somebody_else_changes_v(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_norm, "LARGE", 0)
-    model = two_layers("wn")
-    plain, x = copy.deepcopy(model), torch.randn(4, 6, dtype=torch.float64)
-    (entry, _) = defer(model)
-    assert entry.known_norm() is not None
-    with torch.no_grad():
-        entry.v.mul_(3.0)
-    assert entry.known_norm() is None
-    torch.testing.assert_close(forward_all(model, x), plain(x), rtol=1e-12, atol=1e-12)
-    model.load_state_dict(two_layers("wn").state_dict())
-    assert entry.known_norm() is None
-
-
-def test_a_copy_finishes_its_gradients_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_norm, "LARGE", 0)
-    model, x = two_layers("wn"), torch.randn(4, 6, dtype=torch.float64)
-    plain = copy.deepcopy(model)
-    defer(model)
-    copied = copy.deepcopy(model)
-    for network in (model, copied, plain):
-        forward_all(network, x).square().sum().backward()
-    for (name, mine), theirs in zip(copied.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
-    assert not torch.allclose(
-        model[0].parametrizations.weight.original1.grad, plain[0].parametrizations.weight.original1.grad
-    )
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_code_gives_the_same_updates_of_a_whole_agent() -> None:
-    """In float32 on the full network, whose large layer takes the deferred path; compiling takes some 20 s."""
+    """In float32 on the full network; compiling takes some 10 s."""
     x = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = Minibatch(x[:4], torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 0, -1, 0]), x[4:], torch.zeros(4).bool())
     agents = []
     for choice in ("on", "off"):
-        config = resolve(replace(load("paper"), game="breakout", param="wn", compile=choice))
-        agent = DQN(replace(config, device="cpu", precision="float32"), 4, torch.device("cpu"))
+        config = resolve(replace(load("paper"), game="breakout", param="ln", compile=choice))
+        agent = carried(replace(config, device="cpu", precision="float32"))
         agent.initialize(x)
         for _ in range(5):
             agent.update(batch)
         agents.append(agent)
+    assert agents[0].backend.name == agents[1].backend.name == "eager"
     assert isinstance(agents[0].optimizer, CompiledAdamax)
     for (name, mine), theirs in zip(
         agents[0].q_network.named_parameters(), agents[1].q_network.parameters(), strict=True
@@ -276,7 +212,7 @@ def test_compiled_code_gives_the_same_updates_of_a_whole_agent() -> None:
         off = float(((mine - theirs).norm() / theirs.norm()).detach())
         assert off < 2e-5, name
     # A copy that is loaded from the state goes on to the last bit.
-    resumed = DQN(agents[0].config, 4, torch.device("cpu"))
+    resumed = carried(agents[0].config)
     resumed.load_state_dict(copy.deepcopy(agents[0].q_network.state_dict()), copy.deepcopy(agents[0].state_dict()))
     for agent in (agents[0], resumed):
         agent.update(batch)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.dqn import DQN
+from tests.carried import Carried, carried
 from tests.vectors import needs_passes
 from wn_rl.config import load, resolve
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
-from wn_rl.stepping import PlainStepper, TogetherStepper
 
 CPU = torch.device("cpu")
 ACTIONS, SIZE = 4, 6
@@ -34,15 +35,15 @@ def filled_replay() -> Replay:
     return replay
 
 
-def agent_of(precision: str, kind: type[DQN] = DQN, **changes: Any) -> DQN:
+def agent_of(precision: str, kind: type[DQN] = DQN, replay: Replay | None = None, **changes: Any) -> Carried:
     values: dict[str, Any] = {"game": "breakout", "param": "wn", "hidden_units": 32, "compile": "on", **changes}
     config = resolve(replace(load("paper"), **values, precision=precision, batch_size=SIZE))
-    agent = kind(replace(config, device="cpu"), ACTIONS, CPU)
+    agent = carried(replace(config, device="cpu"), ACTIONS, kind, replay or filled_replay())
     agent.initialize(filled_replay().sample(16).observations)
     return agent
 
 
-def state(agent: DQN) -> dict[str, Any]:
+def state(agent: Carried) -> dict[str, Any]:
     return {"weights": agent.q_network.state_dict(), **agent.state_dict()}
 
 
@@ -61,10 +62,10 @@ def assert_same(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("param", ["wn", "standard"])
 def test_several_updates_are_the_same_as_one_by_one(precision: str, param: str) -> None:
     """Weights, moments, statistics, the last gradient and what is drawn next, to the last bit."""
-    agents = [agent_of(precision, param=param) for _ in range(2)]
     replays = [filled_replay() for _ in range(2)]
-    together, apart = (agent.stepper(replay) for agent, replay in zip(agents, replays, strict=True))
-    assert isinstance(together, TogetherStepper)
+    agents = [agent_of(precision, param=param, replay=replay) for replay in replays]
+    together, apart = (agent.backend for agent in agents)
+    assert isinstance(together, CpuKernels)
     for count in (1, 2, 3, 4, 1, 5):
         together.update(count)
         for _ in range(count):
@@ -85,18 +86,18 @@ def test_several_updates_are_the_same_as_one_by_one(precision: str, param: str) 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_watched_update_is_the_next_one_alone(precision: str, count: int) -> None:
     agents = [agent_of(precision) for _ in range(2)]
-    steppers = [agent.stepper(filled_replay()) for agent in agents]
+    steppers = [agent.backend for agent in agents]
     for agent in agents:
         agent.watch_next_update()
     steppers[0].update(count)
     steppers[1].update()
-    expected = agents[1].watched_update()
+    expected = agents[1].effective_learning_rates()
     assert expected
     for _ in range(count - 1):
         steppers[1].update()
-    assert_same(agents[0].watched_update(), expected)
+    assert_same(agents[0].effective_learning_rates(), expected)
     assert_same(state(agents[0]), state(agents[1]))
-    assert not agents[0].watching
+    assert not agents[0].backend._watching
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -111,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_and_after_what_was_good(preci
     for agent in agents:  # so that there is a gradient before
         agent.update(DrawnMinibatch(replay.kept, torch.arange(10, 10 + SIZE)))
     with pytest.raises(NonFiniteLossError, match=f"update {good + 2} is nan"):
-        agents[0].update_several(DrawnMinibatch(replay.kept, numbers.flatten()), 5)
+        agents[0].backend.update_on(DrawnMinibatch(replay.kept, numbers.flatten()), 5)
     for row in numbers[:good]:
         agents[1].update(DrawnMinibatch(replay.kept, row))
     assert agents[0].updates == good + 1
@@ -129,28 +130,11 @@ def test_nothing_is_done_where_one_transition_does_not_exist(precision: str) -> 
     numbers = replay.draw(3 * SIZE)
     numbers[-1] = -1
     with pytest.raises(IndexError, match="does not exist"):
-        agent.update_several(DrawnMinibatch(replay.kept, numbers), 3)
+        agent.backend.update_on(DrawnMinibatch(replay.kept, numbers), 3)
     assert_same(state(agent), before)
     with pytest.raises(ValueError, match="dealt out"):
-        agent._compiled_steps(agent._fused, replay.sample(7), 2)  # type: ignore[arg-type]
+        agent.backend.update_on(replay.sample(7), 2)
     assert_same(state(agent), before)
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["update", "work_of_update", "counted"])
-def test_a_subclass_with_an_update_of_its_own_is_given_each_minibatch(precision: str, name: str) -> None:
-    calls = []
-
-    def noted(self: DQN, given: Any) -> None:
-        calls.append(given)
-        getattr(DQN, name)(self, given)
-
-    agent = agent_of(precision, type("Own", (DQN,), {name: noted}))
-    stepper = agent.stepper(filled_replay())
-    assert type(stepper) is PlainStepper
-    stepper.update(3)
-    assert len(calls) == 3
-    assert agent.updates == 3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -164,17 +148,18 @@ def test_a_replay_of_another_kind_draws_each_minibatch(precision: str) -> None:
 
     replay = filled_replay()
     replay.__class__ = Own
-    agent = agent_of(precision)
-    agent.stepper(replay).update(2)
+    agent = agent_of(precision, replay=replay)
+    agent.backend.update(2)
     assert sizes == [SIZE] * 2
     assert agent.updates == 2
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_update_at_all_does_nothing(precision: str) -> None:
-    agent, replay = agent_of(precision), filled_replay()
+    replay = filled_replay()
+    agent = agent_of(precision, replay=replay)
     before = copy.deepcopy(state(agent)), replay.generator.get_state()
-    agent.stepper(replay).update(0)
+    agent.backend.update(0)
     assert_same(state(agent), before[0])
     assert torch.equal(replay.generator.get_state(), before[1])
 

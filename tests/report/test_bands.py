@@ -67,9 +67,19 @@ def test_different_grids_are_interpolated_and_never_extrapolated() -> None:
 
 
 def test_a_running_mean_is_over_what_came_before() -> None:
-    smoothed = curve([1, 2, 3, 4], [4, 2, 6, 1]).smoothed(3)
-    assert smoothed.values.tolist() == pytest.approx([4, 3, 4, 3])
+    values = [4.0, 2, 6, 1, *[0] * 24, 3, 9]
+    smoothed = curve(list(range(1, 31)), values).smoothed(3)
+    assert smoothed.values.tolist() == pytest.approx([4, 3, 4, 3, 7 / 3, 1 / 3, *[0] * 22, 1, 4])
     assert curve([1, 2], [4, 2]).smoothed(1).values.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize(("points", "window"), [(1, 1), (4, 1), (19, 1), (20, 2), (39, 3), (50, 5), (400, 5)])
+def test_a_running_mean_is_over_a_tenth_of_a_curve_at_most(points: int, window: int) -> None:
+    """Over four evaluations 2.0, 13.5, 45.0 and 45.9 the line ends at 45.9, the score."""
+    one = curve(list(range(1, points + 1)), [float(value) for value in range(points)])
+    assert one.window(5) == window
+    assert one.smoothed(5).values[-1] == pytest.approx(points - 1 - (window - 1) / 2)
+    assert curve([1, 2, 3, 4], [2.0, 13.5, 45.0, 45.9]).smoothed(5).values.tolist() == [2.0, 13.5, 45.0, 45.9]
 
 
 @settings(deadline=None)

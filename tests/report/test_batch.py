@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 
 import evaluate
-from wn_rl import checkpoint, cli, scoring, trained
+from wn_rl import cli
 from wn_rl.errors import CheckpointError, WnRlError
+from wn_rl.evaluation import policies as trained
+from wn_rl.evaluation import scoring
+from wn_rl.evaluation.scoring import How, Score
 from wn_rl.report import table
-from wn_rl.scoring import How, Score
+from wn_rl.runs import checkpoint
 
 SHORT = ["--episodes", "2", "--max-frames-per-episode", "40", "--num-threads", "1"]
 
@@ -73,7 +76,8 @@ def test_seeds_and_groups_of_a_directory(
     }
     (found,) = (s for s in written["statistics"] if (s["group"], s["game"]) == ("wn", "SpaceInvaders"))
     assert (found["runs"], found["unit"]) == (2, "points")
-    assert found["mean"] == {"value": sum(means.values()) / 2, "low": min(means.values()), "high": max(means.values())}
+    assert found["mean"] == {"value": sum(means.values()) / 2, "low": None, "high": None, "n": [2]}
+    assert "(n = 4 and 4" in out
     (over,) = (s for s in written["statistics"] if (s["group"], s["game"]) == ("wn", None))
     assert (over["games"], over["runs"], over["unit"]) == (["Breakout", "SpaceInvaders"], 4, "human-normalized")
     (improvement,) = written["probability_of_improvement"]
@@ -269,6 +273,8 @@ def test_names_become_paths(tmp_path: Path, save_checkpoint: Callable[..., Path]
     assert scoring.expand([str(a), str(latest), str(a)]) == [a, latest]
     assert scoring.expand([str(tmp_path / "runs")]) == [a, b]
     assert scoring.expand([str(tmp_path / "runs" / "*")]) == [a, b]
-    assert scoring.expand([str(tmp_path)]) == [tmp_path]  # holds no run itself: load() says so
+    assert scoring.expand([str(tmp_path)]) == [a, b]
+    (tmp_path / "nothing").mkdir()
+    assert scoring.expand([str(tmp_path / "nothing")]) == [tmp_path / "nothing"]  # load() says what is missing
     with pytest.raises(WnRlError, match="matches no run"):
         scoring.expand([str(tmp_path / "z*")])

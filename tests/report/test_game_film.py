@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 import evaluate
-from wn_rl import scoring
 from wn_rl.atari.env import make_atari
 from wn_rl.errors import UsageError, WnRlError
-from wn_rl.evaluation import EvaluationProtocol
-from wn_rl.evaluation import evaluate as score
+from wn_rl.evaluation import scoring
+from wn_rl.evaluation.episodes import EvaluationProtocol
+from wn_rl.evaluation.episodes import evaluate as score
+from wn_rl.evaluation.policies import Trained
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.report import game_film, saliency
 from wn_rl.report.game_film import Film
 from wn_rl.report.panel import WIDTH
 from wn_rl.report.played_game import PlayedGame, Recorder, play
-from wn_rl.trained import Trained
 
 SaveCheckpoint = Callable[..., Path]
 

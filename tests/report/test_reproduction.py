@@ -120,7 +120,7 @@ def test_cells_by_hand(results: Path) -> None:
     best = np.array([300.0, 350.0, 270.0])
     half = 4.302653 * best.std(ddof=1) / 3**0.5
     assert row[2] == "1, 2, 3"
-    assert row[3] == f"306.7 [{best.mean() - half:.1f}, {best.mean() + half:.1f}]"
+    assert row[3] == f"306.7 [{best.mean() - half:.1f}, {best.mean() + half:.1f}] (n = 3)"
     assert row[4] == "300.0 [225.5, 374.5]"
     assert row[5:8] == ["95% Student's t interval over seeds", "4M", "16"]
     assert row[8] == "1.50 h"

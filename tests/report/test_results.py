@@ -37,11 +37,12 @@ def test_a_run_is_what_its_files_say() -> None:
 
 
 def test_directories_patterns_and_names() -> None:
-    assert len(find_runs([str(RESULTS / "quick")])) == 6
-    assert find_runs([str(RESULTS / "quick" / "*-wn-*"), str(WN)]) == find_runs([str(RESULTS / "quick" / "*-wn-*")])
+    assert len(find_runs([str(RESULTS / "quick")]).paths) == 6
+    twice = find_runs([str(RESULTS / "quick" / "*-wn-*"), str(WN)])
+    assert twice.paths == find_runs([str(RESULTS / "quick" / "*-wn-*")]).paths
     with pytest.raises(WnRlError, match="matches no run"):
         find_runs([str(RESULTS / "nothing*")])
-    runs, _ = read_runs(find_runs([str(RESULTS / "quick")]))
+    runs, _ = read_runs(find_runs([str(RESULTS / "quick")]).paths)
     assert names_of(runs)[1] == "Breakout-wn-quick-s1"
 
 
@@ -154,3 +155,20 @@ def test_the_papers_curve_and_the_public_ones() -> None:
         for curve in references.public_curves(game):
             assert (np.diff(curve.frames) > 0).all()
             assert ((curve.low <= curve.mean) & (curve.mean <= curve.high)).all()
+
+
+def test_directories_are_searched_with_all_that_they_hold_and_what_was_found_is_said(tmp_path: Path) -> None:
+    """Runs at any depth, beside each other or not; links that lead in a circle; what was a run and lost its file."""
+    for place in ("a", "runs/r1/b", "runs/c"):
+        shutil.copytree(WN, tmp_path / place)
+    (tmp_path / "runs" / "r1" / "lost").mkdir()
+    (tmp_path / "runs" / "r1" / "lost" / "evaluations.csv").write_text("")
+    (tmp_path / "runs" / "r1" / "round").symlink_to(tmp_path / "runs")
+    found = find_runs([str(tmp_path)])
+    names = [str(path.relative_to(tmp_path)) for path in found.paths]
+    assert names == ["a", "runs/c", "runs/r1/b"]
+    lost = tmp_path / "runs" / "r1" / "lost"
+    expected = f"found 3 runs in {tmp_path}; skipped {lost} (it has evaluations.csv and is no run)"
+    assert found.describe("run") == expected
+    assert find_runs([str(tmp_path / "a")]).describe("run") == ""
+    assert len(find_runs([str(RESULTS)]).paths) == len(list(RESULTS.rglob("config.yaml")))

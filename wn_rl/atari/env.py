@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ale_py import ALEInterface, LoggerMode, roms
 from ale_py.vector_env import AtariVectorEnv
+from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError, NoAsyncCallError, ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
@@ -25,8 +28,27 @@ FULL_ACTION_SET = 18
 NO_CAP = 2**31 - 1
 """What ale-py takes for "no frame cap": its own 0 and −1 would end every episode at once."""
 
+LARGEST_SEED = 2**31 - 1
+"""Of a single emulator: ale-py holds seeds in 32 bits and takes a negative one for "none"."""
+RESET_MASK = "reset_mask"
+"""The option of :meth:`AtariVector.reset` that names the emulators to reset."""
+
 Observations = NDArray[np.uint8]
 Info = dict[str, NDArray[Any]]
+Seeds = int | np.integer[Any] | Sequence[int] | NDArray[np.integer[Any]]
+"""One seed from which those of all emulators are derived, or one for each emulator."""
+
+
+class _State(enum.Enum):
+    """What may be called next."""
+
+    UNKNOWN = enum.auto()
+    """Not reset yet, or a step was interrupted and what it returned is lost: a reset of all emulators."""
+    READY = enum.auto()
+    """A reset or :meth:`AtariVector.send`."""
+    STEPPING = enum.auto()
+    """The emulators play: :meth:`AtariVector.recv`."""
+    CLOSED = enum.auto()
 
 
 def emulator_seeds(seed: int, count: int, *stream: int) -> NDArray[np.int32]:
@@ -50,6 +72,17 @@ def minimal_actions(game: str) -> int:
     return len(ale.getMinimalActionSet())
 
 
+def _checked_seed(seed: object) -> int:
+    """Return a seed from which others are derived.
+
+    Raises:
+        UsageError: it is no whole number from 0 on.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise UsageError(f"a seed must be a whole number, 0 or more, not {seed!r}")
+    return int(seed)
+
+
 class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
     """N emulators of one game; each ``step`` is one agent step (4 frames) of every emulator.
 
@@ -61,6 +94,11 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
     Auto-reset is Gymnasium's NEXT_STEP: the step after an episode's end ignores its action and returns the first
     observation of the next episode. It is no transition; ``info["is_reset"]`` marks it. This mode was chosen because
     a final observation then takes the place of an ordinary one, in replay as well, with no second array to carry.
+
+    One step at a time: as in Gymnasium's ``AsyncVectorEnv``, a second :meth:`send` or a reset while a step is pending
+    raises ``AlreadyPendingCallError``, and :meth:`recv` without a step ``NoAsyncCallError`` (all of these are in
+    ``gymnasium.error``). A step before the first reset, or after Ctrl-C broke into one, raises ``ResetNeeded``; a call
+    after :meth:`close` raises ``ClosedEnvironmentError``.
 
     A life loss ends nothing here. ``info`` holds, each of shape (N,): ``lives`` (int32), ``life_loss`` (bool),
     ``is_reset`` (bool), and of the episode so far ``episode_return`` (float64, points) and ``episode_length``
@@ -84,6 +122,8 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         self.game = game
         self._seed = seed
         self._seeded = False
+        self._state = _State.UNKNOWN
+        self._paddle = np.ones(num_envs, np.float32)
         self._emulators = AtariVectorEnv(
             game.rom,
             num_envs,
@@ -121,35 +161,45 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
     def reset(
         self,
         *,
-        seed: int | np.integer[Any] | NDArray[np.integer[Any]] | None = None,
+        seed: Seeds | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Observations, Info]:
-        """Start a new episode in every emulator.
+        """Start a new episode in every emulator, or in those of ``options["reset_mask"]``.
 
         Args:
-            seed: an integer seeds all emulators with unrelated values derived from it; an array of shape (N,) gives
-                each its own; None seeds with the constructor's seed the first time and not at all later.
-            options: not used.
+            seed: an integer seeds all emulators with unrelated values derived from it; an array or list of shape (N,)
+                gives each its own, from 0 to 2³¹ − 1; None seeds with the constructor's seed the first time and not at
+                all later.
+            options: ``{"reset_mask": mask}``, bool of shape (N,) with a True in it, as in Gymnasium: the others go on
+                as if nothing had happened, keep their observations, and their seeds are not used.
 
         Raises:
-            UsageError: a negative seed.
+            UsageError: seeds, options or a mask that are not these.
+            AlreadyPendingCallError: a step is pending: :meth:`recv` first.
+            ResetNeeded: a mask, before all emulators were reset.
+            ClosedEnvironmentError: after :meth:`close`.
         """
-        if seed is not None and np.min(seed) < 0:
-            raise UsageError(f"a seed must be 0 or more, not {np.min(seed)}")
+        mask = self._mask(options)
         if seed is None and not self._seeded:
             seed = self._seed
+        seeds = None if seed is None else self._emulator_seeds(seed)
+        if mask is not None and not mask.all():
+            observations = self.restart(mask, None if seeds is None else seeds[mask])
+            return observations, self._info(np.zeros(self.num_envs, bool), mask)
+        if self._state is _State.STEPPING or self._state is _State.CLOSED:
+            raise self._refusal("reset")
+        self._state = _State.UNKNOWN
+        observations, info = self._emulators.reset(seed=seeds)
         self._seeded = True
-        if isinstance(seed, int | np.integer):
-            seed = emulator_seeds(int(seed), self.num_envs)
-        observations, info = self._emulators.reset(seed=None if seed is None else np.asarray(seed, np.int32))
         self._lives = info["lives"]
         self._ended = np.zeros(self.num_envs, bool)
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, np.int64)
+        self._state = _State.READY
         return observations, self._info(np.zeros(self.num_envs, bool), np.ones(self.num_envs, bool))
 
     def restart(self, chosen: NDArray[np.bool_], seeds: NDArray[np.integer[Any]] | None = None) -> Observations:
-        """Start a new episode in some emulators and leave the others as they are; never between send and recv.
+        """Start a new episode in some emulators and leave the others as they are; see :meth:`reset` for errors.
 
         Args:
             chosen: bool, shape (N,).
@@ -159,13 +209,17 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         Returns:
             Observations of all, shape (N, 4, 84, 84); those of the chosen are new.
         """
+        if self._state is not _State.READY:
+            raise self._refusal("reset")
+        self._state = _State.UNKNOWN
         observations, info = self._emulators.reset(
-            seed=None if seeds is None else np.asarray(seeds, np.int32), options={"reset_mask": chosen}
+            seed=None if seeds is None else np.asarray(seeds, np.int32), options={RESET_MASK: chosen}
         )
         self._lives = np.where(chosen, info["lives"], self._lives)
         self._ended = self._ended & ~chosen
         self._returns = np.where(chosen, 0.0, self._returns)
         self._lengths = np.where(chosen, 0, self._lengths)
+        self._state = _State.READY
         result: Observations = observations
         return result
 
@@ -174,15 +228,35 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
 
         Raises:
             ValueError: an action that the game does not have, for which the emulators would never answer.
+            AlreadyPendingCallError: a step is pending already.
+            ResetNeeded: there is no episode to play on.
+            ClosedEnvironmentError: after :meth:`close`.
         """
-        actions = np.asarray(actions, np.int64)
-        if actions.shape != (self.num_envs,) or actions.min() < 0 or actions.max() >= self.num_actions:
-            raise ValueError(f"actions must be {self.num_envs} numbers from 0 to {self.num_actions - 1}, not {actions}")
-        self._emulators.send(actions)
+        if self._state is not _State.READY:
+            raise self._refusal("send")
+        given = np.asarray(actions)
+        # Not before the shape is known: the least of nothing is an error of its own.
+        if given.dtype.kind not in "iu" or given.shape != (self.num_envs,):
+            raise self._bad_actions(given)
+        actions = given.astype(np.int64, copy=False)
+        if actions.min() < 0 or actions.max() >= self.num_actions:
+            raise self._bad_actions(given)
+        # Nothing that Ctrl-C could break into lies between the two lines.
+        self._state = _State.STEPPING
+        self._emulators.ale.send(actions, self._paddle)
 
     def recv(self) -> tuple[Observations, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], Info]:
-        """Wait for the step that :meth:`send` started; returns what :meth:`step` returns."""
-        observations, rewards, terminated, truncated, info = self._emulators.recv()
+        """Wait for the step that :meth:`send` started; returns what :meth:`step` returns.
+
+        Raises:
+            NoAsyncCallError: there is no step to wait for.
+            ClosedEnvironmentError: after :meth:`close`.
+        """
+        if self._state is not _State.STEPPING:
+            raise self._refusal("recv")
+        # Ctrl-C is noticed when the emulators have answered: the step is over then, and its result is lost.
+        self._state = _State.UNKNOWN
+        observations, rewards, terminated, truncated, info = self._emulators.ale.recv()
         is_reset = self._ended
         lives = info["lives"]
         life_loss = (lives < self._lives) & ~is_reset
@@ -190,6 +264,7 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         self._ended = terminated | truncated
         self._returns = np.where(is_reset, 0.0, self._returns + rewards)
         self._lengths = np.where(is_reset, 0, self._lengths + 1)
+        self._state = _State.READY
         return observations, rewards.astype(np.float64), terminated, truncated, self._info(life_loss, is_reset)
 
     def step(
@@ -201,7 +276,62 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
 
     def close_extras(self, **kwargs: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
         """Stop the emulators and free them."""
+        self._state = _State.CLOSED
         del self._emulators
+
+    def _refusal(self, call: str) -> Exception:
+        """Return the error that a call deserves in the present state."""
+        if self._state is _State.CLOSED:
+            return ClosedEnvironmentError(f"{call}() after close(): make the emulators anew")
+        if self._state is _State.STEPPING:
+            return AlreadyPendingCallError(f"{call}() while a step is pending: call recv() first", "step")
+        if call == "recv":
+            return NoAsyncCallError("recv() without a send() before it: there is no step to wait for", "step")
+        return ResetNeeded(f"{call}() needs a reset() of all emulators first: none was made, or a step was interrupted")
+
+    def _bad_actions(self, actions: NDArray[Any]) -> ValueError:
+        return ValueError(
+            f"actions must be {self.num_envs} whole numbers from 0 to {self.num_actions - 1}, not {actions}"
+        )
+
+    def _mask(self, options: dict[str, Any] | None) -> NDArray[np.bool_] | None:
+        """Return the mask in the options of a reset, if there is one.
+
+        Raises:
+            UsageError: another option, or a mask that cannot be used.
+        """
+        if unknown := sorted(map(str, (options or {}).keys() - {RESET_MASK})):
+            raise UsageError(f"reset() knows no option {', '.join(unknown)}: only {RESET_MASK}")
+        if not options:
+            return None
+        mask = np.asarray(options[RESET_MASK])
+        if mask.dtype != np.bool_ or mask.shape != (self.num_envs,):
+            raise UsageError(
+                f"{RESET_MASK} must be a bool array of shape ({self.num_envs},), not {mask.dtype} of shape {mask.shape}"
+            )
+        if not mask.any():
+            raise UsageError(f"{RESET_MASK} has no True: there is nothing to reset")
+        return mask
+
+    def _emulator_seeds(self, seed: Seeds) -> NDArray[np.int32]:
+        """Return the seed of each emulator, shape (N,).
+
+        Raises:
+            UsageError: it is none, or not one for each emulator.
+        """
+        if isinstance(seed, int | np.integer):
+            return emulator_seeds(_checked_seed(seed), self.num_envs)
+        try:
+            seeds = np.asarray(seed)
+        except ValueError:  # a list of lists of different lengths
+            seeds = np.asarray(None)
+        if seeds.shape != (self.num_envs,) or seeds.dtype.kind not in "iu":
+            raise UsageError(
+                f"seed must be a whole number, or {self.num_envs} of them, one for each emulator; not {seed}"
+            )
+        if seeds.min() < 0 or seeds.max() > LARGEST_SEED:
+            raise UsageError(f"the seed of an emulator must be from 0 to {LARGEST_SEED}, not {seed}")
+        return seeds.astype(np.int32)
 
     def _info(self, life_loss: NDArray[np.bool_], is_reset: NDArray[np.bool_]) -> Info:
         return {
@@ -242,7 +372,7 @@ def make_atari(
         The environment, see :class:`AtariVector`.
 
     Raises:
-        UsageError: an unknown game or an option out of its range.
+        UsageError: an unknown game, or a seed or an option out of its range.
     """
     found = find_game(game)
     if num_envs < 1:
@@ -260,7 +390,7 @@ def make_atari(
     return AtariVector(
         found,
         num_envs,
-        seed=seed,
+        seed=_checked_seed(seed),
         noop_max=noop_max,
         fire_reset=fire_reset,
         sticky_actions=sticky_actions,

@@ -17,6 +17,7 @@ from wn_rl.parameterizations.api import (
     resolve,
 )
 from wn_rl.parameterizations.base import OutputNormalization, Parameterization, WeightParameterization
+from wn_rl.parameterizations.reinitialize import reinitialize
 from wn_rl.parameterizations.registry import get, load, names, register
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "project",
     "projected",
     "register",
+    "reinitialize",
     "reparameterize",
     "resolve",
     "spectral_norm",

@@ -18,15 +18,19 @@ from wn_rl.parameterizations.base import (
     LAYERS,
     RECURRENT,
     Normalization,
+    OutputNormalization,
     Parameterization,
     Units,
     bias_of,
-    entry_of,
     make,
-    note_entry,
+    sort_parameters,
     spatial_axes,
+    tidy,
     weight_names,
 )
+from wn_rl.parameterizations.notes import entry_of, forget_notes, note_entry, was_taken_off
+from wn_rl.parameterizations.reset import ResetParameters
+from wn_rl.parameterizations.rollback import unchanged_on_failure
 
 Model = TypeVar("Model", bound=nn.Module)
 Choice = str | type[nn.Module] | nn.Module
@@ -80,17 +84,24 @@ def _chosen(
     model: nn.Module, include: Choice | Iterable[Choice] | None, exclude: Choice | Iterable[Choice]
 ) -> dict[str, nn.Module]:
     candidates = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    include = None if include is None else as_choices(include)
-    exclude = as_choices(exclude)
-    for choice in [*(include or []), *exclude]:
+    included = candidates if include is None else select(candidates, include)
+    excluded = select(candidates, exclude)
+    return {name: module for name, module in included.items() if name not in excluded}
+
+
+def select(candidates: Mapping[str, nn.Module], choices: Choice | Iterable[Choice]) -> dict[str, nn.Module]:
+    """Return those of ``candidates`` that a choice matches, in their order.
+
+    Raises:
+        ValueError: a choice matches none.
+    """
+    choices = as_choices(choices)
+    for choice in choices:
         if not any(_matches(choice, name, module) for name, module in candidates.items()):
             shown = choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
             raise ValueError(f"no layer matches '{shown}'; there are: {', '.join(map(_shown, candidates)) or 'none'}")
     return {
-        name: module
-        for name, module in candidates.items()
-        if (include is None or any(_matches(choice, name, module) for choice in include))
-        and not any(_matches(choice, name, module) for choice in exclude)
+        name: module for name, module in candidates.items() if any(_matches(choice, name, module) for choice in choices)
     }
 
 
@@ -120,28 +131,47 @@ def reparameterize(
 
     Raises:
         ValueError: an unknown name or option, a choice that matches no layer, or a layer that this parameterization
-            cannot treat. Nothing was changed.
+            cannot treat. After this or any other error the model is what it was.
     """
     entry = resolve(parameterization, options)
     layers = _chosen(model, include, exclude)
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    for name, layer in layers.items():
-        shared = any(uses[id(getattr(layer, weight))] > 1 for weight in weight_names(layer))
-        if problem := _problem(entry, layer, shared=shared):
-            kind = type(layer).__name__
-            raise ValueError(f"layer '{_shown(name)}' ({kind}): {problem}; exclude= leaves a layer alone")
-    for layer in layers.values():
-        entry.apply(layer)
-        note_entry(layer, entry)
+    with unchanged_on_failure(*layers.values()):
+        for layer in filter(was_taken_off, layers.values()):
+            ResetParameters.give_back(layer)
+            tidy(layer)
+        uses = _uses(model)
+        for name, layer in layers.items():
+            changed = [*weight_names(layer), *(["bias"] if isinstance(entry, OutputNormalization) else [])]
+            shared = next((part for part in changed if uses[id(layer._parameters.get(part))] > 1), None)
+            if problem := _problem(entry, layer, shared=shared):
+                kind = type(layer).__name__
+                raise ValueError(f"layer '{_shown(name)}' ({kind}): {problem}; exclude= leaves a layer alone")
+        for layer in layers.values():
+            attach(entry, layer)
     return model
 
 
-def _problem(entry: Parameterization, layer: nn.Module, *, shared: bool) -> str:
+def attach(entry: Parameterization, layer: nn.Module) -> None:
+    """Put ``entry`` on ``layer``, which it has accepted."""
+    before = set(layer._modules)
+    entry.apply(layer)
+    note_entry(layer, entry, tuple(name for name in layer._modules if name not in before))
+    ResetParameters.replace(layer)
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """Return in how many places of ``model`` each parameter stands, by its ``id``."""
+    parameters = (parameter for module in model.modules() for parameter in module._parameters.values())
+    return Counter(id(parameter) for parameter in parameters if parameter is not None)
+
+
+def _problem(entry: Parameterization, layer: nn.Module, *, shared: str | None) -> str:
     """Return why ``entry`` cannot treat ``layer``, an empty text if it can."""
     if not isinstance(layer, entry.layers):
         return f"'{entry.name}' does not treat this type"
     if shared:
-        return "its weight is shared with another layer, which would be left behind"
+        part = "bias" if shared == "bias" else "weight"
+        return f"its {part} is shared with another layer, which would be left behind"
     try:
         entry.check(layer)
     except ValueError as error:
@@ -159,7 +189,8 @@ def fold(model: Model) -> Model:
         bias gains one where a mean was subtracted).
 
     Raises:
-        ValueError: a layer's parameterization cannot be folded; nothing was changed.
+        ValueError: a layer's parameterization cannot be folded. After this or any other error the model is what it
+            was.
     """
     treated = treated_layers(model)
     for name, (_, entry) in treated.items():
@@ -167,12 +198,19 @@ def fold(model: Model) -> Model:
             raise ValueError(
                 f"layer '{_shown(name)}': '{entry.name}' cannot be folded: no plain weight and bias give its output"
             )
-    for layer, entry in treated.values():
-        training = layer.training
-        layer.eval()
-        entry.fold(layer)
-        layer.train(training)
-        note_entry(layer, None)
+    taken_off = list(filter(was_taken_off, model.modules()))
+    with unchanged_on_failure(*taken_off, *(layer for layer, _ in treated.values())):
+        for layer in taken_off:
+            ResetParameters.give_back(layer)
+            tidy(layer)
+        for layer, entry in treated.values():
+            training = layer.training
+            layer.eval()
+            entry.fold(layer)
+            layer.train(training)
+            ResetParameters.give_back(layer)
+            forget_notes(layer)
+            sort_parameters(layer)
     return model
 
 
@@ -212,20 +250,35 @@ class LayerInit:
     std: Tensor
 
 
+def _statistics(layer: nn.Module, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, standard deviation and largest size of a layer's output per output unit, in float32 or better."""
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    axes = [axis for axis in range(t.dim()) if axis != t.dim() - 1 - spatial_axes(layer)]
+    return t.mean(axes), t.std(axes, correction=0), torch.linalg.vector_norm(t, torch.inf, axes)
+
+
 def _rounding(layer: nn.Module, x: Tensor, largest: Tensor, stored: torch.dtype) -> Tensor:
     """Return, per output unit, what rounding alone can make of the deviation of a constant pre-activation.
 
-    Products of half precision are summed in float32; only the result, up to ``largest`` per unit, is rounded to what
-    is ``stored``.
+    A sum is off by about ε times the sum of its terms' sizes, here those of the unit's own Σ |w||x| at the largest x of
+    each input. Products of half precision are summed in float32; only the result, up to ``largest`` per unit, is
+    rounded to what is ``stored``.
     """
-    training = layer.training
+    modes = [(module, module.training) for module in layer.modules()]
     layer.eval()  # reading a weight in training mode may change it: spectral normalization
     weight = layer.weight
-    layer.train(training)
+    for module, training in modes:
+        module.training = training
     assert isinstance(weight, Tensor)
     dtype = torch.promote_types(stored, torch.float32)
-    summed = Units.of(layer).rows(weight).to(dtype).abs().sum(1) * x.to(dtype).abs().max()
-    return torch.finfo(dtype).eps * summed + torch.finfo(stored).eps * largest
+    axes = [axis for axis in range(x.dim()) if axis != x.dim() - 1 - spatial_axes(layer)]
+    inputs = torch.linalg.vector_norm(x, torch.inf, axes).to(dtype)
+    groups = getattr(layer, "groups", 1)
+    rows = Units.of(layer).rows(weight).to(dtype).abs()
+    by_input = rows.view(groups, len(rows) // groups, len(inputs) // groups, -1).sum(-1)
+    summed = (by_input * inputs.view(groups, 1, -1)).sum(-1).flatten()
+    rounding: Tensor = torch.finfo(dtype).eps * summed + torch.finfo(stored).eps * largest
+    return rounding
 
 
 @contextlib.contextmanager
@@ -256,8 +309,8 @@ def initialize_from_data(
     Salimans & Kingma 2016, section 3: with t the layer's output without bias, g ← 1/σ[t] and b ← −μ[t]/σ[t];
     statistics over the batch and, in convolutions, over positions; the population standard deviation. Each layer
     sees what the layers before it give *after* their own initialization. An output unit that is constant over
-    the batch keeps its scale and is only centred. Entries with batch statistics are initialized in training mode, and
-    their running statistics become those of ``batch``.
+    the batch, but for what rounding may do to its sum, keeps its scale and is only centred. Entries with batch
+    statistics are initialized in training mode, and their running statistics become those of ``batch``.
 
     Args:
         model: a model that :func:`reparameterize` has treated, whatever its forward pass does between the layers; each
@@ -270,10 +323,10 @@ def initialize_from_data(
         By layer name, the statistics of t that were found. Layers that the forward pass does not reach are left out.
 
     Raises:
-        ValueError: a model without parameterization, a layer without bias, a recurrent layer, an unknown name in
-            ``std_of`` or a standard deviation that is not above 0 (nothing was changed); a layer used twice in the
-            forward pass, values that are not finite, a single example (the layers before are initialized then), or a
-            layer of ``std_of`` that the pass does not reach.
+        ValueError: a model without parameterization, a layer without bias or with a shared parameter, a recurrent
+            layer, an unknown name in ``std_of`` or a standard deviation that is not above 0; a layer used twice in the
+            forward pass, values that are not finite, a single example, or a layer of ``std_of`` that the pass does not
+            reach. After this or any other error the model is what it was.
         TypeError: a parameterization has no scale to initialize.
     """
     treated = treated_layers(model)
@@ -285,6 +338,7 @@ def initialize_from_data(
         raise ValueError(f"no treated layer is named {', '.join(sorted(unknown))}; there are: {', '.join(layers)}")
     if not all(0.0 < target < float("inf") for target in targets.values()):
         raise ValueError("a standard deviation must be a number above 0")
+    uses = _uses(model)
     for name, layer in layers.items():
         if isinstance(layer, RECURRENT):
             raise ValueError(
@@ -292,11 +346,19 @@ def initialize_from_data(
             )
         if bias_of(layer) is None:
             raise ValueError(f"layer '{name}' has no bias, so its pre-activations cannot be centred")
+        if shared := [key for key, parameter in layer.named_parameters() if uses[id(parameter)] > 1]:
+            part = "bias" if shared[0].endswith("bias") else "weight"
+            raise ValueError(f"layer '{name}': its {part} is shared with another layer, which would change with it")
     found: dict[str, LayerInit] = {}
     biases: dict[str, Tensor] = {}
+    noise: dict[str, Tensor] = {}
+    """What rounding may make of a deviation, as a share of it."""
     handles: list[RemovableHandle] = []
 
     def initialize(name: str, layer: nn.Module, entry: Parameterization) -> None:
+        # With statistics over an example's units, the rounding of one reaches the others.
+        mixes_units = entry.batch_independent and isinstance(entry, OutputNormalization)
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in found:
                 raise ValueError(f"layer '{name}' is used twice in the forward pass")
@@ -305,19 +367,22 @@ def initialize_from_data(
             biases[name] = bias.clone()
             bias.zero_()
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t: Tensor) -> Tensor:
+        def unnormalized(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t: Tensor) -> None:
+            if t.dim() == 1:
+                raise ValueError(f"layer '{name}' sees a single example: initialization needs a batch")
             (x, *_) = (*args, *kwargs.values())
+            _, deviation, largest = _statistics(module, t)
+            rounding = _rounding(module, x, largest, t.dtype)
+            noise[name] = rounding.max() / t.to(deviation.dtype).std() if mixes_units else rounding / deviation
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t: Tensor) -> Tensor:
             stored = t.dtype
             t = t.to(torch.promote_types(stored, torch.float32))
             units = t.dim() - 1 - spatial_axes(module)
-            axes = [axis for axis in range(t.dim()) if axis != units]
-            if not axes:
-                raise ValueError(f"layer '{name}' sees a single example: initialization needs a batch")
-            mean = t.mean(axes)
-            deviation = t.std(axes, correction=0)
+            mean, deviation, _ = _statistics(module, t)
             if not bool((mean.isfinite() & deviation.isfinite()).all()):
                 raise ValueError(f"layer '{name}' gives values that are not finite")
-            constant = deviation <= _rounding(module, x, t.abs().amax(axes), stored)
+            constant = ~(deviation > noise[name] * (t.std() if mixes_units else deviation))  # true for 0 / 0 too
             factor = torch.where(constant, torch.ones_like(deviation), targets[name] / deviation)
             entry.rescale(module, factor)
             bias = bias_of(module)
@@ -330,13 +395,16 @@ def initialize_from_data(
             return centred.to(stored)
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(layer.register_forward_hook(unnormalized, prepend=True, with_kwargs=True))
         handles.append(layer.register_forward_hook(after, with_kwargs=True))
 
     for name, (layer, entry) in treated.items():
         initialize(name, layer, entry)
     try:
-        with torch.no_grad(), _statistics_of_one_batch(layers):
+        with unchanged_on_failure(model), torch.no_grad(), _statistics_of_one_batch(layers):
             model(*batch)
+            if missed := set(std_of or {}) - set(found):
+                raise ValueError(f"the forward pass does not reach layer {', '.join(sorted(missed))}")
     finally:
         for handle in handles:
             handle.remove()
@@ -345,6 +413,4 @@ def initialize_from_data(
             assert bias is not None
             with torch.no_grad():
                 bias.copy_(biases[name])
-    if missed := set(std_of or {}) - set(found):
-        raise ValueError(f"the forward pass does not reach layer {', '.join(sorted(missed))}")
     return found

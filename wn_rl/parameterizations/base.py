@@ -8,16 +8,21 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
+
+from wn_rl.parameterizations import recurrent
+from wn_rl.parameterizations.notes import entry_of as entry_of
+from wn_rl.parameterizations.notes import forget_notes
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *RECURRENT)
 """Layer types that :func:`wn_rl.reparameterize` treats."""
-
-_ENTRY = "_wn_rl_parameterization"
+REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Dtypes in which norms, means and their gradients can be computed."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,55 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith("weight"))
 
 
-def has_zero_unit(layer: nn.Module, name: str) -> bool:
-    """Return whether a unit's weights are all zero; a weight on the meta device, which has no values, has none."""
-    weight: Tensor = getattr(layer, name).detach()
-    return not weight.is_meta and bool((Units.of(layer).norm(weight) == 0).any())
+def refuse_zero_weights(layer: nn.Module, *, whole: bool = False, eps: float = 0.0) -> None:
+    """Refuse zero weights, for a parameterization that divides by their length; on the meta device all pass.
+
+    Args:
+        layer: a layer that is not treated yet.
+        whole: it divides by a length of the whole weight, not by that of each unit.
+        eps: what counts as zero.
+
+    Raises:
+        ValueError: the length is zero.
+    """
+    for name in weight_names(layer):
+        weight: Tensor = getattr(layer, name).detach()
+        if not weight.is_meta and bool(((weight.abs().max() if whole else Units.of(layer).norm(weight)) <= eps).any()):
+            zero = f"its {name}" if whole else f"a unit of its {name}"
+            more = f" (none above eps={eps:g})" if eps else ""
+            raise ValueError(f"{zero} has only zero weights{more}, so there is no length to divide by")
+
+
+def refuse_zero_length(length: Tensor, eps: float = 0.0) -> None:
+    """Refuse a weight that is assigned to a layer whose parameterization divides by its length; meta tensors pass.
+
+    Raises:
+        ValueError: a length is not above ``eps``.
+    """
+    if not length.is_meta and bool((length <= eps).any()):
+        raise ValueError("a unit has only zero weights, so there is no length to divide by")
+
+
+def transformed() -> bool:
+    """Return whether a transform of ``torch.func`` or forward-mode differentiation is under way.
+
+    Some of torch's fused operations have no rule for it, others a rule that gives wrong second derivatives (layer and
+    batch normalization in torch 2.13): then write them out.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def parameter_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of a layer's parameters in the order that they have without parameterization."""
+    first = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else weight_names(layer)
+    return tuple(dict.fromkeys((*first, *layer._parameters)))
+
+
+def sort_parameters(layer: nn.Module) -> None:
+    """Bring a plain layer's parameters into that order again: optimizers and ``reset_parameters`` go by it."""
+    ordered = {name: layer._parameters[name] for name in parameter_names(layer) if name in layer._parameters}
+    layer._parameters.clear()
+    layer._parameters.update(ordered)
 
 
 def spatial_axes(layer: nn.Module) -> int:
@@ -149,6 +199,9 @@ class Parameterization:
     layers: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
     """Layer types that it can treat."""
 
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = REAL
+    """Dtypes of a weight that it can treat, None for any."""
+
     def check(self, layer: nn.Module) -> None:
         """Refuse a layer that it cannot treat.
 
@@ -167,6 +220,11 @@ class Parameterization:
             raise ValueError(
                 "its weight is no parameter of its own: a hook such as torch.nn.utils.weight_norm's makes it"
             )
+        for name in weight_names(layer):
+            weight = getattr(layer, name)
+            if self.dtypes is not None and weight.dtype not in self.dtypes:
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+                raise ValueError(f"its weight is {weight.dtype}; '{self.name}' treats {known}")
 
     def apply(self, layer: nn.Module) -> None:
         """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
@@ -258,18 +316,20 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"the option {name} must be from {low:g} to {high:g}, not {value:g}")
 
 
-def entry_of(layer: nn.Module) -> Parameterization | None:
-    """Return the parameterization on ``layer``, None where there is none."""
-    entry = layer.__dict__.get(_ENTRY)
-    return entry if isinstance(entry, Parameterization) else None
+def tidy(layer: nn.Module) -> None:
+    """Make an ordinary layer of one whose parameterization torch's ``remove_parametrizations`` has taken off.
 
-
-def note_entry(layer: nn.Module, entry: Parameterization | None) -> None:
-    """Write on ``layer`` which parameterization it carries."""
-    if entry is None:
-        layer.__dict__.pop(_ENTRY, None)
-    else:
-        layer.__dict__[_ENTRY] = entry
+    That leaves hooks and notes behind, and the weight of a frozen layer as a buffer.
+    """
+    forget_notes(layer)
+    for name in weight_names(layer):
+        if name in layer._buffers:
+            weight = layer._buffers.pop(name)
+            assert weight is not None
+            layer.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
+    if isinstance(layer, nn.RNNBase):
+        _keep_flat_weights(layer)
+    sort_parameters(layer)
 
 
 class WeightParameterization(Parameterization):
@@ -291,20 +351,15 @@ class WeightParameterization(Parameterization):
             weight = getattr(layer, name)
             parametrize.register_parametrization(layer, name, self.computes(Units.of(layer), weight))
         if isinstance(layer, nn.RNNBase):
-            # The class is this layer's own since it is parametrized; .to() must not collect weights either.
-            setattr(type(layer), "_init_flat_weights", _forget_flat_weights)  # noqa: B010 - mypy knows the method
-            _forget_flat_weights(layer)
-            layer.register_forward_pre_hook(_collect_flat_weights)
-            layer.register_forward_hook(_forget_flat_weights, always_call=True)
+            recurrent.keep_no_weights(layer)
 
     def fold(self, layer: nn.Module) -> None:
         """Leave the weights as they are now, as plain parameters."""
         for name in weight_names(layer):
-            _make_plain(layer, name)
+            if parametrize.is_parametrized(layer, name):  # torch's remove_parametrizations() may have been here
+                _make_plain(layer, name)
         if isinstance(layer, nn.RNNBase):
-            remove_hook(layer._forward_pre_hooks, _collect_flat_weights)
-            remove_hook(layer._forward_hooks, _forget_flat_weights)
-            layer._init_flat_weights()
+            _keep_flat_weights(layer)
 
 
 def _make_plain(layer: nn.Module, name: str) -> None:
@@ -329,20 +384,12 @@ def _make_plain(layer: nn.Module, name: str) -> None:
     layer.register_parameter(name, nn.Parameter(weight, requires_grad=trained))
 
 
-def _collect_flat_weights(layer: nn.RNNBase, _inputs: object) -> None:
-    """Give a recurrent layer the weights for one forward pass."""
-    layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
-
-
-def _forget_flat_weights(layer: nn.RNNBase, *_: object) -> None:
-    """Drop the weights that a recurrent layer keeps from its last forward pass.
-
-    ``nn.RNNBase`` keeps its weights in a list; parametrized ones are results of a computation, which ``deepcopy``
-    refuses to copy and which would keep the graph alive. So here the list is filled for each forward pass and is empty
-    in between. Without references in ``_flat_weight_refs`` it never takes its list for outdated.
-    """
-    layer._flat_weights = [None for _ in layer._flat_weights_names]
-    layer._flat_weight_refs = [None for _ in layer._flat_weights_names]
+def _keep_flat_weights(layer: nn.RNNBase) -> None:
+    """Let a recurrent layer keep its weights in its list again."""
+    remove_hook(layer._forward_pre_hooks, recurrent.collect_weights)
+    remove_hook(layer._forward_hooks, recurrent.forget_weights)
+    if "_flat_weights" in layer.__dict__ or "_flat_weights" not in vars(type(layer)):
+        layer._init_flat_weights()
 
 
 def remove_hook(hooks: dict[int, Any], hook: object) -> None:
@@ -443,10 +490,11 @@ class OutputNormalization(Parameterization):
         scale, shift = normalization.plain()
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
-        weight.copy_(Units.of(layer).scale(weight, scale.to(weight.dtype)))
-        bias = normalization.bias
+        trained = weight if normalization.bias is None else normalization.bias
         remove_hook(layer._forward_hooks, _normalize)
         del layer._modules["normalization"]
-        bias = nn.Parameter(torch.empty_like(shift), requires_grad=weight.requires_grad) if bias is None else bias
-        bias.copy_(shift)
-        layer.register_parameter("bias", bias)
+        # New parameters: other layers may have come to share the old ones.
+        weight_now = Units.of(layer).scale(weight, scale.to(weight.dtype))
+        shift_now = shift.to(trained.dtype, copy=True)
+        layer.register_parameter("weight", nn.Parameter(weight_now, requires_grad=weight.requires_grad))
+        layer.register_parameter("bias", nn.Parameter(shift_now, requires_grad=trained.requires_grad))

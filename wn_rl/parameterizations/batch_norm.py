@@ -12,7 +12,9 @@ from wn_rl.parameterizations.base import (
     OutputNormalization,
     Units,
     check_range,
+    refuse_zero_weights,
     spatial_axes,
+    transformed,
     units_of,
 )
 from wn_rl.parameterizations.registry import register
@@ -88,6 +90,8 @@ class Full(Normalization):
             t = t.reshape(-1, shape[-1])
         elif axis == 0:
             t = t.unsqueeze(0)
+        if transformed():
+            return _as_stored(self._written_out(t).view(shape), self.running_mean)
         mean, variance = (statistic.to(t.dtype) for statistic in (self.running_mean, self.running_var))
         gain, bias = self.gain.to(t.dtype), None if self.bias is None else self.bias.to(t.dtype)
         normalized = nn.functional.batch_norm(t, mean, variance, gain, bias, self.training, self.rate, self.eps)
@@ -96,6 +100,25 @@ class Full(Normalization):
                 self.running_mean.copy_(mean)
                 self.running_var.copy_(variance)
         return _as_stored(normalized.view(shape), self.running_mean)
+
+    def _written_out(self, t: Tensor) -> Tensor:
+        axes = [0, *range(2, t.dim())]
+        per_unit = [1, -1, *(1 for _ in axes[1:])]
+        if self.training:
+            count = t.numel() // t.shape[1]
+            if count == 1:
+                raise ValueError("a single example has no batch statistics: give it a batch axis, or use eval()")
+            mean = t.mean(axes)
+            variance = (t - mean.view(per_unit)).square().mean(axes)
+            with torch.no_grad():
+                unbiased = variance.detach() * (count / (count - 1))
+                for running, new in ((self.running_mean, mean.detach()), (self.running_var, unbiased)):
+                    running.copy_(torch.lerp(running.to(t.dtype), new, self.rate))
+        else:
+            mean, variance = self.running_mean.to(t.dtype), self.running_var.to(t.dtype)
+        scale = self.gain.to(t.dtype) / (variance + self.eps).sqrt()
+        y = (t - mean.view(per_unit)) * scale.view(per_unit)
+        return y if self.bias is None else y + self.bias.to(t.dtype).view(per_unit)
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """Return γ / √(σ² + ε) and b − μ · γ / √(σ² + ε), with running statistics."""
@@ -220,6 +243,12 @@ class BatchNormalization(OutputNormalization):
         """Check the options."""
         check_range("eps", self.eps, 0.0, 1.0)
         check_range("rate", self.rate, 0.0, 1.0)
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuse, beside what every entry refuses, a unit whose weights are all zero where ε is: σ² is 0."""
+        super().check(layer)
+        if self.eps == 0.0:
+            refuse_zero_weights(layer)
 
     def normalization(self, layer: nn.Module, bias: nn.Parameter | None) -> Normalization:
         """Return γ · (t − μ[t]) / √(σ²[t] + ε) + b."""

@@ -8,7 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wn_rl.parameterizations.base import Normalization, OutputNormalization, check_range, spatial_axes, units_of
+from wn_rl.parameterizations.base import (
+    Normalization,
+    OutputNormalization,
+    check_range,
+    refuse_zero_weights,
+    spatial_axes,
+    transformed,
+    units_of,
+)
 from wn_rl.parameterizations.registry import register
 
 
@@ -26,12 +34,23 @@ class PerExample(Normalization):
 
     def forward(self, t: Tensor) -> Tensor:
         """Return t̃, the shape of ``t``."""
+        if transformed():
+            return self._written_out(t)
         if self.over == "example" and self.spatial_axes:
             batched = t if self.unit_axis(t) == 1 else t.unsqueeze(0)
             return torch.group_norm(batched, 1, self.gain, self.bias, self.eps).view_as(t)
         axis = self.unit_axis(t)
         moved = t.movedim(axis, -1)
         return nn.functional.layer_norm(moved, moved.shape[-1:], self.gain, self.bias, self.eps).movedim(-1, axis)
+
+    def _written_out(self, t: Tensor) -> Tensor:
+        axis = self.unit_axis(t)
+        axes = list(range(axis, t.dim())) if self.over == "example" else [axis]
+        full = t.to(torch.promote_types(t.dtype, torch.float32))
+        centred = full - full.mean(axes, keepdim=True)
+        y = centred / (centred.square().mean(axes, keepdim=True) + self.eps).sqrt() * self.along_units(self.gain, t)
+        y = y if self.bias is None else y + self.along_units(self.bias, t)
+        return y.to(torch.promote_types(t.dtype, self.gain.dtype))
 
     def rescale(self, factor: Tensor) -> None:
         """Multiply γ."""
@@ -62,6 +81,12 @@ class LayerNormalization(OutputNormalization):
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("eps", self.eps, 0.0, 1.0)
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuse, beside what every entry refuses, a weight that is zero where ε is: so is σ² of every example."""
+        super().check(layer)
+        if self.eps == 0.0:
+            refuse_zero_weights(layer, whole=True)
 
     def normalization(self, layer: nn.Module, bias: nn.Parameter | None) -> Normalization:
         """Return γ · (t − μ) / √(σ² + ε) + b."""

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, has_zero_unit, weight_names
+from wn_rl.parameterizations.base import (
+    Units,
+    WeightParameterization,
+    refuse_zero_length,
+    refuse_zero_weights,
+    weight_names,
+)
 from wn_rl.parameterizations.registry import register
 
 
@@ -29,6 +35,7 @@ class Projected(nn.Module):
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         """Return (‖w‖, w / ‖w‖), or the second alone."""
         norm = self.units.norm(w)
+        refuse_zero_length(norm)
         v = self.units.scale(w, 1 / norm)
         if self.units.groups > 1:  # no more axes than the weight has, or .to(memory_format=...) would refuse
             norm = norm.flatten()
@@ -62,9 +69,7 @@ class ProjectedWeights(WeightParameterization):
     def check(self, layer: nn.Module) -> None:
         """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
         super().check(layer)
-        for name in weight_names(layer):
-            if has_zero_unit(layer, name):
-                raise ValueError("a unit has only zero weights, so there is nothing to project")
+        refuse_zero_weights(layer)
 
     def computes(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = g · v."""
@@ -77,10 +82,13 @@ class ProjectedWeights(WeightParameterization):
 
     @torch.no_grad()
     def project(self, layer: nn.Module) -> None:
-        """Divide v by its length, per output unit."""
+        """Divide v by its length, per output unit; a v of length 0 has no direction and stays."""
         for name in weight_names(layer):
+            if not parametrize.is_parametrized(layer, name):
+                continue  # torch's remove_parametrizations() has taken it off
             v = self._direction(layer, name)
-            v.copy_(Units.of(layer).scale(v, 1 / Units.of(layer).norm(v)))
+            norm = Units.of(layer).norm(v)
+            v.copy_(Units.of(layer).scale(v, torch.where(norm == 0, 1.0, 1 / norm)))
 
     def _direction(self, layer: nn.Module, name: str) -> Tensor:
         slot = layer.parametrizations[name]  # type: ignore[index]

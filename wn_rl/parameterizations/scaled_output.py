@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wn_rl.parameterizations.base import transformed
+
 
 def _precision(x: Tensor) -> torch.dtype:
     """Return the dtype in which autocast would compute, or that of ``x``."""
@@ -36,15 +38,38 @@ class _ScaledLinear(torch.autograd.Function):
         low = v.to(x.dtype)
         t = torch.mm(x, low.t())
         low_scale = scale.to(x.dtype)
-        ctx.save_for_backward(x, v, low, t, scale, norm, low_scale)
+        ctx.save_for_backward(x, v, g, low, t, scale, norm, low_scale)
         ctx.has_bias = b is not None
         ctx.complete = complete
         return t * low_scale if b is None else torch.addcmul(b.to(x.dtype), t, low_scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
-        x, v, low, t, scale, norm, low_scale = ctx.saved_tensors
+        if ctx.complete and (torch.is_grad_enabled() or transformed()):
+            return _ScaledLinear._differentiable_gradient(ctx, dy)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "an optimizer finishes this layer's gradient, so it cannot be differentiated (create_graph=True); "
+                "that of a copy.deepcopy of the model can"
+            )
+        return _ScaledLinear._gradient(ctx, dy)
+
+    @staticmethod
+    def _differentiable_gradient(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
+        # From the inputs alone: what else was saved counts as constant.
+        x, v, g, *_ = ctx.saved_tensors
+        norm = torch.linalg.vector_norm(v, dim=1)
+        scale = g.view(-1) / norm
+        low = v.to(x.dtype)
+        dt = dy * scale.to(x.dtype)
+        dg = (dy * torch.mm(x, low.t())).sum(0, dtype=v.dtype) / norm
+        dv = torch.mm(dt.t(), x).to(v.dtype) - v * (dg * scale / norm).unsqueeze(1)
+        db = dy.sum(0, dtype=v.dtype) if ctx.has_bias else None
+        return torch.mm(dt, low), dv, dg.unsqueeze(1), db, None, None
+
+    @staticmethod
+    def _gradient(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
+        x, v, _, low, t, scale, norm, low_scale = ctx.saved_tensors
         dt = dy * low_scale
         # s = g / ‖v‖, so ∂s/∂g = 1 / ‖v‖ and ∂s/∂v = −s · v / ‖v‖².
         dg = (dy * t).sum(0, dtype=v.dtype).div_(norm)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, check_range
+from wn_rl.parameterizations.base import (
+    Units,
+    WeightParameterization,
+    check_range,
+    refuse_zero_length,
+    refuse_zero_weights,
+)
 from wn_rl.parameterizations.registry import register
 
 
@@ -54,6 +60,7 @@ class SpectralNormalized(nn.Module):
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """Return v = w; the layer's output changes by the factor 1/σ."""
+        refuse_zero_length(w.detach().abs().max(), self.eps)
         return w
 
 
@@ -81,6 +88,12 @@ class SpectralNormalization(WeightParameterization):
         """Check the options."""
         check_range("iterations", self.iterations, 1, 1000)
         check_range("eps", self.eps, 0.0, 1e-3)
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuse, beside what every entry refuses, a weight that is zero: so is its largest singular value."""
+        super().check(layer)
+        # σ is at least the largest element; below eps power iteration would not reach vectors of length 1.
+        refuse_zero_weights(layer, whole=True, eps=self.eps)
 
     def computes(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = v / σ(v)."""

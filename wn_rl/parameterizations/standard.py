@@ -19,6 +19,7 @@ class Standard(Parameterization):
 
     foldable = True
     leaves_plain = True
+    dtypes = None
 
     def apply(self, layer: nn.Module) -> None:
         """Leave the layer as it is."""

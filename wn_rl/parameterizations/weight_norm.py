@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wn_rl.parameterizations.base import Units, WeightParameterization, entry_of, has_zero_unit, weight_names
+from wn_rl.parameterizations.base import (
+    Units,
+    WeightParameterization,
+    entry_of,
+    refuse_zero_length,
+    refuse_zero_weights,
+    transformed,
+    weight_names,
+)
 from wn_rl.parameterizations.registry import register
 from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear
+from wn_rl.parameterizations.torch_weights import accept_older_weight_norm
 
 _DEFERRED = "_wn_rl_deferred"
 LARGE = 2**16
@@ -20,13 +30,38 @@ LARGE = 2**16
 Scale = Literal["direct", "exp"]
 
 
+def _norm(v: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
+    return norm
+
+
+_Gradients = tuple[Tensor | None, ...]
+
+
+def _differentiable(v: Tensor, g: Tensor, found: _Gradients, dw: _Gradients) -> _Gradients | None:
+    """Replace torch's gradients by v and g where they are to be differentiated: torch takes ‖v‖ for a constant."""
+    if not torch.is_grad_enabled() or dw[0] is None:
+        return None
+    norm = _norm(v)
+    dg = (dw[0] * v).sum(tuple(range(1, v.dim())), keepdim=True) / norm  # equation 3 of the paper
+    dv = (dw[0] - v * (dg / norm)) * (g / norm)
+    return None if found[0] is None else dv, None if found[1] is None else dg
+
+
 def normalized(v: Tensor, g: Tensor) -> Tensor:
-    """Return g · v / ‖v‖, ‖·‖ over all but the first axis of ``v``; ``g`` has size 1 there."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    """Return g · v / ‖v‖, ‖·‖ over all but the first axis of ``v``; ``g`` has size 1 there.
+
+    It may be differentiated any number of times, in forward and reverse mode.
+    """
+    exporting = torch.compiler.is_exporting()
+    if transformed() or (torch.compiler.is_compiling() and not exporting):
         # Written out, it becomes part of the kernels around it; torch's own stays one, and so does its gradient.
-        norm: Tensor = torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
-        return v * (g / norm)
-    return torch._weight_norm(v, g, 0)
+        return v * (g / _norm(v))
+    w = torch._weight_norm(v, g, 0)
+    # Where torch has no kernel for a dtype it writes the formula out itself, and all is well.
+    if w.grad_fn is not None and not exporting and w.grad_fn.name().startswith("WeightNormInterface"):
+        w.grad_fn.register_hook(partial(_differentiable, v, g))  # a function of our own would cost more
+    return w
 
 
 class WeightNormalized(nn.Module):
@@ -54,6 +89,7 @@ class WeightNormalized(nn.Module):
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return (g, v) = (‖w‖, w), so that the layer's output does not change."""
         g = self.units.norm(w)
+        refuse_zero_length(g)
         if self.units.groups > 1:  # no more axes than the weight has, or .to(memory_format=...) would refuse
             g = g.flatten()
         return g.log() if self.exponential else g, w.clone(memory_format=torch.preserve_format)
@@ -117,13 +153,16 @@ class WeightNormalization(WeightParameterization):
     def check(self, layer: nn.Module) -> None:
         """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
         super().check(layer)
-        for name in weight_names(layer):
-            if has_zero_unit(layer, name):
-                raise ValueError("a unit has only zero weights, so v / ‖v‖ is not defined")
+        refuse_zero_weights(layer)
 
     def computes(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = g · v / ‖v‖."""
         return WeightNormalized(units, exponential=self.g == "exp")
+
+    def apply(self, layer: nn.Module) -> None:
+        """Register the parametrization of each weight; state dicts of torch's weight norms load into it."""
+        super().apply(layer)
+        accept_older_weight_norm(layer, weight_names(layer))
 
     def fold(self, layer: nn.Module) -> None:
         """Leave w as a plain parameter."""
@@ -145,7 +184,7 @@ class WeightNormalization(WeightParameterization):
 
         A large dense layer's is (g / ‖v‖) · (v·x) + b, which scales the few outputs; of others w is computed.
         """
-        plain = torch._C._are_functorch_transforms_active()  # for which the cheap way has no rules
+        plain = transformed()  # for which the cheap way has no rules
         if plain or self.g != "direct" or layer._forward_hooks or layer._forward_pre_hooks:
             return super().forward(layer, x)
         # Attribute look-ups of modules take a tenth of a small layer's time, dictionaries none.

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 WINDOW = 5
-"""Evaluations in the running mean, where nothing else is asked for."""
+"""Evaluations in the running mean at most, where nothing else is asked for."""
+SHARE = 10
+"""A running mean is over one in so many points at most: over more, the end of a short curve is far from its score."""
 
 Array = NDArray[np.float64]
 
@@ -32,8 +34,15 @@ class Curve:
     frames: Array
     values: Array
 
-    def smoothed(self, window: int) -> Curve:
-        """Return the mean of each point and up to ``window − 1`` before it."""
+    def window(self, most: int) -> int:
+        """Return the points of the running mean: ``most``, but a tenth of the curve at most, and at least 1."""
+        return max(1, min(most, len(self.values) // SHARE))
+
+    def smoothed(self, most: int) -> Curve:
+        """Return the mean of each point and those before it, so many together as :meth:`window` says."""
+        window = self.window(most)
+        if window == 1:
+            return self
         sums = np.concatenate([[0.0], np.cumsum(self.values)])
         ends = np.arange(1, len(self.values) + 1)
         starts = np.maximum(ends - window, 0)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from wn_rl import cli
 from wn_rl.errors import Failure, WnRlError
+from wn_rl.evaluation.scoring import How, Score, score_many
 from wn_rl.report import table
 from wn_rl.report.comparison import Comparison, compare
-from wn_rl.scoring import How, Score, score_many
 
 
 def score_and_report(
@@ -23,7 +23,7 @@ def score_and_report(
     that cannot be written is tried again after each score.
 
     Args:
-        paths: see :func:`wn_rl.scoring.expand`.
+        paths: see :func:`wn_rl.evaluation.scoring.expand`.
         how: to score them.
         json: file for every episode of every score.
         csv: file for one row a score.

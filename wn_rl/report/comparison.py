@@ -7,18 +7,19 @@ from dataclasses import dataclass, field, fields
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from wn_rl import statistics
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
 from wn_rl.errors import UsageError, closest
-from wn_rl.statistics import Estimate
+from wn_rl.evaluation import statistics
+from wn_rl.evaluation.statistics import Estimate
 
 if TYPE_CHECKING:
-    from wn_rl.scoring import Score
+    from wn_rl.evaluation.scoring import Score
 
 PER_RUN = (
     "seed",
     "run_dir",
+    "chosen",
     "game",
     "device",
     "num_threads",

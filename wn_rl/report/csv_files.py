@@ -12,7 +12,7 @@ from wn_rl.report.diagnostics_panels import FROM_EVENTS, FROM_FILES, curve_of
 from wn_rl.report.figures import Panel, plain
 from wn_rl.report.results import RunResult, names_of
 from wn_rl.report.summary import GroupRow, differences, group_rows, last_mean
-from wn_rl.runs import EVALUATION_COLUMNS
+from wn_rl.runs.directory import EVALUATION_COLUMNS
 
 _SCORES = ("best", "final", "last_5")
 _SCORE_COLUMNS = (

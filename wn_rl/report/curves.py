@@ -12,7 +12,7 @@ from wn_rl.report.bands import WINDOW, Curve, meaning
 from wn_rl.report.figures import Format, Panel, Series
 from wn_rl.report.references import PAPER_GAME, PAPER_SOURCE, paper_curves
 from wn_rl.report.results import RunResult
-from wn_rl.runs import write_file
+from wn_rl.runs.directory import write_file
 
 FORMATS: dict[str, Format] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
@@ -70,7 +70,7 @@ def panel_of(game: str, runs: Sequence[RunResult], by: str, window: int) -> Pane
     series = []
     for group in groups_of(of_game, by):
         raw = tuple(score_curve(run) for run in of_game if run.group(by) == group)
-        dots = raw if window > 1 and len(raw) == 1 else ()
+        dots = raw if len(raw) == 1 and raw[0].window(window) > 1 else ()
         series.append(Series(group, tuple(curve.smoothed(window) for curve in raw), dots))
     random_score = find_game(game).random_score
     level = None if random_score is None else ("random play", random_score)
@@ -82,11 +82,7 @@ def caption(runs: Sequence[RunResult], panels: Sequence[Panel], window: int) -> 
     counts = sorted({len(series.curves) for panel in panels for series in panel.series})
     several = counts[-1] > 1
     sentences = [f"Test score over training. {_seeds(counts)}."]
-    if window > 1:
-        single = f"running mean over {window} evaluations"
-        sentences.append(f"Line: mean over seeds of each seed's {single}." if several else f"Line: {single}.")
-    else:
-        sentences.append("Line: mean over seeds of each evaluation." if several else "Line: each evaluation.")
+    sentences.append(_line([score_curve(run).window(window) for run in runs], several=several))
     for count in dict.fromkeys(min(count, 3) for count in counts if count > 1):
         number = "n ≥ 3" if count == 3 and counts[-1] > 3 else f"n = {count}"
         sentences.append(f"Band ({number}): {meaning(count)}.")
@@ -101,6 +97,19 @@ def caption(runs: Sequence[RunResult], panels: Sequence[Panel], window: int) -> 
     sentences.append(f"Each evaluation: {tests[0]}." if len(tests) == 1 else "Evaluations differ between runs.")
     sentences.append(f"Preset {', '.join(presets)}.")
     return " ".join(sentences)
+
+
+def _line(windows: Sequence[int], *, several: bool) -> str:
+    """Return what a line is, and what its last point is, where running means are over so many evaluations."""
+    least, most = min(windows), max(windows)
+    over = f"{least} evaluations" if least == most else f"{least} to {most} evaluations"
+    if most == 1:
+        line, end = "each evaluation", "the last evaluation"
+    else:
+        line, end = f"running mean over {over}, a tenth of a curve at most", f"the mean of the last {over}"
+    if several:
+        return f"Line: mean over seeds of each seed's {line}; its last point: that of {end}."
+    return f"Line: {line}; its last point: {end}."
 
 
 def _seeds(counts: Sequence[int]) -> str:

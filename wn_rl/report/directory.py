@@ -17,7 +17,7 @@ from wn_rl.report.figures import Drawing, Panel, Style
 from wn_rl.report.inline_svg import inline
 from wn_rl.report.results import RunResult, find_runs, names_of, read_runs
 from wn_rl.report.scalars import read_scalars
-from wn_rl.runs import write_file
+from wn_rl.runs.directory import write_file
 
 INDEX = "index.html"
 MANIFEST = "files.json"
@@ -55,7 +55,10 @@ def report_command(
     if report is not None:
         check_directory(report)
     figures.check_installed()
-    runs, failures = read_runs(find_runs(names))
+    found = find_runs(names)
+    if told := found.describe("run"):
+        print(told)
+    runs, failures = read_runs(found.paths)
     for failure in failures:
         cli.complain(failure.message)
     if not runs:

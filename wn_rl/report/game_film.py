@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from wn_rl.atari.env import FRAME_SKIP
 from wn_rl.atari.render import FRAMES_PER_SECOND, RenderedFrame
 from wn_rl.errors import UsageError, WnRlError
+from wn_rl.evaluation.policies import Trained
+from wn_rl.evaluation.scoring import How, emulators, prepare
 from wn_rl.report import saliency, video
 from wn_rl.report.panel import LETTERS, Panel, Scale, State, title_of
 from wn_rl.report.played_game import Options, PlayedGame, play
-from wn_rl.scoring import How, emulators, prepare
-from wn_rl.trained import Trained
 
 VIDEO_SECONDS, GIF_SECONDS = 300.0, 12.0
 """At most so long where the user leaves it open."""
@@ -87,7 +87,7 @@ def film_command(
 
     Raises:
         UsageError: several networks, or see :func:`check`.
-        WnRlError: the film cannot be written, or see :func:`wn_rl.scoring.prepare`.
+        WnRlError: the film cannot be written, or see :func:`wn_rl.evaluation.scoring.prepare`.
     """
     if len(paths) != 1:
         raise UsageError(f"a film shows one network, not {len(paths)}: name one, or call this once for each")

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from wn_rl.config import TrainConfig, load, resolve
+from wn_rl.config import TrainConfig, load, recorded, resolve
 from wn_rl.errors import WnRlError
 from wn_rl.report.results import RunResult, read_run
-from wn_rl.runs import RunDirectory
+from wn_rl.runs.directory import RunDirectory
 
 PRESET = "paper"
 SLACK = 0.001
@@ -23,7 +23,8 @@ SEEDS = (1, 2, 3)
 NO_MATTER = frozenset(
     {
         *("game", "param", "param_options", "preset", "frames", "seed", "batch_size", "run_dir", "learning_rates"),
-        *("device", "precision", "compile", "num_threads", "emulator_threads"),
+        "chosen",
+        *("device", "precision", "backend", "compile", "num_threads", "emulator_threads"),
         *("checkpoint_seconds", "checkpoint_period", "journal", "reseed_period", "log_period", "evaluation_envs"),
     }
 )
@@ -179,4 +180,4 @@ def read_ladder(results: Path) -> Ladder:
     if not results.is_dir():
         raise WnRlError(f"{results} is no directory of results")
     runs = [config.parent for config in sorted(results.rglob("config.yaml"))]
-    return Ladder(read_run(run) for run in runs if load(None, RunDirectory(run).config).preset == PRESET)
+    return Ladder(read_run(run) for run in runs if recorded(RunDirectory(run).config).preset == PRESET)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from wn_rl import __version__
 from wn_rl.errors import Failure
+from wn_rl.layout import command
 from wn_rl.report.bands import Interval, meaning
 from wn_rl.report.curves import games_of, groups_of
 from wn_rl.report.diagnostics_panels import FINE_BINS
@@ -138,8 +139,8 @@ def render(content: Content) -> str:
 {body}
 </main>
 <footer class="muted">
-<p>Made by <code>python evaluate.py RUNS… --report OUT_DIR</code> of wn_rl {_escape(__version__)} from the files of the
-run directories; no game was played for it. The axis of every figure is emulator frames; scores are raw points.</p>
+<p>Made by <code>{command("evaluate")} RUNS… --report OUT_DIR</code> of wn_rl {_escape(__version__)} from the files of
+the run directories; no game was played for it. The axis of every figure is emulator frames; scores are raw points.</p>
 </footer>
 <script>{script}</script>
 </body>
@@ -237,7 +238,9 @@ def _plain_value(value: float | str) -> str:
 
 
 def _interval_cell(interval: Interval) -> Cell:
-    small = "" if interval.low is None or interval.high is None else f"{points(interval.low)} … {points(interval.high)}"
+    small = ""
+    if interval.low is not None and interval.high is not None:
+        small = f"{points(interval.low)} … {points(interval.high)} (n = {interval.runs})"
     return Cell(points(interval.mean), interval.mean, small)
 
 

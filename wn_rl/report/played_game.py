@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wn_rl.atari.env import AtariVector, emulator_seeds, make_atari
 from wn_rl.atari.render import RESET, RenderedFrame, render
-from wn_rl.evaluation import EVALUATION_STREAM, EvaluationProtocol, EvaluationResult, evaluate
+from wn_rl.evaluation.episodes import EVALUATION_STREAM, EvaluationProtocol, EvaluationResult, evaluate
 
 Options = Mapping[str, Any]
 """Of :func:`wn_rl.atari.env.make_atari`, but for the game, the seed and the number of emulators."""
@@ -158,7 +158,7 @@ def play(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> tuple[EvaluationResult, list[PlayedGame]]:
-    """Evaluate a network as :func:`wn_rl.evaluation.evaluate` does, and return its score and the games that count.
+    """Evaluate as :func:`wn_rl.evaluation.episodes.evaluate` does; return the score and the games that count.
 
     Args:
         q_values: uint8 observations (N, 4, 84, 84) → Q-values (N, A).

@@ -21,7 +21,7 @@ from wn_rl.report.ladder import GAMES, Cell, Ladder, read_ladder
 from wn_rl.report.references import PAPER_GAME
 from wn_rl.report.reproduction_tables import blocks, cells_with_runs, figure_name, references_of, title
 from wn_rl.report.results import RunResult
-from wn_rl.runs import write_file
+from wn_rl.runs.directory import write_file
 
 PAGE = "reproduction.md"
 WIDTH, HEIGHT = 6.4, 4.0

@@ -52,11 +52,11 @@ def number(value: float, digits: int | None = None) -> str:
 
 
 def over_seeds(values: Sequence[float]) -> str:
-    """Return the mean of one score per seed with its band where there are two seeds or more."""
+    """Return the mean of one score per seed, with its band and their number where there are two seeds or more."""
     found = interval(values)
     if found.low is None or found.high is None:
         return number(found.mean)
-    return f"{number(found.mean)} [{number(found.low)}, {number(found.high)}]"
+    return f"{number(found.mean)} [{number(found.low)}, {number(found.high)}] (n = {found.runs})"
 
 
 def title(game: str) -> str:
@@ -96,7 +96,7 @@ def _next(ladder: Ladder) -> str:
             lines.append(f"- {label}: every cell is done.")
         else:
             what = f"{title(following.cell.game)}, {_group(following.cell)}, seed {following.seed}"
-            lines += [f"- {label}: {what}", "", "  ```bash", f"  {following.command}", "  ```", ""]
+            lines += [f"- {label}: {what}", "", "    ```bash", f"    {following.command}", "    ```", ""]
     return "\n".join(lines)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wn_rl.atari.games import find_game
-from wn_rl.config import TrainConfig, load
+from wn_rl.config import TrainConfig, recorded
 from wn_rl.errors import Failure, UsageError, WnRlError, one_line
-from wn_rl.runs import EPISODE_COLUMNS, EVALUATION_COLUMNS, RunDirectory, expand, read_rows
+from wn_rl.runs.directory import EPISODE_COLUMNS, EVALUATION_COLUMNS, Found, RunDirectory, expand, read_rows
 
 Columns = Mapping[str, NDArray[np.float64]]
 LARGEST = 1e15
@@ -112,7 +112,7 @@ class RunResult:
         )
 
 
-def find_runs(names: Sequence[str]) -> list[Path]:
+def find_runs(names: Sequence[str]) -> Found:
     """Return the run directories that ``names`` stand for: runs, directories of runs, patterns.
 
     Raises:
@@ -129,7 +129,7 @@ def read_run(directory: Path) -> RunResult:
     """
     run = RunDirectory(directory)
     try:
-        config = load(None, run.config)
+        config = recorded(run.config)
         config = replace(config, game=find_game(config.game).name)
     except UsageError as error:
         raise WnRlError(f"{directory} is not a run: {error}") from None
@@ -173,7 +173,8 @@ def names_of(runs: Sequence[RunResult]) -> list[str]:
 
 
 def _same(one: RunResult, other: RunResult) -> bool:
-    return replace(one.config, run_dir=None) == replace(other.config, run_dir=None) and all(
+    ours, theirs = (replace(run.config, run_dir=None, chosen=()) for run in (one, other))
+    return ours == theirs and all(
         np.array_equal(one.evaluations[name], other.evaluations[name]) for name in EVALUATION_COLUMNS
     )
 

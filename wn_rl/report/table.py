@@ -13,11 +13,11 @@ from typing import Any
 
 from wn_rl.atari.games import find_game
 from wn_rl.errors import Failure
+from wn_rl.evaluation.scoring import Score
+from wn_rl.evaluation.statistics import Estimate
 from wn_rl.report.comparison import Comparison, Summary
 from wn_rl.report.published import PUBLISHED, SOURCES
-from wn_rl.runs import versions, write_file
-from wn_rl.scoring import Score
-from wn_rl.statistics import Estimate
+from wn_rl.runs.directory import versions, write_file
 
 PIPED_WIDTH = 160
 """Letters of a line where the output is no terminal."""
@@ -137,8 +137,8 @@ def comparison_as_json(
     }
 
 
-def _estimate_as_json(estimate: Estimate) -> dict[str, float | None]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+def _estimate_as_json(estimate: Estimate) -> dict[str, float | list[int] | None]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": list(estimate.n)}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -235,7 +235,8 @@ def _caption(scores: Sequence[Score]) -> str:
         + (f"; trained with N = {', '.join(map(str, trained))}" if trained else "")
     )
     lines.append(
-        "Raw points of whole games; 95% bootstrap interval over episodes; human: 0% random play, 100% a human."
+        "Raw points of whole games; 95% bootstrap interval over episodes, none for fewer than 4 or if all are alike; "
+        "human: 0% random play, 100% a human."
     )
     return "\n".join(lines)
 
@@ -260,7 +261,8 @@ def print_comparison(comparison: Comparison, by: str) -> None:
     if comparison.summaries:
         table = Table(
             title="Over seeds",
-            caption="95% stratified bootstrap intervals over seeds (Agarwal et al. 2021); none for a single seed.\n"
+            caption="95% stratified bootstrap intervals over seeds (n = runs; Agarwal et al. 2021); none below 4 runs "
+            "of one game,\nof which a bootstrap tells no more than lowest and highest, nor where all are alike.\n"
             "IQM: mean of the middle half of the runs. Rows of several games are human-normalized.",
             caption_justify="left",
         )
@@ -273,7 +275,7 @@ def print_comparison(comparison: Comparison, by: str) -> None:
         games = f"{len(improvement.games)} games" if len(improvement.games) > 1 else improvement.games[0]
         print(
             f"Probability that a run of {improvement.better} beats one of {improvement.than} on {games}: "
-            f"{_with_interval(improvement.estimate, percent=True)}"
+            f"{_with_interval(improvement.estimate, percent=True)} ({improvement.estimate.rests_on})"
         )
     for note in comparison.notes:
         print(f"note: {note}")

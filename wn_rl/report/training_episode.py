@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wn_rl import checkpoint
+from wn_rl.atari.action_log import Mark, PlayedEpisode, read_history
 from wn_rl.atari.env import FRAME_SKIP
-from wn_rl.atari.journal import Mark, PlayedEpisode, read_history
 from wn_rl.atari.render import RenderedFrame, render
 from wn_rl.errors import CheckpointError, UsageError, WnRlError
-from wn_rl.evaluation import environment_options
+from wn_rl.evaluation.episodes import environment_options
 from wn_rl.report.video import Picture, write_video
-from wn_rl.runs import RunDirectory, read_rows
+from wn_rl.runs import checkpoint
+from wn_rl.runs.directory import RunDirectory, read_rows
 from wn_rl.training import training_seeds
 
 

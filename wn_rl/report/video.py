@@ -217,7 +217,7 @@ def _encoder() -> Any:  # noqa: ANN401 - the module
     try:
         import av
     except ImportError:
-        raise WnRlError('writing a film needs the encoder: pip install "wn_rl[video]", or pip install av') from None
+        raise WnRlError('writing a film needs the encoder: pip install av, or pip install "wn_rl[video]"') from None
     return av
 
 

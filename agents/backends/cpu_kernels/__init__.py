@@ -1,1 +1,1 @@
-"""Updates by C kernels on a CPU: forward pass, TD loss, backward pass and Adamax step of the Q-network in one call."""
+"""Forward and backward pass, loss and optimizer step in C, on packed copies of the weights."""

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from wn_rl.networks import QNetwork
 from wn_rl.replay import DrawnMinibatch, Minibatch
 
-from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size, unsupported
+from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size
 from .packed_network import PackedNetwork, PackedWeights, TrainedLayer
 from .structs import BackwardArgs, ForwardArgs, ReplayStorage, TDLossArgs
 from .workspace import Activations, ObservationFrames, PreparedUpdate, TDLoss, Workspace, as_frames
-
-__all__ = ["KernelNetwork", "TDLoss", "unsupported"]
 
 
 class KernelNetwork(PackedNetwork):
@@ -256,9 +254,9 @@ class KernelNetwork(PackedNetwork):
         q_values = torch.empty(2, size, self.shape.actions)
         for args in zip(passes, (target, self.packed), (then, now), activations, q_values, strict=True):
             self._fill_forward(*args)
-        tensors = (indices, actions, rewards, terminals, q_gradient, loss.sums, self.stage_seconds)
+        arrays = (indices, actions, rewards, terminals, q_gradient, loss.sums, self.stage_seconds)
         settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
-        loss_args = TDLossArgs(*(tensor.data_ptr() for tensor in tensors), *settings)
+        loss_args = TDLossArgs(*(tensor.data_ptr() for tensor in arrays), *settings)
         backward = self._backward_args(q_gradient)
         return PreparedUpdate(
             target=target,
@@ -272,7 +270,7 @@ class KernelNetwork(PackedNetwork):
             q_gradient=q_gradient,
             activations=activations[1],
             spare_flat=torch.empty_like(activations[1].flat),
-            alive=[q_values, *activations, *tensors, *((then, now) if drawn is None else ())],
+            alive=[q_values, *activations, *arrays, *((then, now) if drawn is None else ())],
         )
 
     def _backward_args(self, q_gradient: Tensor) -> BackwardArgs:

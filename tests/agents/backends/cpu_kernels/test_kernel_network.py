@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from agents.backends.cpu_kernels import kernel_network, loader
+from agents.backends.cpu_kernels import layouts, loader
 from agents.backends.cpu_kernels.adamax import FusedAdamax
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.backends.cpu_kernels.workspace import MAX_CACHED_SIZES
-from agents.dqn import DQN
+from tests.carried import Carried, carried
 from tests.vectors import needs_passes
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
@@ -41,7 +41,7 @@ def units_on(compiled: KernelNetwork, batch: int) -> list[Tensor]:
         values = words.view(compiled.precision).view(len(words), conv.out_height, conv.out_width, conv.out_channels, -1)
         found.append(values.permute(0, 4, 3, 1, 2).flatten(0, 1)[:batch] != 0)
     last = compiled.convolutions[-1]
-    return [*found, room.flat.view(batch, last.units, last.down, last.across) != 0, room.hidden != 0]
+    return [*found, room.flat.view(batch, last.out_channels, last.out_height, last.out_width) != 0, room.hidden != 0]
 
 
 def by_hand(
@@ -115,7 +115,7 @@ def networks(draw: st.DrawFn) -> QNetworkSpec:
 def both(spec: QNetworkSpec, precision: torch.dtype) -> tuple[KernelNetwork, PackedNetwork]:
     assert not isinstance(LIBRARY, str)
     network = build_q_network(spec, seed=1)
-    assert kernel_network.unsupported(network, LIBRARY, precision) == ""
+    assert layouts.unsupported(network, LIBRARY, precision) == ""
     return (
         KernelNetwork(network, LIBRARY, precision=precision),
         PackedNetwork(copy.deepcopy(network), LIBRARY, precision=precision),
@@ -287,7 +287,7 @@ def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -
 @pytest.mark.parametrize("reward_clip", [0.0, 0.5, 1.0])
 def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, reward_clip: float) -> None:
     agent = made(precision, loss_reduction=reduction, reward_clip=reward_clip)
-    compiled = agent._fused
+    compiled = agent.network
     assert isinstance(compiled, KernelNetwork)
     assert isinstance(agent.optimizer, FusedAdamax)
     sizes = []
@@ -295,19 +295,19 @@ def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, rewar
         batch = drawn(number)
         with torch.no_grad():
             direction_and_scale(agent.q_network.output)[1].mul_(5.0)  # errors on both sides of 1
-            next_q_values, q_values, _ = compiled.forward_both(agent._targets_weights(compiled), batch)
+            next_q_values, q_values, _ = compiled.forward_both(agent._packed_target(), batch)
         leaf = q_values.clone().requires_grad_(True)
-        losses, error, value = agent._compare(batch, leaf, next_q_values)
+        losses, error, value = agent.td_loss_of(batch, leaf, next_q_values)
         loss = losses.sum() if reduction == "sum" else losses.mean()
         loss.backward()  # type: ignore[no-untyped-call]
         steps = agent.optimizer.next_steps(1)
-        _, found = compiled.update(agent._targets_weights(compiled), batch, agent._loss, *steps)
+        _, found = compiled.update(agent._packed_target(), batch, agent._loss, *steps)
         assert compiled._prepared is not None
         torch.testing.assert_close(compiled._prepared.q_gradient, leaf.grad, rtol=1e-6, atol=0)
         assert found == pytest.approx(float(loss.detach()), rel=1e-5)
         expected = torch.stack([losses.mean(), error.abs().mean(), value.mean()]).tolist()
-        assert agent._sums.tolist() == pytest.approx(expected, rel=1e-5)
-        agent._sums.zero_()
+        assert agent.statistics.sums.tolist() == pytest.approx(expected, rel=1e-5)
+        agent.statistics.sums.zero_()
         sizes.append(error.detach().abs())
     assert (torch.cat(sizes) > 1).any()
     assert (torch.cat(sizes) < 1).any()
@@ -377,14 +377,14 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
     """The memory of the way back is made anew for them, and no update may go on with the old one."""
     first, second = made(precision), made(precision)
     for agent in (first, second):
-        compiled, batch = agent._fused, drawn(0)
+        compiled, batch = agent.network, drawn(0)
         assert isinstance(compiled, KernelNetwork)
         assert isinstance(batch, DrawnMinibatch)
         agent.update(batch)
         if agent is first:
             for size in (3, 40):
                 numbers = batch.numbers[:1].expand(size)
-                *_, seen = compiled.forward_both(agent._targets_weights(compiled), DrawnMinibatch(batch.kept, numbers))
+                *_, seen = compiled.forward_both(agent._packed_target(), DrawnMinibatch(batch.kept, numbers))
                 compiled.backward(seen, torch.zeros(size, 4))
                 compiled._backward_args(torch.zeros(size, 4))
         agent.update(drawn(1))
@@ -395,7 +395,7 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_leaves_the_working_weights_that_are_made_of_what_is_trained(precision: torch.dtype) -> None:
     agent = made(precision)
-    compiled = agent._fused
+    compiled = agent.network
     assert isinstance(compiled, KernelNetwork)
     for number in range(2):
         agent.update(drawn(number))
@@ -419,8 +419,8 @@ def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: t
     for count in (*range(1, 31), 9):
         found = agent.q_values(x.repeat(4, 1, 1, 1)[:count])
         assert torch.equal(found[:9], expected[:count])
-    assert isinstance(agent._fused, KernelNetwork)
-    assert len(agent._fused.workspace.activations) <= MAX_CACHED_SIZES + 1  # and the update's
+    assert isinstance(agent.network, KernelNetwork)
+    assert len(agent.network.workspace.activations) <= MAX_CACHED_SIZES + 1  # and the update's
     assert agent.gradient_norm() == norm
 
 
@@ -428,8 +428,8 @@ def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_
     network = build_q_network(QNetworkSpec(4, "wn"), seed=0)
     if isinstance(LIBRARY, str) or not loader.supports(LIBRARY, torch.float32):
         pytest.skip("no compiler, or no vectors of 512 bits")
-    assert kernel_network.unsupported(network, LIBRARY, torch.float32) == ""
-    assert isinstance(made(torch.float32)._fused, KernelNetwork)
+    assert layouts.unsupported(network, LIBRARY, torch.float32) == ""
+    assert isinstance(made(torch.float32).network, KernelNetwork)
 
 
 @pytest.mark.parametrize(
@@ -448,14 +448,14 @@ def test_what_the_passes_cannot_compute_is_said(changes: dict[str, object], reas
     if isinstance(LIBRARY, str) or not loader.supports(LIBRARY, torch.float32):
         pytest.skip("no compiler, or no vectors of 512 bits")
     network = build_q_network(QNetworkSpec(4, **changes), seed=0)  # type: ignore[arg-type]
-    assert reason in kernel_network.unsupported(network, LIBRARY, torch.float32)
+    assert reason in layouts.unsupported(network, LIBRARY, torch.float32)
 
 
-def made(precision: torch.dtype, **changes: object) -> DQN:
+def made(precision: torch.dtype, **changes: object) -> Carried:
     values: dict[str, object] = {"game": "breakout", "param": "wn", "hidden_units": 64, "compile": "on", **changes}
     name = "bfloat16" if precision is torch.bfloat16 else "float32"
     config: TrainConfig = resolve(replace(load("paper"), **values, precision=name, batch_size=9))  # type: ignore[arg-type]
-    agent = DQN(replace(config, device="cpu"), 4, CPU)
+    agent = carried(replace(config, device="cpu"))
     agent.initialize(drawn(0).observations)
     return agent
 

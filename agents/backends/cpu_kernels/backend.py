@@ -1,0 +1,159 @@
+"""The kernels as a backend: what they support, and an agent's work carried out by them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wn_rl.networks import QNetwork
+from wn_rl.parameterizations import fold
+from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.training import Agent
+
+from ...dqn import DQN
+from ...target_network import TargetNetwork
+from .. import interface
+from . import layouts, loader
+from .adamax import FusedAdamax
+from .kernel_network import KernelNetwork
+from .packed_network import PackedNetwork, PackedWeights
+from .packed_network import unsupported as network_problem
+from .workspace import TDLoss
+
+REPLACED = ("q_values", "forward", "act", "copy_target", "update", "training_mode", "loss", "td_loss", "count_updates")
+"""Methods that the kernels replace or rely on: an agent with its own takes another backend."""
+LOSS = ("td_loss_of", "reduce")
+"""The loss given both networks' Q-values: an agent's own is computed by torch between the kernels' two passes."""
+
+
+class CpuKernels(interface.Backend):
+    """Acts and updates by C kernels on packed copies of the weights.
+
+    Where the processor has vectors of 512 bits the updates that a vector step owes are one call, from the minibatches'
+    indices to the next weights; an agent's own :meth:`~agents.dqn.DQN.td_loss_of` is computed by torch in between.
+    """
+
+    name = "cpu_kernels"
+    agent: DQN
+
+    def __init__(self, agent: Agent, replay: Replay) -> None:
+        """Pack the weights and give the agent an optimizer whose step is a kernel."""
+        super().__init__(agent, replay)
+        assert isinstance(agent, DQN)
+        config, library = agent.config, loader.load()
+        assert not isinstance(library, str)
+        kind = PackedNetwork if layouts.unsupported(agent.q_network, library, agent.precision) else KernelNetwork
+        self.network = kind(agent.q_network, library, precision=agent.precision)
+        assert config.learning_rate is not None
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.optimizer = FusedAdamax(self.network, config.learning_rate, betas, config.optimizer_eps)
+        agent.optimizer = self.optimizer
+        mean = config.loss_reduction != "sum"
+        self._loss = TDLoss(config.gamma, config.reward_clip, mean, agent.statistics.sums)
+        self._torch_loss = bool(interface.overridden(agent, DQN, LOSS))
+        self._target: tuple[int, PackedWeights] | None = None
+        whole = isinstance(self.network, KernelNetwork)
+        self._one_call = whole and not self._torch_loss
+        self.detail = "loss by torch" if self._torch_loss else "" if whole else "products by torch"
+
+    @classmethod
+    def unsupported(cls, agent: Agent, replay: Replay) -> str:
+        """Return why the kernels cannot carry out the work of ``agent``; an empty text if they can."""
+        del replay
+        if agent.device.type != "cpu":
+            return f"the network is on {agent.device.type}"
+        if problem := interface.subclass_problem(agent, DQN, REPLACED):
+            return problem
+        assert isinstance(agent, DQN)
+        if agent.config.optimizer != "adamax":
+            return f"the optimizer is {agent.config.optimizer}, not adamax"
+        if type(agent.optimizer) is not torch.optim.Adamax or agent.optimizer.state:
+            return "the agent has an optimizer of its own, or one that has made steps"
+        for network in (agent.q_network, agent.target_network):
+            if type(network) is not QNetwork:
+                return f"the network is a {type(network).__name__}, not a QNetwork"
+        if type(agent.target) is not TargetNetwork:
+            return f"the target is a {type(agent.target).__name__}"
+        if problem := network_problem(agent.q_network):
+            return problem
+        library = loader.load()
+        return library if isinstance(library, str) else ""
+
+    def q_values(self, observations: Tensor) -> Tensor:
+        """Return Q-values, float32 (B, actions), of uint8 observations, (B, 4, 84, 84)."""
+        return self.network.q_values(observations)
+
+    def act(self, epsilon: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return ε-greedy actions, shape (N,)."""
+        agent = self.agent
+        if epsilon.min() >= 1.0:  # random play needs no Q-values
+            q_values = torch.zeros(len(epsilon), agent.q_network.spec.num_actions)
+        else:
+            q_values = self.q_values(self.replay.observations())
+        actions: NDArray[np.int64] = agent.epsilon_greedy(q_values, torch.from_numpy(epsilon)).numpy()
+        return actions
+
+    def make_updates(self, count: int) -> None:
+        """Make ``count`` updates, where possible in one call; they draw what one by one would draw."""
+        size = self.agent.config.batch_size
+        if self._one_call and type(self.replay) is Replay:
+            self.update_on(DrawnMinibatch(self.replay.kept, self.replay.draw(count * size)), count)
+            return
+        for _ in range(count):
+            self.update_on(self.replay.sample(size))
+
+    def update_on(self, batch: Minibatch, count: int = 1) -> None:
+        """Make ``count`` updates on B transitions each, and count them.
+
+        Args:
+            batch: count · B transitions; drawn ones at whose fields nobody has looked if there is more than one update.
+            count: at least 1; 1 where the loss is torch's.
+
+        Raises:
+            NonFiniteLossError: the loss of an update is not finite; those before it were made.
+            IndexError: a transition or an action does not exist; no update was made.
+        """
+        if self._torch_loss or not isinstance(self.network, KernelNetwork):
+            assert count == 1
+            self._update_with_loss_by_torch(batch)
+            self.agent.count_updates(1)
+            return
+        step_sizes, betas, eps = self.optimizer.next_steps(count)
+        made, loss = self.network.update(self._packed_target(), batch, self._loss, step_sizes, betas, eps)
+        self.optimizer.count_steps(step_sizes[:made])
+        self.agent.count_updates(made)
+        if made < count and batch.numbers is not None:
+            self.agent.finite.refuse(loss, batch.numbers.view(count, -1)[made])
+
+    def _update_with_loss_by_torch(self, batch: Minibatch) -> None:
+        """Make one update: both forward passes, torch's loss of the Q-values, the backward pass and the step."""
+        with torch.no_grad():
+            next_q_values, q_values, saved = self.network.forward_both(self._packed_target(), batch)
+        q_values.requires_grad_()
+        loss = self.agent.reduce(batch, *self.agent.td_loss_of(batch, q_values, next_q_values))
+        (gradient,) = torch.autograd.grad(loss, q_values)
+        self.network.backward(saved, gradient)
+        self.optimizer.step()
+
+    def _packed_target(self) -> PackedWeights:
+        """Return the target network's packed weights, after the Q-network's own are up to date."""
+        self.network.refresh()
+        target = self.agent.target
+        if self._target is None or self._target[0] != target.copies:
+            self._target = (target.copies, self.network.pack_network(fold(copy.deepcopy(target.network))))
+        return self._target[1]
+
+    def write_gradients(self) -> None:
+        """Let the parameters' ``.grad`` be the gradients of the last update."""
+        self.optimizer.write_gradients()
+
+    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore the Q-network's weights and the state."""
+        super().load_state_dict(weights, state)
+        self._target = None

@@ -1,0 +1,176 @@
+"""What a backend does for an agent: the one interface between the training loop and the code that computes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wn_rl import diagnostics
+from wn_rl.config import BackendName
+from wn_rl.networks import QNetwork
+from wn_rl.replay import Replay
+from wn_rl.training import Agent, Statistics
+
+
+class Backend(ABC):
+    """Carries out the work of one agent on one replay: acting, updating, copying the target.
+
+    An agent defines an algorithm and no more; how its work is done belongs here. Every backend computes what
+    ``eager`` computes on the same minibatches, but for rounding, and refuses what it does not support
+    (:meth:`unsupported`). A backend may give the agent another optimizer, with the same state dict.
+
+    Attributes:
+        name: as ``--backend`` takes it.
+        agent: whose work it does.
+        replay: from which it draws.
+        detail: how it computes, in a few words, for the line that says what was chosen; may be empty.
+        reason: why it was chosen.
+    """
+
+    name: ClassVar[BackendName]
+
+    def __init__(self, agent: Agent, replay: Replay) -> None:
+        """Join agent and replay, for which :meth:`unsupported` has nothing against."""
+        self.agent = agent
+        self.replay = replay
+        self.detail = ""
+        self.reason = ""
+        self._watching = False
+        self._watched: dict[str, float] = {}
+
+    @classmethod
+    @abstractmethod
+    def unsupported(cls, agent: Agent, replay: Replay) -> str:
+        """Return why this backend cannot carry out the work of ``agent``; an empty text if it can."""
+
+    @abstractmethod
+    def act(self, epsilon: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return ε-greedy actions for the newest observation of each emulator, shape (N,), with ε of each.
+
+        The one wait for the device in a vector step.
+
+        Raises:
+            NonFiniteLossError: an update before this call had a loss that is not finite, and it is only known now.
+        """
+
+    @abstractmethod
+    def make_updates(self, count: int) -> None:
+        """Make ``count`` ≥ 1 updates one after the other, each on a minibatch of its own, and count them.
+
+        Raises:
+            NonFiniteLossError: the loss of one is not finite, and it is known at once.
+        """
+
+    def q_values(self, observations: Tensor) -> Tensor:
+        """Return Q-values, float32 (B, actions), of uint8 observations, (B, 4, 84, 84)."""
+        return self.agent.q_values(observations)
+
+    def update(self, count: int = 1) -> None:
+        """Make ``count`` updates; the first is measured if :meth:`watch_next_update` asked for it."""
+        if count and self._watching:
+            before = diagnostics.weights(self.agent.q_network)
+            self.watched_update()
+            self._watched = diagnostics.effective_learning_rate_tags(before, self.agent.q_network)
+            self._watching = False
+            count -= 1
+        if count:
+            self.make_updates(count)
+
+    def watched_update(self) -> None:
+        """Make the one update that is measured."""
+        self.make_updates(1)
+
+    def initialize(self, observations: Tensor) -> None:
+        """Prepare the agent for the first update, with observations from replay, uint8 (B, 4, 84, 84)."""
+        self.agent.initialize(observations)
+
+    def copy_target(self) -> None:
+        """Copy the Q-network to the target network."""
+        self.agent.copy_target()
+
+    # --- what is reported ----------------------------------------------------------------------------------------
+
+    def is_finite(self) -> bool:
+        """Return whether every weight is a finite number; waits for the device."""
+        return self.agent.is_finite()
+
+    @property
+    def q_network(self) -> QNetwork:
+        """The network that acts and that a checkpoint holds."""
+        return self.agent.q_network
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self.agent.updates
+
+    def read_statistics(self) -> Statistics:
+        """Return the means since the last reading and start anew; waits for the device."""
+        return self.agent.read_statistics()
+
+    def gradient_norm(self) -> float:
+        """Return the 2-norm of the last update's gradient, NaN before the first; waits for the device."""
+        self.write_gradients()
+        return self.agent.gradient_norm()
+
+    def write_gradients(self) -> None:  # noqa: B027 - most backends have nothing to do
+        """Let the parameters' ``.grad`` be the gradients of the last update."""
+
+    def watch_next_update(self) -> None:
+        """Measure the effective learning rate of the next update, which then waits for the device."""
+        self._watching = True
+
+    def effective_learning_rates(self) -> dict[str, float]:
+        """Return what the watched update did, by TensorBoard tag; empty before it is made."""
+        return self._watched
+
+    def watch_state(self) -> dict[str, Any]:
+        """Return whether the next update is watched, and what the last watched one did, as a checkpoint keeps it."""
+        values = [self._watched[tag] for tag in sorted(self._watched)]
+        return {"watching": int(self._watching), "watched": torch.tensor(values, dtype=torch.float64)}
+
+    def load_watch_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`watch_state` returned."""
+        weights = diagnostics.weights(self.agent.q_network)
+        tags = sorted(diagnostics.effective_learning_rate_tags(weights, self.agent.q_network))
+        values = state["watched"].tolist()
+        self._watching = bool(state["watching"])
+        self._watched = dict(zip(tags, values, strict=True)) if values else {}
+
+    def offending_transitions(self) -> Tensor | None:
+        """Return the indices in replay of the first minibatch whose loss was not finite, int64 (B,); None: none."""
+        return self.agent.offending_transitions()
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the agent's state without the Q-network's weights."""
+        self.write_gradients()
+        return self.agent.state_dict()
+
+    def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore the Q-network's weights and the state."""
+        self.agent.load_state_dict(weights, state)
+
+
+def overridden(agent: object, base: type, names: Iterable[str]) -> list[str]:
+    """Return which of the methods ``names`` of ``base`` the agent has in a version of its own, in that order."""
+    return [
+        name for name in names if getattr(type(agent), name, None) is not getattr(base, name) or name in vars(agent)
+    ]
+
+
+def subclass_problem(agent: object, base: type, names: Iterable[str]) -> str:
+    """Return in words that ``agent`` has methods of its own that a backend would not call; empty if it has none."""
+    if not isinstance(agent, base):
+        return f"{type(agent).__name__} is no {base.__name__}"
+    own = overridden(agent, base, names)
+    if not own:
+        return ""
+    return f"{type(agent).__name__} has its own {', '.join(own)}"

@@ -1,0 +1,1 @@
+"""The commands ``train`` and ``evaluate``: what the scripts of the checkout and ``wn-rl`` run."""

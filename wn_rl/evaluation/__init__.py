@@ -1,0 +1,1 @@
+"""Playing trained networks under a stated protocol: episodes, scores, statistics, export."""

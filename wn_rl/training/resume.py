@@ -1,0 +1,97 @@
+"""What a run goes on from, and which configuration keys may change then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wn_rl.atari.games import find_game
+from wn_rl.config import TrainConfig, is_auto, validate
+from wn_rl.errors import CheckpointError, UsageError
+from wn_rl.machine import pick_device
+from wn_rl.parameterizations import resolve
+from wn_rl.runs import checkpoint
+from wn_rl.runs.directory import RunDirectory, read_rows, versions
+
+
+def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, checkpoint.Checkpoint]:
+    """Return the configuration and the checkpoint with which the run in ``directory`` goes on.
+
+    Args:
+        directory: of the run.
+        changes: configuration keys that the user gave; only those that do not change the experiment may differ.
+
+    Raises:
+        UsageError: a key that may not change.
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    saved = checkpoint.load(RunDirectory(directory).path)
+    _check_resumable(saved)
+    read_rows(RunDirectory(directory).evaluations)
+    # A name may be written in several ways, and an option as a text.
+    changes = {key: _canonical(saved.config, key, value) for key, value in changes.items()}
+    for key, value in changes.items():
+        if key not in RESUMABLE and value != getattr(saved.config, key):
+            raise UsageError(
+                f"--resume: {key} is {getattr(saved.config, key)!r} in this run and cannot change to {value!r}; "
+                f"only these can: {', '.join(sorted(RESUMABLE))}"
+            )
+    changes = {key: value for key, value in changes.items() if key in RESUMABLE}
+    moved = "device" in changes and pick_device(changes["device"]) != saved.config.device
+    if moved:  # what was decided for another device says nothing about this one
+        changes = {"compile": "auto", "backend": "auto"} | changes
+    config = replace(saved.config, **changes)
+    if chosen := {key for key in changes if getattr(saved.config, key) != changes[key] and key not in ("device",)}:
+        config = replace(config, chosen=tuple(sorted({*saved.config.chosen, *chosen})))
+    validate(config)
+    return config, saved
+
+
+def _check_resumable(saved: checkpoint.Checkpoint) -> None:
+    if "rows" not in saved.training.get("loop", {}):
+        raise CheckpointError(
+            f"{saved.path} was written by an earlier version, which kept no journal: it can be evaluated, not resumed"
+        )
+    then, now = saved.versions.get("ale-py"), versions()["ale-py"]
+    if then != now:
+        raise CheckpointError(
+            f"{saved.path} was made with ale-py {then}, here is {now}, whose games may differ: "
+            f"pip install ale-py=={then} to go on"
+        )
+
+
+def _canonical(config: TrainConfig, key: str, value: Any) -> Any:  # noqa: ANN401 - the type is that of the key
+    if key == "num_envs" and is_auto(value):
+        return config.num_envs  # what was chosen for this run
+    if key == "game":
+        return find_game(value).name
+    if key == "param_options":
+        try:
+            return resolve(config.param, value).options()
+        except ValueError as error:
+            raise UsageError(f"param_options: {error}") from None
+    return value
+
+
+RESUMABLE = frozenset(
+    {
+        "frames",
+        "device",
+        "precision",
+        "backend",
+        "compile",
+        "num_threads",
+        "emulator_threads",
+        "evaluation_period",
+        "evaluation_steps",
+        "evaluation_episodes",
+        "evaluation_envs",
+        "checkpoint_seconds",
+        "checkpoint_period",
+        "journal",
+        "log_period",
+    }
+)
+"""Configuration keys that a resumed run may change."""

@@ -1,0 +1,49 @@
+"""What happens at which agent step: events, ε, seeds. Functions of the configuration alone."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wn_rl.atari.env import emulator_seeds
+from wn_rl.config import TrainConfig
+
+TRAINING_STREAM = 0
+"""Label that keeps training's random numbers apart from evaluation's (stream 1)."""
+
+
+class Event(enum.Enum):
+    """What an agent step can owe."""
+
+    INITIALIZE = "initialize"
+    UPDATE = "update"
+    TARGET_COPY = "target copy"
+
+
+def owed(config: TrainConfig, first: int, last: int) -> Iterator[tuple[int, Event]]:
+    """Yield (agent step, event) for what the agent steps ``first`` … ``last`` owe, in order.
+
+    An update when the step's number is a multiple of ``update_period``, then a target copy when it is one of
+    ``target_period``; nothing before ``learning_starts``, whose first event is the initialization.
+    """
+    for step in range(max(first, config.learning_starts), last + 1):
+        if step == config.learning_starts:
+            yield step, Event.INITIALIZE
+        if step % config.update_period == 0:
+            yield step, Event.UPDATE
+        if step % config.target_period == 0:
+            yield step, Event.TARGET_COPY
+
+
+def epsilon_at(config: TrainConfig, steps: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return ε of each agent step: ``epsilon_start`` until ``learning_starts``, then linear to ``epsilon_end``."""
+    fraction = np.clip((steps - config.learning_starts) / max(config.epsilon_decay_steps, 1), 0.0, 1.0)
+    return (config.epsilon_start + (config.epsilon_end - config.epsilon_start) * fraction).astype(np.float32)
+
+
+def training_seeds(config: TrainConfig, label: int) -> NDArray[np.int32]:
+    """Return the seeds of all N emulators for the seeding ``label``; 0 is that of the start."""
+    return emulator_seeds(config.seed, config.num_envs, TRAINING_STREAM, label)
