@@ -137,15 +137,15 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
             return_value=loader.load("VISIT_ZERO_BLOCKS"),
         )
         found["a call for each update"] = made(config, together=1)
-        found["what is black visited too"] = made(config, visiting)
-        found["passes of torch's operations"] = made(config, operations)
+        found["blocks of zeros computed too"] = made(config, visiting)
+        found["passes by torch's operations"] = made(config, operations)
         found["the same, frames packed by torch"] = made(config, operations, packing)
         found["autograd, Adamax through torch.compile"] = made(config, autograd)
         found["the same, and pixels instead of blocks"] = made(config, autograd, pixels)
         found["autograd, torch's Adamax"] = made(replace(config, compile="off"))
     if config.precision == "bfloat16":
         found["float32"] = made(replace(config, precision="float32"))
-        found["float32, passes of torch's operations"] = made(replace(config, precision="float32"), operations)
+        found["float32, passes by torch's operations"] = made(replace(config, precision="float32"), operations)
         found["float32, autograd, torch's Adamax, pixels"] = made(
             replace(config, precision="float32", compile="off"), pixels
         )
@@ -199,7 +199,7 @@ def main(words: Sequence[str]) -> int:
     print(f"{black_share(replay):.0%} of the blocks that the first layer sees are black in {config.game}")
     for name, times in took.items():
         cpu = statistics.median(spent[name])
-        print(f"{name:45} {statistics.median(times):6.2f} ms, at best {min(times):6.2f} ms, {cpu:6.2f} ms of CPU time")
+        print(f"{name:52} {statistics.median(times):6.2f} ms, at best {min(times):6.2f} ms, {cpu:6.2f} ms of CPU time")
     print("\nwhere the time of everything on goes, ms:")
     first, count = made["everything on"], 4 * arguments.updates
     fused = first.backend.network if isinstance(first.backend, CpuKernels) else None
@@ -208,12 +208,12 @@ def main(words: Sequence[str]) -> int:
         first(count)
         whole = (time.perf_counter() - started) / count * 1e3
         parts = ((fused.stage_seconds - before) / count * 1e3).tolist()
-        names = ("looking up transitions", "way forward and loss", "way back and step")
+        names = ("gathering transitions", "forward pass and loss", "backward pass and step")
         went = dict(zip(names, parts, strict=True)) | {"drawing and everything else": whole - sum(parts)}
     else:
         went = profile(first, count)
     for name, milliseconds in went.items():
-        print(f"{name:45} {milliseconds:6.2f}")
+        print(f"{name:52} {milliseconds:6.2f}")
     return 0
 
 

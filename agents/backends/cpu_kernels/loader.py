@@ -53,7 +53,7 @@ def load(*macros: str) -> ctypes.CDLL | str:
 def build(sources: Sequence[Path], *macros: str) -> ctypes.CDLL | str:
     """Return these C files as a library, or why there is none.
 
-    Compiling takes a second or two; the result is kept in the user's cache directory under a name that changes with the
+    Compiling takes a few seconds; the result is kept in the user's cache directory under a name that changes with the
     sources, the headers, the compiler and the processor.
     """
     command = compiler()

@@ -1,7 +1,8 @@
 /* The forward pass of the convolutions: frames to the features that the hidden layer takes.
  *
  * Of each layer, with ReLU and in channels-last order (y, x, channel):
- * for y, x, u: out[y][x][u] = max(0, bias[u] + sum over i, j, c: in[y * stride + i][x * stride + j][c] * weight[i][j][c][u])
+ * for y, x, u: out[y][x][u] =
+ *     max(0, bias[u] + sum over i, j, c: in[y * stride + i][x * stride + j][c] * weight[i][j][c][u])
  * A sum starts from zero and adds i, then j, then c (two at a time in bfloat16); vectors lie along u.
  */
 #include "conv_tile.h"
@@ -103,13 +104,16 @@ ALWAYS_INLINE void conv_positions_template(const Precision precision, const int 
     const Precision precision, const PositionList *list, int64_t rows, int64_t row_stride, int64_t row_words,        \
         const int32_t *weight, int64_t channels, int64_t first, FramePrefetch *ahead
 static NOINLINE void conv_positions_64(POSITIONS) {
-    DISPATCH(precision, conv_positions_template, 6, 4, list, rows, row_stride, row_words, weight, channels, first, ahead);
+    DISPATCH(precision, conv_positions_template, 6, 4, list, rows, row_stride, row_words, weight, channels, first,
+             ahead);
 }
 static NOINLINE void conv_positions_32(POSITIONS) {
-    DISPATCH(precision, conv_positions_template, 10, 2, list, rows, row_stride, row_words, weight, channels, first, ahead);
+    DISPATCH(precision, conv_positions_template, 10, 2, list, rows, row_stride, row_words, weight, channels, first,
+             ahead);
 }
 static NOINLINE void conv_positions_16(POSITIONS) {
-    DISPATCH(precision, conv_positions_template, 12, 1, list, rows, row_stride, row_words, weight, channels, first, ahead);
+    DISPATCH(precision, conv_positions_template, 12, 1, list, rows, row_stride, row_words, weight, channels, first,
+             ahead);
 }
 #undef POSITIONS
 
@@ -175,7 +179,8 @@ ALWAYS_INLINE void bias_relu(const Precision precision, const ConvShape *conv, c
                 store_elements(precision, element_at(precision, out, i), a);
                 store_elements(precision, element_at(precision, out_second, i), b);
                 if (saved)
-                    store_observations(precision, saved + i, saved_second ? saved_second + i : NULL, a, pair ? b : zero);
+                    store_observations(precision, saved + i, saved_second ? saved_second + i : NULL, a,
+                                       pair ? b : zero);
             } else {
                 _mm512_storeu_ps(sums + i, a);
                 _mm512_storeu_ps(sums_second + i, b);

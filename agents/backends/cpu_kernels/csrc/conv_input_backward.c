@@ -1,7 +1,8 @@
 /* The gradients by the sums of every convolution, from the hidden layer's input down.
  *
- * The gradient by a layer's input is again a convolution. With stride s and kernel k there are s * s of them, one for each
- * place (y, x) within a stride, of stride 1, with t = k / s taps on a side and zeros around the output's gradient `dy`:
+ * The gradient by a layer's input is again a convolution. With stride s and kernel k there are s * s of them, one
+ * for each place (y, x) within a stride, of stride 1, with t = k / s taps on a side and zeros around the output's
+ * gradient `dy`:
  * for h, w, c: dx[h * s + y][w * s + x][c] = sum over i, j, u: dy[h - i][w - j][u] * weight[i * s + y][j * s + x][c][u]
  * A sum adds i from t - 1 down, then j from t - 1 down, then u (two at a time in bfloat16); vectors lie along c.
  */
@@ -9,8 +10,8 @@
 #include "kernels.h"
 #ifdef VECTOR_KERNELS
 
-/* A convolution of stride 1 over an array of words with a zero border: at position (y, x), `rows` rows of `row_words` words
- * from y * y_stride + x * x_stride on, rows row_stride apart. */
+/* A convolution of stride 1 over an array of words with a zero border: at position (y, x), `rows` rows of
+ * `row_words` words from y * y_stride + x * x_stride on, rows row_stride apart. */
 typedef struct {
     int64_t height, width, y_stride, x_stride, rows, row_stride, row_words;
     int64_t border, inner; /* rows of zeros above and below, and rows between them; border 0: there are none */
@@ -41,7 +42,8 @@ ALWAYS_INLINE int64_t window_tiles(const Precision precision, const int count, c
             sums[2 * p] = out + (from + p) * channels;
             sums[2 * p + 1] = out_second + (from + p) * channels;
         }
-        conv_tile(precision, 2 * count, vectors, at, rows, window->row_stride, window->row_words, weight, channels, sums);
+        conv_tile(precision, 2 * count, vectors, at, rows, window->row_stride, window->row_words, weight, channels,
+                  sums);
     }
     return from;
 }
@@ -55,31 +57,40 @@ ALWAYS_INLINE void window_positions(const Precision precision, const int count, 
     window_tiles(precision, 1, vectors, left, to, window, first, second, weight, channels, out, out_second);
 }
 
+/* For 64, 32 and 16 channels. Functions of their own: within a larger one gcc may run out of registers. */
+#define POSITIONS                                                                                                 \
+    const Precision precision, int64_t from, int64_t to, const Window *window, const int32_t *first,              \
+        const int32_t *second, const int32_t *weight, int64_t channels, float *out, float *out_second
+static NOINLINE void window_positions_64(POSITIONS) {
+    DISPATCH(precision, window_positions, 3, 4, from, to, window, first, second, weight, channels, out, out_second);
+}
+static NOINLINE void window_positions_32(POSITIONS) {
+    DISPATCH(precision, window_positions, 5, 2, from, to, window, first, second, weight, channels, out, out_second);
+}
+static NOINLINE void window_positions_16(POSITIONS) {
+    DISPATCH(precision, window_positions, 6, 1, from, to, window, first, second, weight, channels, out, out_second);
+}
+#undef POSITIONS
+
 /* The window's sums for two observations at all positions: float32 (height * width, channels) each. */
-ALWAYS_INLINE void convolve_window_template(const Precision precision, const Window *window, const int32_t *first,
-                                            const int32_t *second, const int32_t *weight, int64_t channels, float *out,
-                                            float *out_second) {
+ALWAYS_INLINE void convolve_window(const Precision precision, const Window *window, const int32_t *first,
+                                   const int32_t *second, const int32_t *weight, int64_t channels, float *out,
+                                   float *out_second) {
     const int64_t positions = window->height * window->width;
     const int64_t band = window->border ? window->width : positions; /* positions that skip the same rows */
     int64_t c = 0;
     for (; c + 64 <= channels; c += 64)
         for (int64_t from = 0; from < positions; from += band)
-            window_positions(precision, 3, 4, from, from + band, window, first, second, weight + c, channels, out + c,
-                             out_second + c);
+            window_positions_64(precision, from, from + band, window, first, second, weight + c, channels, out + c,
+                                out_second + c);
     for (; c + 32 <= channels; c += 32)
         for (int64_t from = 0; from < positions; from += band)
-            window_positions(precision, 5, 2, from, from + band, window, first, second, weight + c, channels, out + c,
-                             out_second + c);
+            window_positions_32(precision, from, from + band, window, first, second, weight + c, channels, out + c,
+                                out_second + c);
     for (; c < channels; c += 16)
         for (int64_t from = 0; from < positions; from += band)
-            window_positions(precision, 6, 1, from, from + band, window, first, second, weight + c, channels, out + c,
-                             out_second + c);
-}
-
-static NOINLINE void convolve_window(const Precision precision, const Window *window, const int32_t *first,
-                                     const int32_t *second, const int32_t *weight, int64_t channels, float *out,
-                                     float *out_second) {
-    DISPATCH(precision, convolve_window_template, window, first, second, weight, channels, out, out_second);
+            window_positions_16(precision, from, from + band, window, first, second, weight + c, channels, out + c,
+                                out_second + c);
 }
 
 /* The ReLU's backward pass from (channel, position) to channels-last order; `output` is the layer's output, elements:
@@ -109,8 +120,8 @@ ALWAYS_INLINE void relu_backward_channels_last(const Precision precision, int64_
     }
 }
 
-/* The ReLU's backward pass at one place (y, x) within a stride: sums[h * s + y][w * s + x] = from[h][w] where the layer's
- * input, saved as words, is not zero, for both observations. */
+/* The ReLU's backward pass at one place (y, x) within a stride: sums[h * s + y][w * s + x] = from[h][w] where the
+ * layer's input, saved as words, is not zero, for both observations. */
 ALWAYS_INLINE void relu_backward_strided(const Precision precision, const ConvShape *conv, const Window *window,
                                          int64_t y, int64_t x, const int32_t *input, const int32_t *input_second,
                                          const float *from, const float *from_second, float *sums,

@@ -8,8 +8,8 @@
  * for j, c, u: weight_gradient[line][j][c][u] =
  *     sum over n, y, x: input[n][y * stride + line][x * stride + j][c] * dy[n][y][x][u]
  * for u: bias_gradient[u] = sum over n, y, x: dy[n][y][x][u]
- * A few rows of output positions, whose inputs fit the nearest cache, are visited for all columns j before the next: from
- * further away they would not come as fast as they are used. */
+ * A few rows of output positions, whose inputs fit the nearest cache, are visited for all columns j before the next:
+ * from further away they would not come as fast as they are used. */
 ALWAYS_INLINE void conv_weight_backward_template(const Precision precision, const NetworkShape *shape,
                                                  const ForwardArgs *args, const BackwardArgs *back, int64_t l,
                                                  int64_t line) {
@@ -24,7 +24,7 @@ ALWAYS_INLINE void conv_weight_backward_template(const Precision precision, cons
     const int64_t tiles = conv->kernel * blocks * channels / 8;
     const int64_t x_share = near * y_stride / tiles + 16, g_share = near * width * units / tiles + 16;
     int32_t offsets[near * width][2];
-    for (int64_t from = 0; from < groups * conv->out_height;) { /* a row of positions, counted through all observations */
+    for (int64_t from = 0; from < groups * conv->out_height;) { /* a row of positions of all observations */
         const int64_t y = from % conv->out_height, count = y + near < conv->out_height ? near : conv->out_height - y;
         const int32_t *g = back->conv_gradient[l] + from * width * units;
         const int32_t *at =
@@ -91,13 +91,28 @@ ALWAYS_INLINE void conv_weight_backward_template(const Precision precision, cons
     }
 }
 
-void conv_weight_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t l,
-                          int64_t line) {
-    DISPATCH(shape->precision, conv_weight_backward_template, shape, args, back, l, line);
+/* Compiled apart for each precision: in one function gcc finds worse registers for both. */
+static NOINLINE void conv_weight_backward_float32(const NetworkShape *shape, const ForwardArgs *args,
+                                                  const BackwardArgs *back, int64_t l, int64_t line) {
+    conv_weight_backward_template(FLOAT32, shape, args, back, l, line);
 }
 
-/* gather_step_and_pack_unit for a convolution's units [first, first + 16). Gradient and packed weight have units next to
- * each other, v has inputs: 16 x 16 numbers are transposed at a time, so that everything is moved in whole vectors. */
+static NOINLINE void conv_weight_backward_bfloat16(const NetworkShape *shape, const ForwardArgs *args,
+                                                   const BackwardArgs *back, int64_t l, int64_t line) {
+    conv_weight_backward_template(BFLOAT16, shape, args, back, l, line);
+}
+
+void conv_weight_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t l,
+                          int64_t line) {
+    if (shape->precision == BFLOAT16)
+        conv_weight_backward_bfloat16(shape, args, back, l, line);
+    else
+        conv_weight_backward_float32(shape, args, back, l, line);
+}
+
+/* gather_step_and_pack_unit for a convolution's units [first, first + 16). Gradient and packed weight have units
+ * next to each other, v has inputs: 16 x 16 numbers are transposed at a time, so that everything is moved in whole
+ * vectors. */
 ALWAYS_INLINE void conv_step_template(const Precision precision, const TrainedLayer *layer, int64_t first,
                                       uint8_t *workspace, const Adamax *adamax) {
     const int64_t inputs = layer->inputs, units = layer->units, pair = pair_size(precision);

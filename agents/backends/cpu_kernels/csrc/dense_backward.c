@@ -73,8 +73,8 @@ ALWAYS_INLINE void flat_tile(const Precision precision, const int count, const i
 
 /* The gradient by the hidden layer's inputs [first, first + 32) for all observations:
  * for n, k: flat_gradient[n][k] = sum over u: hidden_gradient[n][u] * hidden_weight[u][k]
- * In bfloat16 the weights are paired by units in the workspace first. `next` is the input that this thread probably takes
- * afterwards, whose weights, one cache line in each row, are prefetched. */
+ * In bfloat16 the weights are paired by units in the workspace first. `next` is the input that this thread probably
+ * takes afterwards, whose weights, one cache line in each row, are prefetched. */
 ALWAYS_INLINE void flat_backward_template(const Precision precision, const NetworkShape *shape,
                                           const ForwardArgs *args, const BackwardArgs *back, int64_t first,
                                           int64_t next, uint8_t *workspace) {

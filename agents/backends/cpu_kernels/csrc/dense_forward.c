@@ -3,7 +3,8 @@
 #include "simd.h"
 #ifdef VECTOR_KERNELS
 
-/* `units` x `count` dot products over the words [from, to) of rows of `words` words, bias and ReLU after the last range:
+/* `units` x `count` dot products over the words [from, to) of rows of `words` words, bias and ReLU after the last
+ * range:
  * for u, n: out[n][u] = max(0, bias[u] + sum over k: weight[u][k] . x[n][k])
  * A sum is kept in 16 lanes, lane k % 16, in `sums` between two ranges, and the lanes are added at the end. */
 ALWAYS_INLINE void dot_tile(const Precision precision, const int units, const int count, const int32_t *weight,

@@ -1,7 +1,7 @@
 /* Blocks of pixels that are zero add nothing to a convolution, so they are skipped.
  *
- * Many games draw on black. Output positions whose whole receptive field is zero all have the same sums, so one of them is
- * computed and copied. A row of up to 64 positions is a bit mask; bit x is set where position x is not zero.
+ * Many games draw on black. Output positions whose whole receptive field is zero all have the same sums, so one of
+ * them is computed and copied. A row of up to 64 positions is a bit mask; bit x is set where position x is not zero.
  */
 #ifndef NONZERO_BLOCKS_H
 #define NONZERO_BLOCKS_H
@@ -77,7 +77,8 @@ static inline void copy_zero_positions(const ConvShape *conv, const uint64_t *no
 }
 
 /* List where column `tap` of the first layer's kernel meets nonzero blocks, in `rows` rows of output positions: the
- * offsets of the block in the input row and of the position in the output. Returns how many, -1 where it is all of them. */
+ * offsets of the block in the input row and of the position in the output. Returns how many, -1 where it is all of
+ * them. */
 static inline int64_t list_nonzero_taps(const ConvShape *conv, const uint64_t *nonzero, int64_t rows, int64_t tap,
                                         int32_t (*offsets)[2]) {
     const uint64_t all = first_bits(conv->out_width);

@@ -1,6 +1,7 @@
 /* From a packed weight's gradient to the next packed weight: weight norm's gradient, Adamax, packing.
  *
- * Each unit (a row of the weight) is computed by one thread in one order, so no result depends on the number of threads.
+ * Each unit (a row of the weight) is computed by one thread in one order, so no result depends on the number of
+ * threads.
  */
 #include "optimizer.h"
 #include <math.h>
@@ -56,7 +57,8 @@ static __attribute__((noinline)) float dot(const float *a, const float *b, int64
     return sum;
 }
 
-/* The factor that makes a unit's packed weight of v: input_scale, with weight norm input_scale * g / |v|. Writes |v|. */
+/* The factor that makes a unit's packed weight of v: input_scale, with weight norm input_scale * g / |v|. Writes
+ * norm = |v|. */
 __attribute__((noinline)) float packed_scale(const TrainedLayer *layer, int64_t unit) {
     const int64_t inputs = layer->inputs;
     const float *v = layer->v + unit * inputs;
@@ -70,8 +72,8 @@ __attribute__((noinline)) float packed_scale(const TrainedLayer *layer, int64_t 
 static void pack_unit(const TrainedLayer *layer, int64_t unit) {
     const int64_t inputs = layer->inputs;
     const float *v = layer->v + unit * inputs, scale = packed_scale(layer, unit);
-    write_packed(layer->packed, layer->packed_offset, unit * layer->packed_unit_stride, layer->packed_bfloat16, v, inputs,
-                 scale);
+    write_packed(layer->packed, layer->packed_offset, unit * layer->packed_unit_stride, layer->packed_bfloat16, v,
+                 inputs, scale);
     if (layer->transposed) {
         const int64_t start =
             unit / layer->transposed_pair * layer->transposed_unit_stride + unit % layer->transposed_pair;
@@ -92,8 +94,8 @@ void pack_layers(const TrainedLayer *layers, int64_t count, int64_t threads) {
     }
 }
 
-/* Make the Adamax step of one unit's v, g and b. `row` (inputs) is the gradient by the packed weight, in the order of v;
- * it becomes the gradient by v. With s = input_scale and weight norm, equation 3 of Salimans & Kingma 2016:
+/* Make the Adamax step of one unit's v, g and b. `row` (inputs) is the gradient by the packed weight, in the order
+ * of v; it becomes the gradient by v. With s = input_scale and weight norm, equation 3 of Salimans & Kingma 2016:
  * dg = s row.v / |v|;  dv = s g / |v| row - g dg / |v|^2 v;  otherwise dv = s row */
 void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const Adamax *given) {
     const int64_t inputs = layer->inputs;

@@ -1,7 +1,7 @@
 /* Plain loops that the kernels equal, one for each, in float32 and channels-last order; the tests build them.
  *
- * Where a kernel adds in a fixed order, its loop adds in that order with fmaf, so float32 agrees bit for bit. Arrays are
- * elements in their natural order: observations (batch, y, x, channel), weights (kernel, kernel, in_channels,
+ * Where a kernel adds in a fixed order, its loop adds in that order with fmaf, so float32 agrees bit for bit. Arrays
+ * are elements in their natural order: observations (batch, y, x, channel), weights (kernel, kernel, in_channels,
  * out_channels); pairs of bfloat16 and other layouts are the tests' business.
  */
 #include <math.h>
@@ -20,7 +20,8 @@ void reference_pack_frames(const uint8_t *frames, int64_t batch, int64_t count, 
         *packed++ = frames[((n * count + f) * height + y * block + i) * width + x * block + j];
 }
 
-/* Which blocks (batch, in_height, in_width, in_channels) have a nonzero element: a bit for each x of (batch, in_height). */
+/* Which blocks (batch, in_height, in_width, in_channels) have a nonzero element: bit x of
+ * nonzero (batch, in_height). */
 void reference_nonzero_blocks(const ConvShape *conv, int64_t batch, const float *blocks, uint64_t *nonzero) {
     FOR(row, batch * conv->in_height) {
         nonzero[row] = 0;
@@ -55,8 +56,8 @@ void reference_dense_forward(int64_t batch, int64_t inputs, int64_t units, const
     }
 }
 
-/* The gradient by a dense layer's input, dy (batch, units) to dx (batch, inputs); zero where x is not positive: x is the
- * output of a ReLU. Without x everything passes. */
+/* The gradient by a dense layer's input, dy (batch, units) to dx (batch, inputs); zero where x is not positive: x is
+ * the output of a ReLU. Without x everything passes. */
 void reference_dense_input_backward(int64_t batch, int64_t inputs, int64_t units, const float *dy, const float *weight,
                                     const float *x, float *dx) {
     FOR(n, batch) FOR(k, inputs) {
@@ -80,8 +81,9 @@ void reference_dense_weight_backward(int64_t batch, int64_t inputs, int64_t unit
     }
 }
 
-/* The gradient by a convolution's input, dy (batch, out_height, out_width, out_channels) to dx as `in`; zero where `in`,
- * the output of a ReLU, is. Taps are added from the last to the first, as in a convolution with the reversed kernel. */
+/* The gradient by a convolution's input, dy (batch, out_height, out_width, out_channels) to dx as `in`; zero where
+ * `in`, the output of a ReLU, is. Taps are added from the last to the first, as in a convolution with the reversed
+ * kernel. */
 void reference_conv_input_backward(const ConvShape *conv, int64_t batch, const float *dy, const float *weight,
                                    const float *in, float *dx) {
     const int64_t s = conv->stride, k = conv->kernel, channels = conv->in_channels, units = conv->out_channels;
@@ -119,9 +121,9 @@ void reference_conv_weight_backward(const ConvShape *conv, int64_t batch, const 
     }
 }
 
-/* One unit's step in float64: weight norm's gradient (equation 3 of Salimans & Kingma 2016) and Adamax of v (inputs) and,
- * unless it is NULL, g; dw (inputs) is the gradient by w = g v / |v| or v, and becomes that by v. `m` and `u` hold the
- * moments of v, then of g. */
+/* One unit's step in float64: weight norm's gradient (equation 3 of Salimans & Kingma 2016) and Adamax of v (inputs)
+ * and, unless it is NULL, g; dw (inputs) is the gradient by w = g v / |v| or v, and becomes that by v. `m` and `u`
+ * hold the moments of v, then of g. */
 void reference_step(int64_t inputs, double *dw, double *v, double *g, double *m, double *u, double step_size,
                     double beta1, double beta2, double eps) {
     double dg = 0.0, square = 0.0;

@@ -1,8 +1,8 @@
 /* Vectors of 512 bits for both precisions.
  *
- * A kernel is written once, as an ALWAYS_INLINE function `..._template` whose first argument `precision` is a constant
- * wherever it is called, so the compiler makes one version of it for float32 and one for bfloat16, as of a template. The
- * function without that suffix calls the version for the precision that it is given.
+ * A kernel is written once, as an ALWAYS_INLINE function `..._template` whose first argument `precision` is a
+ * constant wherever it is called, so the compiler makes one version of it for float32 and one for bfloat16, as of a
+ * template. The function without that suffix calls the version for the precision that it is given.
  */
 #ifndef SIMD_H
 #define SIMD_H
@@ -105,7 +105,8 @@ ALWAYS_INLINE __m512i load_once(const int32_t *words) {
 /* block[i][j] = block[j][i], i and j < 16. */
 ALWAYS_INLINE void transpose_16x16(__m512 *block) {
     UNROLL for (int size = 1; size < 16; size *= 2) {
-        /* Blocks of `size` are exchanged across the diagonal: even ones come from the first row, odd from the second. */
+        /* Blocks of `size` are exchanged across the diagonal: even ones come from the first row, odd from the
+         * second. */
         const __m512i each = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __mmask16 odd = _mm512_test_epi32_mask(each, _mm512_set1_epi32(size));
         const __m512i upper = _mm512_mask_add_epi32(each, odd, each, _mm512_set1_epi32(16 - size));

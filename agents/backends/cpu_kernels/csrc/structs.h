@@ -1,10 +1,11 @@
 /* The structures that ../structs.py fills, field by field, and the layouts of the arrays that they point to.
  *
- * Notation: (rows, columns) is a contiguous array in row-major order. An *element* is a number in the precision of the
- * hidden layers, float32 or bfloat16. A *word* is four bytes: one float32, or a pair of bfloat16 that the processor
- * multiplies and adds as a pair (`vdpbf16ps`); `pair` is the number of elements in a word, 1 or 2. A sum over an index is
- * taken a word at a time, so arrays pair what is summed over: input channels in the forward pass, output channels in the
- * gradient by a layer's input, observations in the gradient by a layer's weights. `batch / pair` is rounded up.
+ * Notation: (rows, columns) is a contiguous array in row-major order. An *element* is a number in the precision of
+ * the hidden layers, float32 or bfloat16. A *word* is four bytes: one float32, or a pair of bfloat16 that the
+ * processor multiplies and adds as a pair (`vdpbf16ps`); `pair` is the number of elements in a word, 1 or 2. A sum
+ * over an index is taken a word at a time, so arrays pair what is summed over: input channels in the forward pass,
+ * output channels in the gradient by a layer's input, observations in the gradient by a layer's weights. `batch / pair`
+ * is rounded up.
  */
 #ifndef STRUCTS_H
 #define STRUCTS_H
@@ -71,8 +72,8 @@ typedef struct {
     const uint8_t *frames;                         /* (any, height, width) */
     const int64_t *frame_indices;                  /* (batch, frames), rows frame_index_stride apart */
     int64_t frame_index_stride, batch;
-    /* Saved for the backward pass, if not NULL: each layer's input, words (batch / pair, positions, in_channels) that pair
-     * observations. The last is the hidden layer's, (batch / pair, flat). */
+    /* Saved for the backward pass, if not NULL: each layer's input, words (batch / pair, positions, in_channels)
+     * that pair observations. The last is the hidden layer's, (batch / pair, flat). */
     int32_t *saved_input[MAX_CONVOLUTIONS + 1];
     uint64_t *nonzero_blocks;                      /* (batch / pair, in_height): bit x is set where block x of the first
                                                       input has a nonzero pixel; other blocks of saved_input[0] are not
@@ -90,7 +91,7 @@ typedef struct {
     void *hidden_gradient;                         /* elements (batch, hidden): by the hidden layer's sums */
     int32_t *hidden_gradient_pairs;                /* the same as words (batch / pair, hidden) that pair observations */
     float *flat_gradient;                          /* (batch, flat): by the hidden layer's input */
-    int32_t *conv_gradient[MAX_CONVOLUTIONS];      /* words (batch / pair, positions, out_channels), pair observations */
+    int32_t *conv_gradient[MAX_CONVOLUTIONS];      /* words (batch / pair, positions, out_channels) */
     float *weight_gradient[MAX_CONVOLUTIONS];      /* (kernel, kernel, in_channels, out_channels) */
     float *bias_gradient[MAX_CONVOLUTIONS];        /* (out_channels) */
 } BackwardArgs;
@@ -106,13 +107,13 @@ typedef struct {
 
 /* The rest of a minibatch of transitions, and the loss. */
 typedef struct {
-    int64_t *frame_indices;    /* (batch, frames + 1): both observations of a transition; unused without a ReplayStorage */
+    int64_t *frame_indices;    /* (batch, frames + 1): of both observations; unused without a ReplayStorage */
     int64_t *actions;          /* (batch) each */
     float *rewards;
     uint8_t *terminals;
     float *q_gradient;         /* (batch, actions), written: dL/dQ */
     double *sums;              /* (3): the means of loss, |TD error| and Q-value are added */
-    double *stage_seconds;     /* (3): the time of gathering, forward pass with loss, backward pass with step is added */
+    double *stage_seconds;     /* (3): the time of gathering, forward pass and loss, backward pass and step */
     float gamma, reward_clip;  /* reward_clip 0: rewards are not clipped */
     int64_t mean;              /* 1: the loss is the mean over the minibatch; 0: the sum */
     int64_t allow_nonfinite;   /* 1: an update with a loss that is not finite is made too */

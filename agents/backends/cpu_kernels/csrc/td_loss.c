@@ -16,8 +16,9 @@ int validate_indices(const ReplayStorage *replay, const int64_t *indices, int64_
     return 1;
 }
 
-/* Gather actions, rewards, terminals and frame indices of transitions into `loss`. Of entry e, frame f = 0, ..., frames of
- * its two observations is that of entry e - (frames - 1 - f) * num_envs, or black where that is before the episode. */
+/* Gather actions, rewards, terminals and frame indices of transitions into `loss`. Of entry e, frame f = 0, ...,
+ * frames of its two observations is that of entry e - (frames - 1 - f) * num_envs, or black where that is before the
+ * episode. */
 void gather_transitions(const ReplayStorage *replay, const int64_t *indices, int64_t batch, const TDLossArgs *loss) {
     for (int64_t n = 0; n < batch; n++) {
         const int64_t entry = replay->entry_of[indices[n] % replay->capacity];

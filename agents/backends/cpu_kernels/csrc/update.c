@@ -33,7 +33,8 @@ void struct_sizes(int64_t *sizes) {
 #ifdef VECTOR_KERNELS
 
 /* The forward passes of `count` networks; `workspace` has workspace_bytes for each thread. */
-void network_forward(const NetworkShape *shape, const ForwardArgs *passes, int64_t count, uint8_t *workspace, int64_t threads) {
+void network_forward(const NetworkShape *shape, const ForwardArgs *passes, int64_t count, uint8_t *workspace,
+                     int64_t threads) {
 #pragma omp parallel num_threads(threads)
     {
         uint8_t *mine = workspace + THREAD * shape->workspace_bytes;
@@ -54,8 +55,8 @@ void network_forward(const NetworkShape *shape, const ForwardArgs *passes, int64
     }
 }
 
-/* What is left of the backward pass. Two kinds of work go on side by side: convolutions are bound by arithmetic, the hidden
- * layer's step by memory, so each thread begins with one of the two and helps with the other. */
+/* What is left of the backward pass. Two kinds of work go on side by side: convolutions are bound by arithmetic, the
+ * hidden layer's step by memory, so each thread begins with one of the two and helps with the other. */
 typedef struct {
     int64_t next_input, done_input, next_hidden, next_weight;
 } WorkQueue;
@@ -63,8 +64,8 @@ typedef struct {
 #define TAKE(counter) __atomic_fetch_add(&queue->counter, 1, __ATOMIC_RELAXED)
 #define LEFT(counter, total) (__atomic_load_n(&queue->counter, __ATOMIC_ACQUIRE) < (total))
 
-/* A thread's share: the gradients by the convolutions' inputs (pairs of observations), then, once all of these are done,
- * by their weights (rows of kernels), and the hidden layer's steps (8 units each). */
+/* A thread's share: the gradients by the convolutions' inputs (pairs of observations), then, once all of these are
+ * done, by their weights (rows of kernels), and the hidden layer's steps (8 units each). */
 static void work_off(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
                      const TrainedLayer *hidden, WorkQueue *queue, uint8_t *workspace, const Adamax *adamax) {
     const int64_t inputs = (args->batch + 1) / 2, steps = shape->hidden / 8;
@@ -129,9 +130,9 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* One update: passes[0] is the target network on the next observations, passes[1] the network on the observations. Returns
- * the loss; if it is not finite, and that is not allowed, no weight has changed. Without `replay` the transitions are in
- * `loss` already. */
+/* One update: passes[0] is the target network on the next observations, passes[1] the network on the observations.
+ * Returns the loss; if it is not finite, and that is not allowed, no weight has changed. Without `replay` the
+ * transitions are in `loss` already. */
 static float update_once(const NetworkShape *shape, const ForwardArgs *passes, const ReplayStorage *replay,
                          const int64_t *indices, const TDLossArgs *loss, const BackwardArgs *back,
                          const TrainedLayer *layers, uint8_t *workspace, int64_t threads, float step_size, float beta1,
@@ -150,10 +151,10 @@ static float update_once(const NetworkShape *shape, const ForwardArgs *passes, c
     return value;
 }
 
-/* `count` updates, each with a step size and a row of `indices`, (count, batch), of its own, until one is refused. Returns
- * how many were made, and in `last_loss` the last loss; -1, and none is made, where a transition or an action does not
- * exist. The hidden layer's input goes to args->flat and to `spare_flat` alternately, so after a refused update that of
- * the one before is still there. */
+/* `count` updates, each with a step size and a row of `indices`, (count, batch), of its own, until one is refused.
+ * Returns how many were made, and in `last_loss` the last loss; -1, and none is made, where a transition or an
+ * action does not exist. The hidden layer's input goes to args->flat and to `spare_flat` alternately, so after a
+ * refused update that of the one before is still there. */
 int64_t network_updates(const NetworkShape *shape, const ForwardArgs *passes, const ReplayStorage *replay,
                const int64_t *indices, int64_t count, const TDLossArgs *loss, const BackwardArgs *back,
                const TrainedLayer *layers, uint8_t *workspace, int64_t threads, const float *step_sizes, float beta1,
