@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.backends import make_backend
 from agents.backends.cpu_kernels.backend import CpuKernels
-from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
+from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cuda_graphs import CudaGraphs
 from agents.backends.interface import Backend
 from agents.dqn import DQN
@@ -176,19 +176,19 @@ class Ours:
         else:
             watch(self.loop.replay, "draw", "drawing")
             kernels = isinstance(backend, CpuKernels)
-            apart = () if kernels and isinstance(backend.network, CompiledNetwork) else ("optimizer",)
+            apart = () if kernels and isinstance(backend.network, KernelNetwork) else ("optimizer",)
             if apart:
                 watch(self.agent.optimizer, "step", "optimizer")
             watch(backend if kernels else self.agent, "update_on" if kernels else "update", "update", apart)
         watch(self.agent, "copy_target", "target copy")
         fused = backend.network if isinstance(backend, CpuKernels) else None
-        inside = fused.seconds.clone() if isinstance(fused, CompiledNetwork) else None
+        inside = fused.stage_seconds.clone() if isinstance(fused, KernelNetwork) else None
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
             self.loop.vector_step()
         took = time.perf_counter() - started
-        if isinstance(fused, CompiledNetwork) and inside is not None:  # one call, which tells where its time went
-            parts = (fused.seconds - inside).tolist()
+        if isinstance(fused, KernelNetwork) and inside is not None:  # one call, which tells where its time went
+            parts = (fused.stage_seconds - inside).tolist()
             spent["update"] -= sum(parts)
             spent["gather"], spent["forward"], spent["backward and optimizer"] = parts
         for owner, name in undo:

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from agents.backends import make_backend
 from agents.backends.cpu_kernels import kernel_network, loader
 from agents.backends.cpu_kernels.backend import CpuKernels
-from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
-from agents.backends.cpu_kernels.packed_network import FusedNetwork
+from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.backends.eager import Eager
 from agents.dqn import DQN
 from wn_rl import cli
@@ -87,8 +87,8 @@ def black_share(replay: Replay) -> float:
     return float((blocks == 0).float().mean())
 
 
-def torchs_packing(fused: FusedNetwork, observations: Tensor) -> Tensor:
-    """Return what ``fused.packed`` does, in torch's own operations."""
+def torchs_packing(fused: PackedNetwork, observations: Tensor) -> Tensor:
+    """Return what ``pack_observations`` does, in torch's own operations."""
     first = fused.network.convolutions[0]
     assert isinstance(first, FirstConvolution)
     return first.packed(observations).to(fused.precision)
@@ -130,22 +130,22 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
     pixels = mock.patch.object(FirstConvolution, "packs", return_value=False)
     found = {"everything on": made(config)}
     if config.compile == "on":
-        packing = mock.patch.object(FusedNetwork, "packed", torchs_packing)
+        packing = mock.patch.object(PackedNetwork, "pack_observations", torchs_packing)
         visiting = mock.patch.object(
             loader,
             "load",
-            return_value=loader.load("VISIT_ALL"),
+            return_value=loader.load("VISIT_ZERO_BLOCKS"),
         )
         found["a call for each update"] = made(config, together=1)
-        found["what is black visited too"] = made(config, visiting)
-        found["passes of torch's operations"] = made(config, operations)
+        found["blocks of zeros computed too"] = made(config, visiting)
+        found["passes by torch's operations"] = made(config, operations)
         found["the same, frames packed by torch"] = made(config, operations, packing)
         found["autograd, Adamax through torch.compile"] = made(config, autograd)
         found["the same, and pixels instead of blocks"] = made(config, autograd, pixels)
         found["autograd, torch's Adamax"] = made(replace(config, compile="off"))
     if config.precision == "bfloat16":
         found["float32"] = made(replace(config, precision="float32"))
-        found["float32, passes of torch's operations"] = made(replace(config, precision="float32"), operations)
+        found["float32, passes by torch's operations"] = made(replace(config, precision="float32"), operations)
         found["float32, autograd, torch's Adamax, pixels"] = made(
             replace(config, precision="float32", compile="off"), pixels
         )
@@ -199,21 +199,21 @@ def main(words: Sequence[str]) -> int:
     print(f"{black_share(replay):.0%} of the blocks that the first layer sees are black in {config.game}")
     for name, times in took.items():
         cpu = statistics.median(spent[name])
-        print(f"{name:45} {statistics.median(times):6.2f} ms, at best {min(times):6.2f} ms, {cpu:6.2f} ms of CPU time")
+        print(f"{name:52} {statistics.median(times):6.2f} ms, at best {min(times):6.2f} ms, {cpu:6.2f} ms of CPU time")
     print("\nwhere the time of everything on goes, ms:")
     first, count = made["everything on"], 4 * arguments.updates
     fused = first.backend.network if isinstance(first.backend, CpuKernels) else None
-    if isinstance(fused, CompiledNetwork):  # one call, which torch's profiler cannot look into
-        before, started = fused.seconds.clone(), time.perf_counter()
+    if isinstance(fused, KernelNetwork):  # one call, which torch's profiler cannot look into
+        before, started = fused.stage_seconds.clone(), time.perf_counter()
         first(count)
         whole = (time.perf_counter() - started) / count * 1e3
-        parts = ((fused.seconds - before) / count * 1e3).tolist()
-        names = ("looking up transitions", "way forward and loss", "way back and step")
+        parts = ((fused.stage_seconds - before) / count * 1e3).tolist()
+        names = ("gathering transitions", "forward pass and loss", "backward pass and step")
         went = dict(zip(names, parts, strict=True)) | {"drawing and everything else": whole - sum(parts)}
     else:
         went = profile(first, count)
     for name, milliseconds in went.items():
-        print(f"{name:45} {milliseconds:6.2f}")
+        print(f"{name:52} {milliseconds:6.2f}")
     return 0
 
 

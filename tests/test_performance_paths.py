@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.backends.cpu_kernels import kernel_network as passes
-from agents.backends.cpu_kernels import loader as native
+from agents.backends.cpu_kernels import layouts, loader
+from agents.backends.cpu_kernels.adamax import FusedAdamax
 from agents.backends.cpu_kernels.backend import CpuKernels
-from agents.backends.cpu_kernels.packed_network import FusedAdamax, FusedNetwork, unsupported
+from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cpu_kernels.packed_network import PackedNetwork, unsupported
 from agents.dqn import DQN
 from tests.carried import Carried, carried
 from wn_rl.atari.env import make_atari
@@ -25,7 +26,7 @@ from wn_rl.replay import Minibatch, Replay
 from wn_rl.training import TrainingLoop
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(loader.compiler() is None, reason="needs a C compiler")
 
 
 def configured(**changes: object) -> TrainConfig:
@@ -129,12 +130,12 @@ def test_what_does_not_fit_blocks_is_not_packed() -> None:
 def test_compiled_packing_is_the_written_one(precision: torch.dtype, convolution: tuple[int, int, int]) -> None:
     spec = QNetworkSpec(2, observation_shape=(3, 24, 40), convolutions=(convolution,), hidden_units=2)
     network = build_q_network(spec, seed=0)
-    library = native.load()
+    library = loader.load()
     assert not isinstance(library, str)
-    fused = FusedNetwork(network, library, precision=precision)
+    fused = PackedNetwork(network, library, precision=precision)
     wider = torch.randint(0, 256, (2, 4, 24, 40), dtype=torch.uint8)
     for x in (wider[:, :3], wider[:, 1:], wider[:, :3].transpose(2, 3).contiguous().transpose(2, 3)):
-        packed = fused.packed(x)
+        packed = fused.pack_observations(x)
         assert packed.dtype == precision
         assert torch.equal(packed, network.convolutions[0].packed(x.contiguous()).to(precision))
 
@@ -241,7 +242,7 @@ def test_what_is_not_written_out_takes_the_plain_path() -> None:
 def test_without_a_compiler_updates_take_the_plain_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(native, "load", lambda: "there is no C compiler")
+    monkeypatch.setattr(loader, "load", lambda: "there is no C compiler")
     made = carried(configured(compile="on"))
     assert made.backend.name == "eager"
     assert made.backend.reason == "it supports everything; not cpu_kernels, since there is no C compiler"
@@ -251,28 +252,28 @@ def test_without_a_compiler_updates_take_the_plain_path(
 @needs_compiler
 def test_code_is_compiled_once_and_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
+    loader.load.cache_clear()
     try:
-        assert not isinstance(native.load(), str)
+        assert not isinstance(loader.load(), str)
         (made,) = (tmp_path / "wn_rl").iterdir()
         written = made.stat().st_mtime_ns
-        native.load.cache_clear()
-        assert not isinstance(native.load(), str)
+        loader.load.cache_clear()
+        assert not isinstance(loader.load(), str)
         assert made.stat().st_mtime_ns == written
         # A place that is no directory: a temporary one then.
         monkeypatch.setenv("XDG_CACHE_HOME", str(made))
-        native.load.cache_clear()
-        assert not isinstance(native.load(), str)
+        loader.load.cache_clear()
+        assert not isinstance(loader.load(), str)
         # A source that does not compile says so in one line.
         broken = tmp_path / "broken.c"
         broken.write_text("int f( {")
-        monkeypatch.setattr(native, "SOURCES", (broken,))
-        native.load.cache_clear()
-        problem = native.load()
+        monkeypatch.setattr(loader, "SOURCES", (broken,))
+        loader.load.cache_clear()
+        problem = loader.load()
         assert isinstance(problem, str)
         assert "\n" not in problem
     finally:
-        native.load.cache_clear()
+        loader.load.cache_clear()
 
 
 @needs_compiler
@@ -296,9 +297,10 @@ def test_bfloat16_gradients_point_where_float32_ones_do_over_1000_updates(param:
         plain.update(batch)
         cosines.append(float(cosine(gradient(quick), gradient(plain))))
         by_parameter.append([float(cosine(ours, theirs)) for ours, theirs in each_gradient(quick, plain)])
-        if isinstance(quick.network, passes.CompiledNetwork):
+        if isinstance(quick.network, KernelNetwork):
             active = sums[-1] > 0
-            turned.append(float((active != (quick.network._room(len(active), True).hidden != 0)).sum() / active.sum()))
+            also = quick.network.workspace.activations_for(len(active), True).hidden != 0
+            turned.append(float((active != also).sum() / active.sum()))
         if number % 100 == 99:
             quick.copy_target()
     lowest, tenth, median = np.quantile(cosines, [0.0, 0.1, 0.5])
@@ -360,22 +362,22 @@ def test_replay_holds_the_same_whatever_path_the_updates_take() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [FusedNetwork, passes.CompiledNetwork])
-def test_memory_stays_flat_over_200_000_updates(kind: type[FusedNetwork], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [PackedNetwork, KernelNetwork])
+def test_memory_stays_flat_over_200_000_updates(kind: type[PackedNetwork], monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network on small frames, or it would take an hour; the code is that of the large one."""
     convolutions = ((16, 4, 4), (16, 2, 2))
     spec = QNetworkSpec(3, "wn", observation_shape=(4, 16, 16), convolutions=convolutions, hidden_units=16)
-    library = native.load()
+    library = loader.load()
     assert not isinstance(library, str)
     network = build_q_network(spec, seed=0)
-    if kind is passes.CompiledNetwork and (reason := passes.unsupported(network, library, torch.bfloat16)):
+    if kind is KernelNetwork and (reason := layouts.unsupported(network, library, torch.bfloat16)):
         pytest.skip(reason)
     agent = DQN(configured(param="wn", precision="bfloat16", compile="on", hidden_units=16, batch_size=4), 3, CPU)
     agent.q_network, agent.target.network = network, copy.deepcopy(network)
     agent.optimizer = torch.optim.Adamax(network.parameters(), 1e-4, (0.5, 0.999), 1e-8)
     replay = Replay(500, 4, frame_shape=(16, 16))
-    if kind is FusedNetwork:
-        monkeypatch.setattr(passes, "unsupported", lambda *_: "switched off")
+    if kind is PackedNetwork:
+        monkeypatch.setattr(layouts, "unsupported", lambda *_: "switched off")
     dqn = CpuKernels(agent, replay)
     assert type(dqn.network) is kind
     generator = np.random.default_rng(0)

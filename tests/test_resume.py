@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from agents.backends.cpu_kernels import loader as native
+from agents.backends.cpu_kernels import loader
 from agents.dqn import DQN
 from tests.small_runs import Interrupted, event_file_clock, small_flags, stopped_run, tiny
 from wn_rl.atari.action_log import Mark, read_history
@@ -485,10 +485,10 @@ def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_step_that_is_compiled_in_another_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, then: str
 ) -> None:
-    load = native.load
-    monkeypatch.setattr(native, "load", load if first == "fused" else lambda: "there is no C compiler")
+    load = loader.load
+    monkeypatch.setattr(loader, "load", load if first == "fused" else lambda: "there is no C compiler")
     stopped_run(tmp_path, tiny(param="wn", hidden_units=512, compile="on"), after=5)
-    monkeypatch.setattr(native, "load", load if then == "fused" else lambda: "there is no C compiler")
+    monkeypatch.setattr(loader, "load", load if then == "fused" else lambda: "there is no C compiler")
     saved = checkpoint.load(tmp_path)
     changes = {"compile": "off"} if then == "off" else {}
     resumed, saved = open_for_resume(tmp_path, {"frames": saved.agent_steps * 4 + 40} | changes)

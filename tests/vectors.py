@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from agents.backends.cpu_kernels import loader as native
+from agents.backends.cpu_kernels import loader
 
 
 def needs_passes(precision: str) -> pytest.MarkDecorator:
     """Skip where there are no compiled passes for ``float32`` or ``bfloat16``."""
-    library = native.load()
+    library = loader.load()
     return pytest.mark.skipif(
-        isinstance(library, str) or not hasattr(library, f"forward_{precision}"),
+        isinstance(library, str) or not loader.supports(library, getattr(torch, precision)),
         reason=f"no compiler, or no vectors of 512 bits for {precision}",
     )

@@ -132,7 +132,7 @@ def test_nothing_is_done_where_one_transition_does_not_exist(precision: str) -> 
     with pytest.raises(IndexError, match="does not exist"):
         agent.backend.update_on(DrawnMinibatch(replay.kept, numbers), 3)
     assert_same(state(agent), before)
-    with pytest.raises(ValueError, match="dealt out"):
+    with pytest.raises(ValueError, match="divided among"):
         agent.backend.update_on(replay.sample(7), 2)
     assert_same(state(agent), before)
 

@@ -19,10 +19,12 @@ from wn_rl.training import Agent
 from ...dqn import DQN
 from ...target_network import TargetNetwork
 from .. import interface
-from . import kernel_network, loader
-from .calls import Loss
-from .packed_network import FusedAdamax, FusedNetwork, Working
+from . import layouts, loader
+from .adamax import FusedAdamax
+from .kernel_network import KernelNetwork
+from .packed_network import PackedNetwork, PackedWeights
 from .packed_network import unsupported as network_problem
+from .workspace import TDLoss
 
 REPLACED = ("q_values", "forward", "act", "copy_target", "update", "training_mode", "loss", "td_loss", "count_updates")
 """Methods that the kernels replace or rely on: an agent with its own takes another backend."""
@@ -46,21 +48,17 @@ class CpuKernels(interface.Backend):
         assert isinstance(agent, DQN)
         config, library = agent.config, loader.load()
         assert not isinstance(library, str)
-        kind = (
-            FusedNetwork
-            if kernel_network.unsupported(agent.q_network, library, agent.precision)
-            else kernel_network.CompiledNetwork
-        )
+        kind = PackedNetwork if layouts.unsupported(agent.q_network, library, agent.precision) else KernelNetwork
         self.network = kind(agent.q_network, library, precision=agent.precision)
         assert config.learning_rate is not None
         betas = (config.adam_beta1, config.adam_beta2)
         self.optimizer = FusedAdamax(self.network, config.learning_rate, betas, config.optimizer_eps)
         agent.optimizer = self.optimizer
         mean = config.loss_reduction != "sum"
-        self._loss = Loss(config.gamma, config.reward_clip, mean, agent.statistics.sums)
+        self._loss = TDLoss(config.gamma, config.reward_clip, mean, agent.statistics.sums)
         self._torch_loss = bool(interface.overridden(agent, DQN, LOSS))
-        self._target: tuple[int, Working] | None = None
-        whole = isinstance(self.network, kernel_network.CompiledNetwork)
+        self._target: tuple[int, PackedWeights] | None = None
+        whole = isinstance(self.network, KernelNetwork)
         self._one_call = whole and not self._torch_loss
         self.detail = "loss by torch" if self._torch_loss else "" if whole else "products by torch"
 
@@ -121,14 +119,14 @@ class CpuKernels(interface.Backend):
             NonFiniteLossError: the loss of an update is not finite; those before it were made.
             IndexError: a transition or an action does not exist; no update was made.
         """
-        if self._torch_loss or not isinstance(self.network, kernel_network.CompiledNetwork):
+        if self._torch_loss or not isinstance(self.network, KernelNetwork):
             assert count == 1
             self._update_with_loss_by_torch(batch)
             self.agent.count_updates(1)
             return
-        rates, betas, eps = self.optimizer.next_steps(count)
-        made, loss = self.network.learn(self._packed_target(), batch, self._loss, rates, betas, eps)
-        self.optimizer.count_steps(rates[:made])
+        step_sizes, betas, eps = self.optimizer.next_steps(count)
+        made, loss = self.network.update(self._packed_target(), batch, self._loss, step_sizes, betas, eps)
+        self.optimizer.count_steps(step_sizes[:made])
         self.agent.count_updates(made)
         if made < count and batch.numbers is not None:
             self.agent.finite.refuse(loss, batch.numbers.view(count, -1)[made])
@@ -136,19 +134,19 @@ class CpuKernels(interface.Backend):
     def _update_with_loss_by_torch(self, batch: Minibatch) -> None:
         """Make one update: both forward passes, torch's loss of the Q-values, the backward pass and the step."""
         with torch.no_grad():
-            next_q_values, q_values, seen = self.network.compare(self._packed_target(), batch)
+            next_q_values, q_values, saved = self.network.forward_both(self._packed_target(), batch)
         q_values.requires_grad_()
         loss = self.agent.reduce(batch, *self.agent.td_loss_of(batch, q_values, next_q_values))
         (gradient,) = torch.autograd.grad(loss, q_values)
-        self.network.backward(seen, gradient)
+        self.network.backward(saved, gradient)
         self.optimizer.step()
 
-    def _packed_target(self) -> Working:
+    def _packed_target(self) -> PackedWeights:
         """Return the target network's packed weights, after the Q-network's own are up to date."""
         self.network.refresh()
         target = self.agent.target
         if self._target is None or self._target[0] != target.copies:
-            self._target = (target.copies, self.network.working_copy(fold(copy.deepcopy(target.network))))
+            self._target = (target.copies, self.network.pack_network(fold(copy.deepcopy(target.network))))
         return self._target[1]
 
     def write_gradients(self) -> None:

@@ -1,4 +1,4 @@
-"""The C functions of ``kernels.c`` and ``passes.c``, compiled on first use where there is a compiler."""
+"""The C functions of ``csrc``, compiled on first use where there is a compiler."""
 
 from __future__ import annotations
 
@@ -10,29 +10,21 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from wn_rl.errors import one_line
 
-SOURCES = tuple(Path(__file__).parent / "csrc" / name for name in ("optimizer.c", "update.c"))
-HEADERS = tuple(Path(__file__).parent / "csrc" / name for name in ("structs.h", "passes.h"))
+from .structs import STRUCTS, Float, Integer, Pointer, TrainedLayerStruct, precision_code
+
+CSRC = Path(__file__).with_name("csrc")
+REFERENCE = CSRC / "reference.c"
+"""Plain loops that the tests compare the kernels with; no part of the library that :func:`load` makes."""
+SOURCES = tuple(path for path in sorted(CSRC.glob("*.c")) if path != REFERENCE)
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 """No ``-ffast-math``: a number that is not finite must stay one."""
-Pointer = ctypes.c_void_p
-
-
-class LayerStruct(ctypes.Structure):
-    """``Layer`` of ``kernels.h``, field by field; addresses of contiguous tensors, which the owner keeps alive."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("units", "inputs", "normalized", "low", "low_gradient", "low_kept")),
-        *((name, ctypes.c_int64) for name in ("unit_step", "gradient_unit_step", "back_unit_step", "back_pair")),
-        ("factor", ctypes.c_float),
-        *((name, Pointer) for name in ("place", "back_place", "gradient_place")),
-        *((name, Pointer) for name in ("v", "v_mean", "v_max", "g", "g_mean", "g_max")),
-        *((name, Pointer) for name in ("b", "b_mean", "b_max", "g_gradient", "v_gradient", "norm")),
-        *((name, Pointer) for name in ("work", "bias", "back", "gradient", "bias_gradient")),
-    )
 
 
 def compiler() -> str | None:
@@ -48,12 +40,21 @@ def _cache() -> Path:
 
 @functools.cache
 def load(*macros: str) -> ctypes.CDLL | str:
-    """Return the compiled functions, or why there are none.
+    """Return the compiled kernels, or why there are none.
 
-    ``macros`` are defined for the compiler: with ``VISIT_ALL`` nothing black is left out, to compare with.
+    ``macros`` are defined for the compiler: with ``VISIT_ZERO_BLOCKS`` no block of zero pixels is skipped, to compare.
+    """
+    library = build(SOURCES, *macros)
+    if not isinstance(library, str):
+        _declare(library)
+    return library
 
-    Compiling takes a second; the result is kept in the user's cache directory under a name that changes with the
-    source, the compiler and the processor.
+
+def build(sources: Sequence[Path], *macros: str) -> ctypes.CDLL | str:
+    """Return these C files as a library, or why there is none.
+
+    Compiling takes a few seconds; the result is kept in the user's cache directory under a name that changes with the
+    sources, the headers, the compiler and the processor.
     """
     command = compiler()
     if command is None:
@@ -61,21 +62,26 @@ def load(*macros: str) -> ctypes.CDLL | str:
     flags = (*FLAGS, *(f"-D{macro}" for macro in macros))
     try:
         version = subprocess.run([command, "--version"], capture_output=True, check=True, timeout=60).stdout  # noqa: S603
-        told = (
-            *(path.read_bytes() for path in (*SOURCES, *HEADERS)),
+        inputs = (
+            *(path.read_bytes() for path in (*sources, *sorted(CSRC.glob("*.h")))),
             version,
             " ".join(flags).encode(),
             _processor().encode(),
         )
-        name = f"kernels-{hashlib.sha256(b'|'.join(told)).hexdigest()[:20]}.so"
+        name = f"kernels-{hashlib.sha256(b'|'.join(inputs)).hexdigest()[:20]}.so"
         try:
             directory = _cache()
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return _open(command, flags, directory / name)
+            return _open(command, flags, sources, directory / name)
         except OSError:  # a cache that cannot be written or does not allow programs
-            return _open(command, flags, Path(tempfile.mkdtemp(prefix="wn_rl-")) / name)
+            return _open(command, flags, sources, Path(tempfile.mkdtemp(prefix="wn_rl-")) / name)
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         return one_line(error)[:200]
+
+
+def supports(library: ctypes.CDLL, precision: torch.dtype) -> bool:
+    """Return whether the processor has the vectors for the passes of a network in ``precision``."""
+    return bool(library.supports_precision(precision_code(precision)))
 
 
 def _processor() -> str:
@@ -87,14 +93,14 @@ def _processor() -> str:
         return platform.machine() + platform.processor()
 
 
-def _open(command: str, flags: tuple[str, ...], path: Path) -> ctypes.CDLL:
+def _open(command: str, flags: Sequence[str], sources: Sequence[Path], path: Path) -> ctypes.CDLL:
     if not path.exists():
         # Under another name first: two runs may compile at the same time, or one may be stopped.
         descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".so")
         os.close(descriptor)
         try:
-            made = subprocess.run(  # noqa: S603 - the compiler of this machine on a file of this package
-                [command, *flags, *map(str, SOURCES), "-o", unfinished, "-lm"],
+            made = subprocess.run(  # noqa: S603 - the compiler of this machine on files of this package
+                [command, *flags, *map(str, sources), "-o", unfinished, "-lm"],
                 capture_output=True,
                 text=True,
                 timeout=300,
@@ -104,20 +110,39 @@ def _open(command: str, flags: tuple[str, ...], path: Path) -> ctypes.CDLL:
             os.replace(unfinished, path)
         finally:
             Path(unfinished).unlink(missing_ok=True)
-    library = ctypes.CDLL(str(path))
-    integer, real = ctypes.c_int64, ctypes.c_float
-    library.renew_layers.argtypes = (ctypes.POINTER(LayerStruct), integer, integer)
-    library.step_layers.argtypes = (ctypes.POINTER(LayerStruct), integer, integer, Pointer, integer, *[real] * 4)
-    library.pack.argtypes = (Pointer, *[integer] * 9, Pointer)
-    for function in (library.renew_layers, library.step_layers, library.pack):
+    return ctypes.CDLL(str(path))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Set argument and result types, and check that both languages agree on the structures.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    layers = ctypes.POINTER(TrainedLayerStruct)
+    library.supports_precision.argtypes = (Integer,)
+    library.supports_precision.restype = Integer
+    library.pack_layers.argtypes = (layers, Integer, Integer)
+    library.step_layers.argtypes = (layers, Integer, Integer, Pointer, Integer, *[Float] * 4)
+    library.pack_frames.argtypes = (Pointer, *[Integer] * 9, Pointer)
+    for function in (library.pack_layers, library.step_layers, library.pack_frames, library.struct_sizes):
         function.restype = None
-    for name in ("float32", "bfloat16"):
-        if hasattr(library, f"forward_{name}"):  # where the processor has the vectors for it
-            forward, step = getattr(library, f"forward_{name}"), getattr(library, f"backward_and_step_{name}")
-            forward.argtypes = (Pointer, Pointer, integer, Pointer, integer)
-            step.argtypes = (*[Pointer] * 5, integer, *[real] * 4)
-            forward.restype = step.restype = None
-            learn = getattr(library, f"learn_{name}")
-            learn.argtypes = (*[Pointer] * 4, integer, *[Pointer] * 4, integer, Pointer, *[real] * 3, *[Pointer] * 2)
-            learn.restype = integer
-    return library
+    sizes = (Integer * len(STRUCTS))()
+    library.struct_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(struct) for struct in STRUCTS]:
+        raise RuntimeError("structs.py and csrc/structs.h disagree")
+    if not supports(library, torch.float32):
+        return
+    library.network_forward.argtypes = (Pointer, Pointer, Integer, Pointer, Integer)
+    library.network_backward_and_step.argtypes = (*[Pointer] * 5, Integer, *[Float] * 4)
+    library.network_forward.restype = library.network_backward_and_step.restype = None
+    library.network_updates.argtypes = (
+        *[Pointer] * 4,
+        Integer,
+        *[Pointer] * 4,
+        Integer,
+        Pointer,
+        *[Float] * 3,
+        *[Pointer] * 2,
+    )
+    library.network_updates.restype = Integer

@@ -1,16 +1,16 @@
 """One update on a CPU with as few passes over memory as it takes: the same arithmetic as autograd's, written out.
 
-What is trained stays in float32 where the network has it. Beside it lies a *working* copy of each weight w, in the
+What is trained stays in float32 where the network has it. Beside it lies a *packed* copy of each weight w, in the
 precision and in the order in which the CPU computes fastest: convolutions channels last, the first one on blocks of
-pixels (:class:`wn_rl.networks.FirstConvolution`) with the division by 255 in its weights. One compiled pass per update
-takes the working weights' gradients, turns them into those of what is trained (v and g of weight normalization), makes
-the Adamax step and writes the next working weights.
+pixels (:class:`wn_rl.networks.FirstConvolution`) with the division by 255 in its weights. One C function per update
+takes the packed weights' gradients, turns them into those of what is trained (v and g of weight normalization), makes
+the Adamax step and writes the next packed weights.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,14 @@ from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
 from wn_rl.replay import Minibatch
 
-from ...optimizers import CompiledAdamax
-from . import loader
+from .structs import TrainedLayerStruct
 
 aten = torch.ops.aten
 
 
 @dataclass
-class Working:
-    """The weights that passes compute with.
+class PackedWeights:
+    """The weights that the forward and backward pass read.
 
     Attributes:
         weights: from input to output; convolutions (units, channels, k, k) channels last, dense ones (units, inputs).
@@ -43,22 +42,34 @@ class Working:
 
 
 @dataclass
-class _Layer:
-    """A layer of the network with what is trained: v (w itself where ``g`` is None), g and b."""
+class TrainedLayer:
+    """A layer of the network with what is trained.
+
+    Attributes:
+        module: the layer.
+        v: the direction; w itself where ``g`` is None.
+        g: the scale of weight normalization.
+        b: the bias.
+        offsets: int32, (inputs,): where each of a unit's inputs lies in its packed weight; None: in their order.
+        input_scale: by which w is multiplied when it is packed.
+        bfloat16: whether the packed weight is.
+        weight_gradient: by the packed weight, after a backward pass.
+        bias_gradient: by the bias.
+    """
 
     module: nn.Module
     v: nn.Parameter
     g: nn.Parameter | None
     b: nn.Parameter
-    order: Tensor | None
-    factor: float
-    low: bool
+    offsets: Tensor | None
+    input_scale: float
+    bfloat16: bool
     weight_gradient: Tensor | None = None
     bias_gradient: Tensor | None = None
 
 
 def unsupported(network: QNetwork) -> str:
-    """Return why ``network`` cannot be trained this way, an empty text if it can."""
+    """Return why ``network`` cannot be trained on packed weights, an empty text if it can."""
     layers = [*network.convolutions, network.hidden, network.output]
     for layer in layers:
         entry = entry_of(layer)
@@ -77,46 +88,53 @@ def unsupported(network: QNetwork) -> str:
     return ""
 
 
-class FusedNetwork:
-    """A Q-network's forward and backward pass over working weights.
+def channels_last(module: nn.Conv2d, weight: Tensor) -> Tensor:
+    """Return a convolution's weight as (units, k, k, channels) of its packed one."""
+    if not isinstance(module, FirstConvolution):
+        return weight.permute(0, 2, 3, 1)
+    return module.blocks(weight)
+
+
+class PackedNetwork:
+    """A Q-network's forward and backward pass by torch's operations on packed weights, and its step in C.
 
     A change of the network's parameters by somebody else is noticed by their version, so :meth:`q_values` is always
     that of the network.
     """
 
     def __init__(self, network: QNetwork, library: ctypes.CDLL, *, precision: torch.dtype) -> None:
-        """Make working weights.
+        """Pack the weights.
 
         Args:
             network: one that :func:`unsupported` has nothing against.
-            library: what :func:`agents.backends.cpu_kernels.loader.load` returned.
+            library: what :func:`.loader.load` returned.
             precision: of the hidden layers, float32 or bfloat16.
         """
         self.network = network
         self.library = library
         self.precision = precision
-        # The first convolution sees blocks of stride × stride pixels and visits each.
+        # The first convolution's input is blocks of stride × stride pixels, and it visits each.
         self.block, *others = (stride for _, _, stride in network.spec.convolutions)
         self.strides = [1, *others]
         self.layers = [self._layer(module) for module in (*network.convolutions, network.hidden, network.output)]
-        self.structs = (loader.LayerStruct * len(self.layers))()
-        self._prepare()
+        self.structs = (TrainedLayerStruct * len(self.layers))()
+        self._allocate()
         self.g_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
         self._norms = [torch.zeros(len(layer.v)) for layer in self.layers]
         self._trained = [p for layer in self.layers for p in (layer.v, layer.g, layer.b) if p is not None]
         self._versions: list[int] = []
         for index, layer in enumerate(self.layers):
-            self._describe(self.structs[index], index, layer)
+            self._fill_struct(self.structs[index], index, layer)
 
-    def _prepare(self) -> None:
-        """Make room for working weights and gradients."""
+    def _allocate(self) -> None:
+        """Allocate packed weights and gradients."""
         self._rows = torch.empty(0)
-        self.working = Working([self._weight_like(layer) for layer in self.layers], [])
-        self.working.biases = [torch.empty(len(weight), dtype=weight.dtype) for weight in self.working.weights]
-        # A gradient that stands in another order than v needs a place of its own.
-        self.v_gradients = [None if layer.order is None else torch.zeros_like(layer.v) for layer in self.layers]
+        self.packed = PackedWeights([self._empty_weight(layer) for layer in self.layers], [])
+        self.packed.biases = [torch.empty(len(weight), dtype=weight.dtype) for weight in self.packed.weights]
+        # A gradient in another order than v needs memory of its own.
+        self.v_gradients = [None if layer.offsets is None else torch.zeros_like(layer.v) for layer in self.layers]
 
-    def _layer(self, module: nn.Module) -> _Layer:
+    def _layer(self, module: nn.Module) -> TrainedLayer:
         g: Tensor | None = None
         if isinstance(entry_of(module), WeightNormalization):
             v, g = direction_and_scale(module)
@@ -126,26 +144,27 @@ class FusedNetwork:
         assert isinstance(v, nn.Parameter)
         assert isinstance(b, nn.Parameter)
         assert g is None or isinstance(g, nn.Parameter)
-        order = None
+        offsets = None
         if isinstance(module, nn.Conv2d):
-            places = torch.arange(v[0].numel()).view(1, *v.shape[1:])
-            arranged = _arranged(module, places).flatten()
-            order = torch.empty(len(arranged), dtype=torch.int32)
-            order[arranged] = torch.arange(len(arranged), dtype=torch.int32)
-        factor = 1 / 255 if isinstance(module, FirstConvolution) else 1.0
-        low = module is not self.network.output and self.precision is torch.bfloat16
-        return _Layer(module, v, g, b, order, factor, low)
+            inputs = torch.arange(v[0].numel()).view(1, *v.shape[1:])
+            order = channels_last(module, inputs).flatten()
+            offsets = torch.empty(len(order), dtype=torch.int32)
+            offsets[order] = torch.arange(len(order), dtype=torch.int32)
+        scale = 1 / 255 if isinstance(module, FirstConvolution) else 1.0
+        bfloat16 = module is not self.network.output and self.precision is torch.bfloat16
+        return TrainedLayer(module, v, g, b, offsets, scale, bfloat16)
 
-    def _weight_like(self, layer: _Layer) -> Tensor:
-        """Return memory for a working weight."""
-        dtype = torch.bfloat16 if layer.low else torch.float32
+    def _empty_weight(self, layer: TrainedLayer) -> Tensor:
+        """Return memory for a packed weight."""
+        dtype = torch.bfloat16 if layer.bfloat16 else torch.float32
         if isinstance(layer.module, nn.Conv2d):
-            return torch.empty(_arranged(layer.module, layer.v).shape, dtype=dtype).permute(0, 3, 1, 2)
+            return torch.empty(channels_last(layer.module, layer.v).shape, dtype=dtype).permute(0, 3, 1, 2)
         return torch.empty(layer.v.shape, dtype=dtype)
 
-    def _describe(self, struct: Any, index: int, layer: _Layer) -> None:  # noqa: ANN401 - ctypes sets its fields
+    def _fill_struct(self, struct: Any, index: int, layer: TrainedLayer) -> None:  # noqa: ANN401 - ctypes sets its fields
         struct.units, struct.inputs = len(layer.v), layer.v[0].numel()
-        struct.normalized, struct.low, struct.factor = layer.g is not None, layer.low, layer.factor
+        struct.weight_normalized, struct.packed_bfloat16 = layer.g is not None, layer.bfloat16
+        struct.input_scale = layer.input_scale
         addresses = {
             "v": layer.v,
             "g": layer.g,
@@ -154,47 +173,51 @@ class FusedNetwork:
             "v_gradient": self.v_gradients[index],
             "norm": self._norms[index],
         }
-        for name, tensor in (addresses | self._arrangement(struct, index, layer)).items():
+        for name, tensor in (addresses | self._set_layout(struct, index, layer)).items():
             setattr(struct, name, None if tensor is None else tensor.data_ptr())
 
-    def _arrangement(self, struct: Any, index: int, layer: _Layer) -> dict[str, Tensor | None]:  # noqa: ANN401 - see above
-        """Set where working weights and their gradients have their elements; returns the tensors to point at."""
-        struct.unit_step = struct.gradient_unit_step = struct.inputs
-        struct.low_gradient = layer.low
-        struct.low_kept = layer.low and layer.order is None
-        weight, bias = self.working.weights[index], self.working.biases[index]
-        return {"place": layer.order, "gradient_place": layer.order, "work": weight, "bias": bias}
+    def _set_layout(self, struct: Any, index: int, layer: TrainedLayer) -> dict[str, Tensor | None]:  # noqa: ANN401 - see above
+        """Set the layouts of packed weights and gradients; returns the tensors to point at, by field."""
+        struct.packed_unit_stride = struct.gradient_unit_stride = struct.inputs
+        struct.gradient_bfloat16 = layer.bfloat16
+        struct.v_gradient_bfloat16 = layer.bfloat16 and layer.offsets is None
+        return {
+            "packed_offset": layer.offsets,
+            "gradient_offset": layer.offsets,
+            "packed": self.packed.weights[index],
+            "packed_bias": self.packed.biases[index],
+        }
 
     def refresh(self) -> None:
-        """Make the working weights anew if somebody else has changed what is trained."""
+        """Pack the weights again if somebody else has changed what is trained."""
         versions = [parameter._version for parameter in self._trained]
         if versions != self._versions:
-            self.library.renew_layers(self.structs, len(self.layers), torch.get_num_threads())
+            self.library.pack_layers(self.structs, len(self.layers), torch.get_num_threads())
             self._versions = versions
 
     @torch.no_grad()
-    def working_copy(self, plain: QNetwork) -> Working:
-        """Return working weights of a network of the same shape without parameterization, a folded target network."""
-        copied = Working([], [])
-        layers = (*plain.convolutions, plain.hidden, plain.output)
-        for module, layer, weight in zip(layers, self.layers, self.working.weights, strict=True):
+    def pack_network(self, folded: QNetwork) -> PackedWeights:
+        """Return packed weights of a network of the same shape without parameterization, a folded target network."""
+        copied = PackedWeights([], [])
+        layers = (*folded.convolutions, folded.hidden, folded.output)
+        for module, layer, weight in zip(layers, self.layers, self.packed.weights, strict=True):
             w, b = module.weight, module.bias
             assert isinstance(w, Tensor)
             assert isinstance(b, Tensor)
-            arranged = _arranged(module, w).permute(0, 3, 1, 2) if isinstance(module, nn.Conv2d) else w
-            copied.weights.append(torch.empty_like(weight).copy_(arranged * layer.factor))
+            ordered = channels_last(module, w).permute(0, 3, 1, 2) if isinstance(module, nn.Conv2d) else w
+            copied.weights.append(torch.empty_like(weight).copy_(ordered * layer.input_scale))
             copied.biases.append(b.to(weight.dtype, copy=True))
         return copied
 
-    def packed(self, observations: Tensor) -> Tensor:
-        """Return uint8 observations, (B, C, H, W), as the first layer takes them: (B, C·s², H/s, W/s)."""
+    def pack_observations(self, observations: Tensor) -> Tensor:
+        """Return uint8 observations, (B, C, H, W), as blocks for the first layer: (B, C·s², H/s, W/s)."""
         if observations.stride()[-2:] != (observations.shape[-1], 1):
             observations = observations.contiguous()
         batch, channels, height, width = observations.shape
         size = self.block
         shape = (batch, height // size, width // size, channels * size * size)
         blocks = torch.empty(shape, dtype=self.precision)
-        self.library.pack(
+        self.library.pack_frames(
             observations.data_ptr(),
             observations.stride(0),
             observations.stride(1),
@@ -210,43 +233,45 @@ class FusedNetwork:
         return blocks.permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def forward(self, working: Working, observations: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return Q-values, float32 (B, actions), and what each layer saw, for :meth:`backward`."""
-        x = self.packed(observations)
-        seen = []
-        last = len(working.weights) - 3
-        for index, stride in enumerate(self.strides):
-            seen.append(x)
-            x = torch.conv2d(x, working.weights[index], working.biases[index], stride)
-            x = (x.flatten(1) if index == last else x).relu_()
-        seen.append(x)
-        x = torch.addmm(working.biases[-2], x, working.weights[-2].t()).relu_().float()
-        seen.append(x)
-        return torch.addmm(working.biases[-1], x, working.weights[-1].t()), seen
+    def forward(self, weights: PackedWeights, observations: Tensor) -> tuple[Tensor, Any]:
+        """Return Q-values, float32 (B, actions), and what :meth:`backward` needs: the input of each layer."""
+        x = self.pack_observations(observations)
+        saved = []
+        for weight, bias, stride in zip(weights.weights, weights.biases, self.strides, strict=False):
+            saved.append(x)
+            x = torch.conv2d(x, weight, bias, stride).relu_()
+        saved.append(x.flatten(1))
+        x = torch.addmm(weights.biases[-2], saved[-1], weights.weights[-2].t()).relu_().float()
+        saved.append(x)
+        return torch.addmm(weights.biases[-1], x, weights.weights[-1].t()), saved
 
-    def compare(self, target: Working, batch: Minibatch) -> tuple[Tensor, Tensor, Any]:
-        """Return the Q-values of the target network and of this one, and what its layers saw."""
+    def forward_both(self, target: PackedWeights, batch: Minibatch) -> tuple[Tensor, Tensor, Any]:
+        """Return the Q-values of the target network on the next observations, those of this one, and its inputs."""
         next_q_values, _ = self.forward(target, batch.next_observations)
-        return (next_q_values, *self.forward(self.working, batch.observations))
+        return (next_q_values, *self.forward(self.packed, batch.observations))
 
     def q_values(self, observations: Tensor) -> Tensor:
         """Return Q-values, float32 (B, actions), of uint8 observations."""
         self.refresh()
-        return self.forward(self.working, observations)[0]
+        return self.forward(self.packed, observations)[0]
 
     @torch.no_grad()
-    def backward(self, seen: Any, q_gradient: Tensor) -> None:  # noqa: ANN401 - what forward returned
-        """Leave the working weights' gradients for :meth:`step`, given the loss's by the Q-values, (B, actions)."""
-        *inputs, flat, hidden = seen
-        weights, layers = self.working.weights, self.layers
+    def backward(self, saved: Any, q_gradient: Tensor) -> None:  # noqa: ANN401 - what forward returned
+        """Leave the packed weights' gradients for :meth:`step`.
+
+        Args:
+            saved: what :meth:`forward` returned beside the Q-values.
+            q_gradient: dL/dQ, float32 (B, actions).
+        """
+        *inputs, flat, hidden = saved
+        weights, layers = self.packed.weights, self.layers
         layers[-1].weight_gradient = q_gradient.t() @ hidden
         layers[-1].bias_gradient = q_gradient.sum(0)
         dy = aten.threshold_backward((q_gradient @ weights[-1]), hidden, 0).to(self.precision)
         layers[-2].weight_gradient = dy.t() @ flat
         layers[-2].bias_gradient = dy.sum(0)
         dy = aten.threshold_backward(dy @ weights[-2], flat, 0)
-        size = round((flat.shape[1] / weights[-3].shape[0]) ** 0.5)
-        dy = dy.view(len(dy), -1, size, size)
+        dy = dy.view(len(dy), *self._last_output_shape(inputs[-1]))
         for index in reversed(range(len(inputs))):
             x, weight, stride = inputs[index], weights[index], self.strides[index]
             wanted = [index > 0, True, True]
@@ -268,100 +293,38 @@ class FusedNetwork:
             if index > 0:
                 dy = aten.threshold_backward(dx, x, 0)
 
-    def step(self, rate: float, betas: tuple[float, float], eps: float) -> None:
-        """Make an Adamax step of everything, ``rate`` being without the bias of the first moment."""
+    def _last_output_shape(self, x: Tensor) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the last convolution's output, given its input."""
+        channels, _, *kernel = self.packed.weights[-3].shape
+        height, width = ((x.shape[2 + i] - kernel[i]) // self.strides[-1] + 1 for i in range(2))
+        return channels, height, width
+
+    def step(self, step_size: float, betas: tuple[float, float], eps: float) -> None:
+        """Make an Adamax step of everything; ``step_size`` is the learning rate / (1 − β1ᵗ)."""
         threads = torch.get_num_threads()
-        longest = max(layer.v[0].numel() for layer in self.layers)
-        if self._rows.numel() < threads * longest:
-            self._rows = torch.empty(threads * longest)
+        max_inputs = max(layer.v[0].numel() for layer in self.layers)
+        if self._rows.numel() < threads * max_inputs:
+            self._rows = torch.empty(threads * max_inputs)
         for struct, layer in zip(self.structs, self.layers, strict=True):
             assert layer.weight_gradient is not None
             assert layer.bias_gradient is not None
-            struct.gradient, struct.bias_gradient = layer.weight_gradient.data_ptr(), layer.bias_gradient.data_ptr()
+            struct.packed_gradient = layer.weight_gradient.data_ptr()
+            struct.bias_gradient = layer.bias_gradient.data_ptr()
         rows = self._rows.data_ptr()
-        self.library.step_layers(self.structs, len(self.layers), threads, rows, longest, rate, *betas, eps)
+        self.library.step_layers(self.structs, len(self.layers), threads, rows, max_inputs, step_size, *betas, eps)
 
-    def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], rate: float) -> None:
+    def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], step_size: float) -> None:
         """Write the gradients of the last step to ``.grad``.
 
         Args:
             moments: returns a parameter's, by torch's names, as they are after the step.
-            rate: that of the step.
+            step_size: that of the step.
         """
         for layer, v_gradient, g_gradient in zip(self.layers, self.v_gradients, self.g_gradients, strict=True):
             assert layer.weight_gradient is not None
             assert layer.bias_gradient is not None
-            # Without a place of its own it was completed in the place of the working weight's.
+            # Without memory of its own it was written over the packed weight's.
             layer.v.grad = (layer.weight_gradient if v_gradient is None else v_gradient).float()
             layer.b.grad = layer.bias_gradient.float()
             if layer.g is not None:
                 layer.g.grad = g_gradient.view_as(layer.g).clone()
-
-
-def _arranged(module: nn.Conv2d, weight: Tensor) -> Tensor:
-    """Return a convolution's weight as (units, k, k, channels) of its working one."""
-    if not isinstance(module, FirstConvolution):
-        return weight.permute(0, 2, 3, 1)
-    return module.blocks(weight)
-
-
-class FusedAdamax(CompiledAdamax):
-    """Adamax as one compiled pass over the layers of a :class:`FusedNetwork`.
-
-    Same state dict as torch's, same values but for rounding. Gradients are written to ``.grad`` by
-    :meth:`write_gradients` only, since nothing but a report needs them.
-    """
-
-    def __init__(self, fused: FusedNetwork, lr: float, betas: tuple[float, float], eps: float) -> None:
-        """Make the optimizer of all that ``fused`` trains; arguments as :class:`CompiledAdamax`."""
-        super().__init__(fused.network.parameters(), lr, betas, eps)
-        self._fused = fused
-        self._bound = False
-        self._made = False
-        self._rate = 0.0
-
-    def _bind(self) -> None:
-        """Tell the compiled pass where the moments are."""
-        for struct, layer in zip(self._fused.structs, self._fused.layers, strict=True):
-            for name in ("v", "g", "b"):
-                parameter = getattr(layer, name)
-                if parameter is None:
-                    continue
-                state = self._moments(parameter)
-                for key, field in (("exp_avg", "mean"), ("exp_inf", "max")):
-                    state[key] = state[key].contiguous()
-                    setattr(struct, f"{name}_{field}", state[key].data_ptr())
-        self._bound = True
-
-    def next_steps(self, count: int) -> tuple[list[float], tuple[float, float], float]:
-        """Return what the next steps are made with: the rates, without the bias of the first moment, (β1, β2), ε."""
-        if not self._bound:
-            self._bind()
-        (group,) = self.param_groups
-        beta1, beta2 = group["betas"]
-        rates = [group["lr"] / (1 - beta1 ** (self._steps + number)) for number in range(1, count + 1)]
-        return rates, (beta1, beta2), group["eps"]
-
-    def count_steps(self, rates: Sequence[float]) -> None:
-        """Count steps that were made, with these of the rates that :meth:`next_steps` told."""
-        if rates:
-            self._steps += len(rates)
-            self._rate = rates[-1]
-            self._made = True
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Make one step with the gradients of the last :meth:`FusedNetwork.backward`."""
-        (rate,), betas, eps = self.next_steps(1)
-        self._fused.step(rate, betas, eps)
-        self.count_steps([rate])
-
-    def write_gradients(self) -> None:
-        """Write the gradients of the last step to ``.grad``; none are there before the first."""
-        if self._made:
-            self._fused.write_gradients(self._moments, self._rate)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load torch's state dict."""
-        super().load_state_dict(state_dict)
-        self._bound = False

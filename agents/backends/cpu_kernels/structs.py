@@ -1,74 +1,104 @@
-"""The C structures of ``csrc``, field by field; addresses are of contiguous tensors that the owner keeps alive."""
+"""The structures of ``csrc/structs.h``, field by field; layouts are said there.
+
+Pointers are addresses of contiguous tensors, which the owner of a structure keeps alive.
+"""
 
 from __future__ import annotations
 
 import ctypes
 
-MOST_CONVOLUTIONS, MOST_FRAMES, MOST_LINES = 8, 64, 64
-"""As in ``passes.c``."""
-LARGEST_TILE = 12
-"""Places, likewise."""
-Integer, Pointer = ctypes.c_int64, ctypes.c_void_p
+import torch
+
+MAX_CONVOLUTIONS, MAX_FRAMES, MAX_BLOCKS, MAX_TILE = 8, 64, 64, 12
+"""As in ``csrc/structs.h`` and ``csrc/simd.h``."""
+FLOAT32, BFLOAT16 = 0, 1
+Integer, Float, Pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+Pointers = Pointer * MAX_CONVOLUTIONS
 
 
-class Convolution(ctypes.Structure):
-    """Shapes of a convolution: of its input, of its kernel, of its output."""
-
-    _fields_ = tuple(
-        (name, Integer) for name in ("height", "width", "channels", "kernel", "stride", "down", "across", "units")
-    )
+def precision_code(precision: torch.dtype) -> int:
+    """Return the number that stands for a precision in C."""
+    return BFLOAT16 if precision is torch.bfloat16 else FLOAT32
 
 
-class Shape(ctypes.Structure):
-    """Shapes of the network, and the room that a thread needs."""
-
-    _fields_ = (
-        ("convolutions", Integer),
-        ("convolution", Convolution * MOST_CONVOLUTIONS),
-        *((name, Integer) for name in ("stack", "block", "flat", "hidden", "actions")),
-        *((name, Integer) for name in ("largest", "most_places", "scratch")),
-    )
+def _fields(kind: type, *names: str) -> tuple[tuple[str, type], ...]:
+    return tuple((name, kind) for name in names)
 
 
-class Pass(ctypes.Structure):
-    """One forward pass: weights, observations, and what is kept of it."""
+class TrainedLayerStruct(ctypes.Structure):
+    """``TrainedLayer``: a layer as a matrix, its moments and its packed weight."""
 
     _fields_ = (
-        ("weight", Pointer * MOST_CONVOLUTIONS),
-        ("bias", Pointer * MOST_CONVOLUTIONS),
-        *((name, Pointer) for name in ("dense", "dense_bias", "output", "output_bias", "frames", "places")),
-        *((name, Integer) for name in ("place_step", "batch")),
-        ("seen", Pointer * (MOST_CONVOLUTIONS + 1)),
-        *((name, Pointer) for name in ("lit", "flat", "hidden", "q_values")),
+        *_fields(Integer, "units", "inputs", "weight_normalized"),
+        *_fields(Integer, "packed_bfloat16", "gradient_bfloat16", "v_gradient_bfloat16"),
+        *_fields(Integer, "packed_unit_stride", "gradient_unit_stride", "transposed_unit_stride", "transposed_pair"),
+        ("input_scale", Float),
+        *_fields(Pointer, "packed_offset", "transposed_offset", "gradient_offset"),
+        *_fields(Pointer, "v", "v_exp_avg", "v_exp_inf", "g", "g_exp_avg", "g_exp_inf"),
+        *_fields(Pointer, "b", "b_exp_avg", "b_exp_inf", "g_gradient", "v_gradient", "norm"),
+        *_fields(Pointer, "packed", "packed_bias", "transposed", "packed_gradient", "bias_gradient"),
     )
 
 
-class Back(ctypes.Structure):
-    """What a backward pass needs beside its forward pass."""
+class ConvShape(ctypes.Structure):
+    """Input and output of a convolution; the first layer's input positions are blocks of pixels."""
+
+    _fields_ = _fields(
+        Integer, "in_height", "in_width", "in_channels", "kernel", "stride", "out_height", "out_width", "out_channels"
+    )
+
+
+class NetworkShape(ctypes.Structure):
+    """All sizes of a network, and of the memory that its passes take."""
 
     _fields_ = (
-        ("weight", Pointer * MOST_CONVOLUTIONS),
-        *((name, Pointer) for name in ("q_gradient", "hidden", "hidden_words", "flat")),
-        ("words", Pointer * MOST_CONVOLUTIONS),
-        ("gradient", Pointer * MOST_CONVOLUTIONS),
-        ("bias_gradient", Pointer * MOST_CONVOLUTIONS),
+        *_fields(Integer, "precision", "convolutions"),
+        ("convolution", ConvShape * MAX_CONVOLUTIONS),
+        *_fields(Integer, "frames", "block", "flat", "hidden", "actions"),
+        *_fields(Integer, "max_activation", "max_positions", "workspace_bytes"),
     )
 
 
-class Store(ctypes.Structure):
-    """What the replay keeps of each entry."""
+class ForwardArgs(ctypes.Structure):
+    """One network's forward pass over a batch of observations."""
 
     _fields_ = (
-        *((name, Pointer) for name in ("entry_of", "age", "actions", "terminals", "rewards")),
-        *((name, Integer) for name in ("entries", "num_envs", "stack")),
+        *_fields(Pointers, "conv_weight", "conv_bias"),
+        *_fields(Pointer, "hidden_weight", "hidden_bias", "output_weight", "output_bias", "frames", "frame_indices"),
+        *_fields(Integer, "frame_index_stride", "batch"),
+        ("saved_input", Pointer * (MAX_CONVOLUTIONS + 1)),
+        *_fields(Pointer, "nonzero_blocks", "flat", "hidden", "q_values"),
     )
 
 
-class Objective(ctypes.Structure):
-    """Actions, rewards and ends of a minibatch, and the loss."""
+class BackwardArgs(ctypes.Structure):
+    """The backward pass after a :class:`ForwardArgs`."""
 
     _fields_ = (
-        *((name, Pointer) for name in ("places", "actions", "rewards", "terminals", "q_gradient", "sums", "seconds")),
-        *((name, ctypes.c_float) for name in ("gamma", "clip")),
-        *((name, Integer) for name in ("mean", "unchecked")),
+        ("transposed_weight", Pointers),
+        *_fields(Pointer, "q_gradient", "hidden_gradient", "hidden_gradient_pairs", "flat_gradient"),
+        *_fields(Pointers, "conv_gradient", "weight_gradient", "bias_gradient"),
     )
+
+
+class ReplayStorage(ctypes.Structure):
+    """What replay keeps of its entries."""
+
+    _fields_ = (
+        *_fields(Pointer, "entry_of", "age", "actions", "terminals", "rewards"),
+        *_fields(Integer, "capacity", "num_envs", "frames"),
+    )
+
+
+class TDLossArgs(ctypes.Structure):
+    """A minibatch of transitions, without its frames, and the loss."""
+
+    _fields_ = (
+        *_fields(Pointer, "frame_indices", "actions", "rewards", "terminals", "q_gradient", "sums", "stage_seconds"),
+        *_fields(Float, "gamma", "reward_clip"),
+        *_fields(Integer, "mean", "allow_nonfinite"),
+    )
+
+
+STRUCTS = (TrainedLayerStruct, NetworkShape, ForwardArgs, BackwardArgs, ReplayStorage, TDLossArgs)
+"""In the order of the C function ``struct_sizes``."""

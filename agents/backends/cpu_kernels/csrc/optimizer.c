@@ -1,35 +1,38 @@
-/* The passes over memory that an update on a CPU would otherwise make one by one; agents/native.py compiles and calls them.
+/* From a packed weight's gradient to the next packed weight: weight norm's gradient, Adamax, packing.
  *
- * Rows (output units) are shared among threads and each is computed by one thread in one order, so no result depends on
- * the number of threads.
+ * Each unit (a row of the weight) is computed by one thread in one order, so no result depends on the number of
+ * threads.
  */
-#include "structs.h"
+#include "optimizer.h"
+#include <math.h>
+#include "scalar.h"
 
-/* Adamax (Kingma & Ba 2015, section 7.1), epsilon where torch has it. */
-static inline float moved(float value, float gradient, float *mean, float *max, Adamax adamax) {
-    float m = *mean + (1.0f - adamax.beta1) * (gradient - *mean);
-    float decayed = adamax.beta2 * *max, size = fabsf(gradient) + adamax.eps;
-    float u = decayed > size ? decayed : size; /* not a number stays what it is */
-    *mean = m;
-    *max = u;
-    return value - adamax.rate * (m / u);
+/* Adamax (Kingma & Ba 2015, section 7.1), epsilon where torch has it:
+ * m = beta1 m + (1 - beta1) d;  u = max(beta2 u, |d| + eps);  value -= step_size m / u */
+static inline float adamax_step(float value, float gradient, float *exp_avg, float *exp_inf, Adamax adamax) {
+    float m = *exp_avg + (1.0f - adamax.beta1) * (gradient - *exp_avg);
+    float decayed = adamax.beta2 * *exp_inf, size = fabsf(gradient) + adamax.eps;
+    float u = decayed > size ? decayed : size; /* a NaN gradient gives NaN */
+    *exp_avg = m;
+    *exp_inf = u;
+    return value - adamax.step_size * (m / u);
 }
 
-/* Write v * scale, one unit's, where the passes want it. */
-static inline void arrange(void *work, const int32_t *place, int64_t start, int64_t low, const float *v,
-                           int64_t inputs, float scale) {
-    if (low) {
-        uint16_t *out = (uint16_t *)work + start;
-        if (place) {
-            for (int64_t i = 0; i < inputs; i++) out[place[i]] = rounded(v[i] * scale);
+/* packed[start + offset[i]] = v[i] * scale for one unit; without `offset` packed[start + i]. */
+static inline void write_packed(void *packed, const int32_t *offset, int64_t start, int64_t bfloat16, const float *v,
+                                int64_t inputs, float scale) {
+    if (bfloat16) {
+        uint16_t *out = (uint16_t *)packed + start;
+        if (offset) {
+            for (int64_t i = 0; i < inputs; i++) out[offset[i]] = to_bfloat16(v[i] * scale);
         } else {
 #pragma omp simd
-            for (int64_t i = 0; i < inputs; i++) out[i] = rounded(v[i] * scale);
+            for (int64_t i = 0; i < inputs; i++) out[i] = to_bfloat16(v[i] * scale);
         }
     } else {
-        float *out = (float *)work + start;
-        if (place) {
-            for (int64_t i = 0; i < inputs; i++) out[place[i]] = v[i] * scale;
+        float *out = (float *)packed + start;
+        if (offset) {
+            for (int64_t i = 0; i < inputs; i++) out[offset[i]] = v[i] * scale;
         } else {
 #pragma omp simd
             for (int64_t i = 0; i < inputs; i++) out[i] = v[i] * scale;
@@ -39,9 +42,9 @@ static inline void arrange(void *work, const int32_t *place, int64_t start, int6
 
 #define LANES 64
 
-/* The sum of a[i] * b[i], in lanes that do not wait for each other. Not inlined: the same instructions, so the same
+/* The dot product of a and b, in lanes that do not wait for each other. Not inlined: the same instructions, so the same
  * rounding, after a step and after a resume. */
-static __attribute__((noinline)) float product(const float *a, const float *b, int64_t count) {
+static __attribute__((noinline)) float dot(const float *a, const float *b, int64_t count) {
     float lanes[LANES] = {0.0f}, sum = 0.0f;
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
@@ -54,153 +57,119 @@ static __attribute__((noinline)) float product(const float *a, const float *b, i
     return sum;
 }
 
-__attribute__((noinline)) float scale_of(const Layer *layer, int64_t unit) {
+/* The factor that makes a unit's packed weight of v: input_scale, with weight norm input_scale * g / |v|. Writes
+ * norm = |v|. */
+__attribute__((noinline)) float packed_scale(const TrainedLayer *layer, int64_t unit) {
     const int64_t inputs = layer->inputs;
     const float *v = layer->v + unit * inputs;
-    if (!layer->normalized) return layer->factor;
-    layer->norm[unit] = sqrtf(product(v, v, inputs));
-    return layer->factor * (layer->g[unit] / layer->norm[unit]);
+    if (!layer->weight_normalized) return layer->input_scale;
+    layer->norm[unit] = sqrtf(dot(v, v, inputs));
+    return layer->input_scale * (layer->g[unit] / layer->norm[unit]);
 }
 
-/* Make a unit's working weight of what is trained. */
-static void renew(const Layer *layer, int64_t unit) {
+/* Make a unit's packed weights and bias from v, g and b:
+ * for i: packed[packed_offset[i] + unit * packed_unit_stride] = v[unit][i] * packed_scale;  the same transposed */
+static void pack_unit(const TrainedLayer *layer, int64_t unit) {
     const int64_t inputs = layer->inputs;
-    const float *v = layer->v + unit * inputs, scale = scale_of(layer, unit);
-    arrange(layer->work, layer->place, unit * layer->unit_step, layer->low, v, inputs, scale);
-    if (layer->back) {
-        const int64_t start = unit / layer->back_pair * layer->back_unit_step + unit % layer->back_pair;
-        arrange(layer->back, layer->back_place, start, layer->low, v, inputs, scale);
+    const float *v = layer->v + unit * inputs, scale = packed_scale(layer, unit);
+    write_packed(layer->packed, layer->packed_offset, unit * layer->packed_unit_stride, layer->packed_bfloat16, v,
+                 inputs, scale);
+    if (layer->transposed) {
+        const int64_t start =
+            unit / layer->transposed_pair * layer->transposed_unit_stride + unit % layer->transposed_pair;
+        write_packed(layer->transposed, layer->transposed_offset, start, layer->packed_bfloat16, v, inputs, scale);
     }
-    if (layer->bias && layer->low)
-        ((uint16_t *)layer->bias)[unit] = rounded(layer->b[unit]);
-    else if (layer->bias)
-        ((float *)layer->bias)[unit] = layer->b[unit];
+    if (layer->packed_bias && layer->packed_bfloat16)
+        ((uint16_t *)layer->packed_bias)[unit] = to_bfloat16(layer->b[unit]);
+    else if (layer->packed_bias)
+        ((float *)layer->packed_bias)[unit] = layer->b[unit];
 }
 
-/* Make all working weights anew, after something else has changed what is trained. */
-void renew_layers(const Layer *layers, int64_t count, int64_t threads) {
+/* Make the packed weights of all layers, after something else has changed v, g or b. */
+void pack_layers(const TrainedLayer *layers, int64_t count, int64_t threads) {
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < count; l++) {
 #pragma omp for schedule(static) nowait
-        for (int64_t unit = 0; unit < layers[l].units; unit++) renew(&layers[l], unit);
+        for (int64_t unit = 0; unit < layers[l].units; unit++) pack_unit(&layers[l], unit);
     }
 }
 
-void step_trained(const Layer *layer, int64_t unit, float *row, const Adamax *given) {
+/* Make the Adamax step of one unit's v, g and b. `row` (inputs) is the gradient by the packed weight, in the order
+ * of v; it becomes the gradient by v. With s = input_scale and weight norm, equation 3 of Salimans & Kingma 2016:
+ * dg = s row.v / |v|;  dv = s g / |v| row - g dg / |v|^2 v;  otherwise dv = s row */
+void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const Adamax *given) {
     const int64_t inputs = layer->inputs;
-    const float factor = layer->factor;
+    const float scale = layer->input_scale;
     const Adamax adamax = *given;
     float *v = layer->v + unit * inputs;
-    float across = factor, along = 0.0f; /* the gradient of v is across * row + along * v */
-    if (layer->normalized) {             /* equation 3 of Salimans & Kingma 2016 */
+    float row_factor = scale, v_factor = 0.0f; /* dv = row_factor * row + v_factor * v */
+    if (layer->weight_normalized) {
         float norm = layer->norm[unit], g = layer->g[unit];
-        float g_gradient = factor * product(row, v, inputs) / norm;
+        float g_gradient = scale * dot(row, v, inputs) / norm;
         layer->g_gradient[unit] = g_gradient;
-        across = factor * g / norm;
-        along = -(g * g_gradient / (norm * norm));
-        layer->g[unit] = moved(g, g_gradient, layer->g_mean + unit, layer->g_max + unit, adamax);
+        row_factor = scale * g / norm;
+        v_factor = -(g * g_gradient / (norm * norm));
+        layer->g[unit] = adamax_step(g, g_gradient, layer->g_exp_avg + unit, layer->g_exp_inf + unit, adamax);
     }
-    float *mean = layer->v_mean + unit * inputs, *max = layer->v_max + unit * inputs;
+    float *exp_avg = layer->v_exp_avg + unit * inputs, *exp_inf = layer->v_exp_inf + unit * inputs;
 #pragma omp simd
     for (int64_t i = 0; i < inputs; i++) {
-        float gradient = across * row[i] + along * v[i];
+        float gradient = row_factor * row[i] + v_factor * v[i];
         row[i] = gradient;
-        v[i] = moved(v[i], gradient, mean + i, max + i, adamax);
+        v[i] = adamax_step(v[i], gradient, exp_avg + i, exp_inf + i, adamax);
     }
-    void *kept = layer->v_gradient ? layer->v_gradient : layer->gradient;
-    if (kept && (layer->v_gradient || layer->normalized)) { /* else it stands there already */
-        if (layer->low_kept) {
-            uint16_t *whole = (uint16_t *)kept + unit * inputs;
+    void *v_gradient = layer->v_gradient ? layer->v_gradient : layer->packed_gradient;
+    if (v_gradient && (layer->v_gradient || layer->weight_normalized)) { /* otherwise it stands there already */
+        if (layer->v_gradient_bfloat16) {
+            uint16_t *out = (uint16_t *)v_gradient + unit * inputs;
 #pragma omp simd
-            for (int64_t i = 0; i < inputs; i++) whole[i] = rounded(row[i]);
+            for (int64_t i = 0; i < inputs; i++) out[i] = to_bfloat16(row[i]);
         } else {
-            memcpy((float *)kept + unit * inputs, row, inputs * sizeof(float));
+            memcpy((float *)v_gradient + unit * inputs, row, inputs * sizeof(float));
         }
     }
-    float b_gradient = layer->low_gradient ? widened(((const uint16_t *)layer->bias_gradient)[unit])
-                                           : ((const float *)layer->bias_gradient)[unit];
-    layer->b[unit] = moved(layer->b[unit], b_gradient, layer->b_mean + unit, layer->b_max + unit, adamax);
+    float b_gradient = layer->gradient_bfloat16 ? from_bfloat16(((const uint16_t *)layer->bias_gradient)[unit])
+                                                : ((const float *)layer->bias_gradient)[unit];
+    layer->b[unit] = adamax_step(layer->b[unit], b_gradient, layer->b_exp_avg + unit, layer->b_exp_inf + unit, adamax);
 }
 
-void step_unit(const Layer *layer, int64_t unit, float *row, const Adamax *adamax) {
-    step_trained(layer, unit, row, adamax);
-    renew(layer, unit);
+/* step_unit, then the unit's next packed weights. */
+void step_and_pack_unit(const TrainedLayer *layer, int64_t unit, float *row, const Adamax *adamax) {
+    step_unit(layer, unit, row, adamax);
+    pack_unit(layer, unit);
 }
 
-void step_gathered(const Layer *layer, int64_t unit, float *row, const Adamax *adamax) {
+/* step_and_pack_unit with the gradient that lies in the layer; `row` (inputs) is overwritten:
+ * for i: row[i] = packed_gradient[gradient_offset[i] + unit * gradient_unit_stride] */
+void gather_step_and_pack_unit(const TrainedLayer *layer, int64_t unit, float *row, const Adamax *adamax) {
     const int64_t inputs = layer->inputs;
-    const int32_t *place = layer->gradient_place;
-    if (layer->low_gradient) {
-        const uint16_t *given = (const uint16_t *)layer->gradient + unit * layer->gradient_unit_step;
-        if (place) {
-            for (int64_t i = 0; i < inputs; i++) row[i] = widened(given[place[i]]);
+    const int32_t *offset = layer->gradient_offset;
+    if (layer->gradient_bfloat16) {
+        const uint16_t *gradient = (const uint16_t *)layer->packed_gradient + unit * layer->gradient_unit_stride;
+        if (offset) {
+            for (int64_t i = 0; i < inputs; i++) row[i] = from_bfloat16(gradient[offset[i]]);
         } else {
 #pragma omp simd
-            for (int64_t i = 0; i < inputs; i++) row[i] = widened(given[i]);
+            for (int64_t i = 0; i < inputs; i++) row[i] = from_bfloat16(gradient[i]);
         }
     } else {
-        const float *given = (const float *)layer->gradient + unit * layer->gradient_unit_step;
-        for (int64_t i = 0; i < inputs; i++) row[i] = given[place ? place[i] : i];
+        const float *gradient = (const float *)layer->packed_gradient + unit * layer->gradient_unit_stride;
+        for (int64_t i = 0; i < inputs; i++) row[i] = gradient[offset ? offset[i] : i];
     }
-    step_unit(layer, unit, row, adamax);
+    step_and_pack_unit(layer, unit, row, adamax);
 }
 
-/* One Adamax step of every layer, and the working weights that follow; `rows` has `longest` floats for each thread. */
-void step_layers(const Layer *layers, int64_t count, int64_t threads, float *rows, int64_t longest, float rate,
-                 float beta1, float beta2, float eps) {
-    const Adamax adamax = {rate, beta1, beta2, eps};
+/* One Adamax step of every layer and the next packed weights; `rows` has max_inputs floats for each thread. */
+void step_layers(const TrainedLayer *layers, int64_t count, int64_t threads, float *rows, int64_t max_inputs,
+                 float step_size, float beta1, float beta2, float eps) {
+    const Adamax adamax = {step_size, beta1, beta2, eps};
 #pragma omp parallel num_threads(threads)
     {
-        float *row = rows + THREAD * longest;
+        float *row = rows + THREAD * max_inputs;
         for (int64_t l = 0; l < count; l++) {
 #pragma omp for schedule(static) nowait
-            for (int64_t unit = 0; unit < layers[l].units; unit++) step_gathered(&layers[l], unit, row, &adamax);
+            for (int64_t unit = 0; unit < layers[l].units; unit++)
+                gather_step_and_pack_unit(&layers[l], unit, row, &adamax);
         }
-    }
-}
-
-/* Gather pieces of `size` bytes into `packed`; the compiler makes one instruction of a copy of known size. */
-static inline void gather(uint8_t *packed, const uint8_t *line, int64_t across, int64_t channels, int64_t size) {
-    for (int64_t x = 0; x < across; x++) memcpy(packed + x * channels, line + x * size, size);
-}
-
-void pack_strip(const uint8_t *const *frames, int64_t start, int64_t stack, int64_t width, int64_t size, int64_t low,
-                void *packed) {
-    const int64_t across = width / size, channels = stack * size * size;
-    uint8_t pixels[across * channels];
-    for (int64_t f = 0; f < stack; f++) {
-        for (int64_t y = 0; y < size; y++) {
-            uint8_t *first = pixels + (f * size + y) * size;
-            const uint8_t *line = frames[f] + start + y * width;
-            if (size == 4)
-                gather(first, line, across, channels, 4);
-            else
-                gather(first, line, across, channels, size);
-        }
-    }
-    if (low) {
-        uint16_t *out = packed;
-        for (int64_t i = 0; i < across * channels; i++) {
-            float value = (float)pixels[i];
-            uint32_t bits;
-            memcpy(&bits, &value, 4);
-            out[i] = (uint16_t)(bits >> 16); /* exact: eight bits hold 0 to 255 */
-        }
-    } else {
-        float *out = packed;
-        for (int64_t i = 0; i < across * channels; i++) out[i] = (float)pixels[i];
-    }
-}
-
-/* Write uint8 frames as blocks of `size` x `size` pixels: (batch, height / size, width / size, frames * size * size). */
-void pack(const uint8_t *frames, int64_t batch_stride, int64_t frame_stride, int64_t batch, int64_t stack,
-          int64_t height, int64_t width, int64_t size, int64_t low, int64_t threads, void *packed) {
-    const int64_t down = height / size, strip_size = width * stack * size;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t strip = 0; strip < batch * down; strip++) {
-        const uint8_t *of[stack];
-        for (int64_t f = 0; f < stack; f++) of[f] = frames + strip / down * batch_stride + f * frame_stride;
-        pack_strip(of, strip % down * size * width, stack, width, size, low,
-                   (uint8_t *)packed + strip * strip_size * (low ? 2 : 4));
     }
 }

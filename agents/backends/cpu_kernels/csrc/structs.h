@@ -1,67 +1,121 @@
-/* What the compiled parts share: a layer that is trained, and its step. */
-#ifndef KERNELS_H
-#define KERNELS_H
-#include <math.h>
+/* The structures that ../structs.py fills, field by field, and the layouts of the arrays that they point to.
+ *
+ * Notation: (rows, columns) is a contiguous array in row-major order. An *element* is a number in the precision of
+ * the hidden layers, float32 or bfloat16. A *word* is four bytes: one float32, or a pair of bfloat16 that the
+ * processor multiplies and adds as a pair (`vdpbf16ps`); `pair` is the number of elements in a word, 1 or 2. A sum
+ * over an index is taken a word at a time, so arrays pair what is summed over: input channels in the forward pass,
+ * output channels in the gradient by a layer's input, observations in the gradient by a layer's weights. `batch / pair`
+ * is rounded up.
+ */
+#ifndef STRUCTS_H
+#define STRUCTS_H
 #include <stdint.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
 
-/* An element of a matrix that is kept in another order lies at place[input] + unit * unit_step; in the second working
- * weight, where units are paired, at place[input] + unit / back_pair * back_unit_step + unit % back_pair. */
+#define MAX_CONVOLUTIONS 8
+#define MAX_FRAMES 64     /* of an observation */
+#define MAX_BLOCKS 64     /* in a row or a column of the first layer's input: one bit each */
+
+typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } Precision;
+
+/* A trained layer as a matrix of output units and inputs, its Adamax moments, and its packed weight.
+ *
+ * A packed weight is a copy of w in the order and precision that a kernel reads: element (unit, input) lies at
+ * packed_offset[input] + unit * packed_unit_stride. In the transposed one, which pairs units, it lies at
+ * transposed_offset[input] + unit / transposed_pair * transposed_unit_stride + unit % transposed_pair. */
 typedef struct {
-    int64_t units, inputs;          /* of the weight, seen as a matrix */
-    int64_t normalized;             /* 1: w = g v / |v|; 0: w is trained, and v stands for it */
-    int64_t low;                    /* 1: the working weight is bfloat16, 0: float32 */
-    int64_t low_gradient;           /* the same of its gradient and of the bias's */
-    int64_t low_kept;               /* the same of the gradient of v */
-    int64_t unit_step, gradient_unit_step, back_unit_step, back_pair;
-    float factor;                   /* the working weight is w * factor */
-    const int32_t *place;           /* of the working weight; NULL: as it is, units one after the other */
-    const int32_t *back_place;      /* of the second one */
-    const int32_t *gradient_place;  /* of the gradient; NULL likewise */
-    float *v, *v_mean, *v_max;      /* trained: values and moments */
-    float *g, *g_mean, *g_max;
-    float *b, *b_mean, *b_max;
-    float *g_gradient;              /* written */
-    void *v_gradient;               /* written; NULL: it takes the place of the working weight's, if it has one */
-    float *norm;                    /* |v| of each unit */
-    void *work, *bias;              /* what the passes compute with; without a bias they take b */
-    void *back;                     /* a second working weight for the pass back to a layer's input; may be NULL */
-    void *gradient, *bias_gradient; /* of these */
-} Layer;
+    int64_t units, inputs;
+    int64_t weight_normalized;         /* 1: w = g v / |v| for each unit; 0: w = v */
+    int64_t packed_bfloat16;           /* 1: the packed weight is bfloat16; 0: float32 */
+    int64_t gradient_bfloat16;         /* the same for packed_gradient and bias_gradient */
+    int64_t v_gradient_bfloat16;       /* the same for v_gradient */
+    int64_t packed_unit_stride, gradient_unit_stride, transposed_unit_stride, transposed_pair;
+    float input_scale;                 /* the packed weight is w * input_scale: 1 / 255 where inputs are pixels */
+    const int32_t *packed_offset;      /* (inputs); NULL: the inputs of a unit in their order */
+    const int32_t *transposed_offset;  /* (inputs) */
+    const int32_t *gradient_offset;    /* (inputs), of packed_gradient; NULL: in their order */
+    float *v, *v_exp_avg, *v_exp_inf;  /* (units, inputs) */
+    float *g, *g_exp_avg, *g_exp_inf;  /* (units) */
+    float *b, *b_exp_avg, *b_exp_inf;  /* (units) */
+    float *g_gradient;                 /* (units), written */
+    void *v_gradient;                  /* (units, inputs), written; NULL: over packed_gradient, if there is one */
+    float *norm;                       /* (units): |v| */
+    void *packed, *packed_bias;        /* without packed_bias kernels read b */
+    void *transposed;                  /* packed for the gradient by the layer's input; may be NULL */
+    void *packed_gradient, *bias_gradient; /* by the packed weight and by b */
+} TrainedLayer;
 
 typedef struct {
-    float rate, beta1, beta2, eps;
-} Adamax;
+    int64_t in_height, in_width, in_channels; /* the first layer's input positions are blocks of pixels */
+    int64_t kernel, stride;
+    int64_t out_height, out_width, out_channels;
+} ConvShape;
 
-static inline float widened(uint16_t low) {
-    uint32_t bits = (uint32_t)low << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
+typedef struct {
+    int64_t precision;                        /* of the hidden layers, a Precision */
+    int64_t convolutions;
+    ConvShape convolution[MAX_CONVOLUTIONS];
+    int64_t frames;                           /* of an observation */
+    int64_t block;                            /* pixels on a side of a block, the first layer's stride */
+    int64_t flat, hidden, actions;            /* features after the convolutions, hidden units, Q-values */
+    int64_t max_activation;                   /* numbers in the largest activation, zero border included */
+    int64_t max_positions;                    /* entries in a list of output positions of two observations */
+    int64_t workspace_bytes;                  /* of each thread */
+} NetworkShape;
 
-static inline uint16_t rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return value != value ? 0x7fc0u : (uint16_t)even;
-}
+/* One network's forward pass over `batch` observations. */
+typedef struct {
+    const int32_t *conv_weight[MAX_CONVOLUTIONS];  /* words (kernel, kernel, in_channels / pair, out_channels) */
+    const float *conv_bias[MAX_CONVOLUTIONS];      /* (out_channels) */
+    const void *hidden_weight;                     /* elements (hidden, flat) */
+    const float *hidden_bias;                      /* (hidden) */
+    const float *output_weight, *output_bias;      /* (actions, hidden), (actions) */
+    const uint8_t *frames;                         /* (any, height, width) */
+    const int64_t *frame_indices;                  /* (batch, frames), rows frame_index_stride apart */
+    int64_t frame_index_stride, batch;
+    /* Saved for the backward pass, if not NULL: each layer's input, words (batch / pair, positions, in_channels)
+     * that pair observations. The last is the hidden layer's, (batch / pair, flat). */
+    int32_t *saved_input[MAX_CONVOLUTIONS + 1];
+    uint64_t *nonzero_blocks;                      /* (batch / pair, in_height): bit x is set where block x of the first
+                                                      input has a nonzero pixel; other blocks of saved_input[0] are not
+                                                      written */
+    void *flat;                                    /* elements (batch, flat) */
+    float *hidden, *q_values;                      /* (batch, hidden), (batch, actions) */
+} ForwardArgs;
 
-/* Step what is trained of one unit on `row`, the gradient of w in its order, which is overwritten. */
-void step_trained(const Layer *layer, int64_t unit, float *row, const Adamax *adamax);
-/* By what v is multiplied in the working weight of a unit; leaves |v|. */
-float scale_of(const Layer *layer, int64_t unit);
-/* Step one unit, as step_trained, and make its working weight anew. */
-void step_unit(const Layer *layer, int64_t unit, float *row, const Adamax *adamax);
-/* The same on the gradient that lies in the layer; `row` is room for it. */
-void step_gathered(const Layer *layer, int64_t unit, float *row, const Adamax *adamax);
-/* Write `size` lines of each uint8 frame, from `start` on, as blocks of `size` x `size` pixels: (across, channels). */
-void pack_strip(const uint8_t *const *frames, int64_t start, int64_t stack, int64_t width, int64_t size, int64_t low,
-                void *packed);
+/* The backward pass after a ForwardArgs: all gradients of convolutions are by the sums before bias and ReLU. */
+typedef struct {
+    const int32_t *transposed_weight[MAX_CONVOLUTIONS]; /* words (stride, stride, taps, taps, out_channels / pair,
+                                                           in_channels), the taps in reverse order; taps =
+                                                           kernel / stride. NULL for the first layer */
+    const float *q_gradient;                       /* (batch, actions): dL/dQ */
+    void *hidden_gradient;                         /* elements (batch, hidden): by the hidden layer's sums */
+    int32_t *hidden_gradient_pairs;                /* the same as words (batch / pair, hidden) that pair observations */
+    float *flat_gradient;                          /* (batch, flat): by the hidden layer's input */
+    int32_t *conv_gradient[MAX_CONVOLUTIONS];      /* words (batch / pair, positions, out_channels) */
+    float *weight_gradient[MAX_CONVOLUTIONS];      /* (kernel, kernel, in_channels, out_channels) */
+    float *bias_gradient[MAX_CONVOLUTIONS];        /* (out_channels) */
+} BackwardArgs;
+
+/* What replay keeps of its `capacity` entries; their frames are ForwardArgs.frames, with a black one at `capacity`. */
+typedef struct {
+    const int64_t *entry_of;                       /* (capacity): entry of each transition index, modulo `capacity` */
+    const uint8_t *age;                            /* (capacity): earlier frames of the same episode */
+    const uint8_t *actions, *terminals;            /* (capacity) each */
+    const float *rewards;                          /* (capacity) */
+    int64_t capacity, num_envs, frames;            /* entries of one environment are num_envs apart */
+} ReplayStorage;
+
+/* The rest of a minibatch of transitions, and the loss. */
+typedef struct {
+    int64_t *frame_indices;    /* (batch, frames + 1): of both observations; unused without a ReplayStorage */
+    int64_t *actions;          /* (batch) each */
+    float *rewards;
+    uint8_t *terminals;
+    float *q_gradient;         /* (batch, actions), written: dL/dQ */
+    double *sums;              /* (3): the means of loss, |TD error| and Q-value are added */
+    double *stage_seconds;     /* (3): the time of gathering, forward pass and loss, backward pass and step */
+    float gamma, reward_clip;  /* reward_clip 0: rewards are not clipped */
+    int64_t mean;              /* 1: the loss is the mean over the minibatch; 0: the sum */
+    int64_t allow_nonfinite;   /* 1: an update with a loss that is not finite is made too */
+} TDLossArgs;
 #endif

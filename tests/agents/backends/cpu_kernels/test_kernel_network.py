@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from agents.backends.cpu_kernels import kernel_network as passes
-from agents.backends.cpu_kernels import loader as native
-from agents.backends.cpu_kernels.kernel_network import CompiledNetwork
-from agents.backends.cpu_kernels.packed_network import FusedAdamax, FusedNetwork
+from agents.backends.cpu_kernels import layouts, loader
+from agents.backends.cpu_kernels.adamax import FusedAdamax
+from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cpu_kernels.packed_network import PackedNetwork
+from agents.backends.cpu_kernels.workspace import MAX_CACHED_SIZES
 from tests.carried import Carried, carried
+from tests.kernel_networks import mostly_black, networks
 from tests.vectors import needs_passes
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
@@ -27,20 +29,20 @@ from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_a
 from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
 
 CPU = torch.device("cpu")
-LIBRARY = native.load()
+LIBRARY = loader.load()
 PRECISIONS = [pytest.param(getattr(torch, name), marks=needs_passes(name), id=name) for name in ("float32", "bfloat16")]
 
 
-def units_on(compiled: CompiledNetwork, batch: int) -> list[Tensor]:
+def units_on(compiled: KernelNetwork, batch: int) -> list[Tensor]:
     """Which units of each hidden layer were not at rest in the latest pass that a step can follow: bool, by layer."""
-    room = compiled._room(batch, True)
+    room = compiled.workspace.activations_for(batch, True)
     found = []
-    for conv, words in zip(compiled.convolutions, room.seen[1:-1], strict=False):
+    for conv, words in zip(compiled.convolutions, room.saved_inputs[1:-1], strict=False):
         # (groups, pixels, units, observations of a group)
-        values = words.view(compiled.precision).view(len(words), conv.down, conv.across, conv.units, -1)
+        values = words.view(compiled.precision).view(len(words), conv.out_height, conv.out_width, conv.out_channels, -1)
         found.append(values.permute(0, 4, 3, 1, 2).flatten(0, 1)[:batch] != 0)
     last = compiled.convolutions[-1]
-    return [*found, room.flat.view(batch, last.units, last.down, last.across) != 0, room.hidden != 0]
+    return [*found, room.flat.view(batch, last.out_channels, last.out_height, last.out_width) != 0, room.hidden != 0]
 
 
 def by_hand(
@@ -83,41 +85,13 @@ def gradient(network: QNetwork) -> Tensor:
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-@st.composite
-def networks(draw: st.DrawFn) -> QNetworkSpec:
-    """Small networks that the passes can compute; the first layer's blocks are 4 × 4 pixels of 1 to 4 frames."""
-    layers = [(draw(st.sampled_from([16, 32, 48])), 4 * draw(st.integers(1, 2)), 4)]
-    size = draw(st.integers(5, 9))
-    down = size - layers[0][1] // 4 + 1
-    for _ in range(draw(st.integers(0, 2))):
-        choices = [
-            (kernel, stride)
-            for kernel in (1, 2, 3, 4)
-            for stride in (1, 2)
-            if kernel <= down and kernel % stride == 0 == down % stride and (down - kernel) % stride == 0
-        ]
-        kernel, stride = draw(st.sampled_from(choices))
-        layers.append((draw(st.sampled_from([16, 64, 80])), kernel, stride))
-        down = (down - kernel) // stride + 1
-    spec = QNetworkSpec(
-        draw(st.integers(1, 18)),
-        draw(st.sampled_from(["standard", "wn"])),
-        observation_shape=(draw(st.integers(1, 4)), 4 * size, 4 * size),
-        convolutions=tuple(layers),
-        hidden_units=draw(st.sampled_from([16, 48])),
-    )
-    # The dense layer's inputs are taken 32 at a time.
-    wide = spec.flat_features() % 32 == 0
-    return spec if wide else replace(spec, convolutions=(*layers[:-1], (64, *layers[-1][1:])))
-
-
-def both(spec: QNetworkSpec, precision: torch.dtype) -> tuple[CompiledNetwork, FusedNetwork]:
+def both(spec: QNetworkSpec, precision: torch.dtype) -> tuple[KernelNetwork, PackedNetwork]:
     assert not isinstance(LIBRARY, str)
     network = build_q_network(spec, seed=1)
-    assert passes.unsupported(network, LIBRARY, precision) == ""
+    assert layouts.unsupported(network, LIBRARY, precision) == ""
     return (
-        CompiledNetwork(network, LIBRARY, precision=precision),
-        FusedNetwork(copy.deepcopy(network), LIBRARY, precision=precision),
+        KernelNetwork(network, LIBRARY, precision=precision),
+        PackedNetwork(copy.deepcopy(network), LIBRARY, precision=precision),
     )
 
 
@@ -137,8 +111,8 @@ def test_values_gradients_and_steps_are_those_of_torch(
     slopes = torch.randn(batch, spec.num_actions, generator=generator)
     optimizer = FusedAdamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
     compiled.refresh()
-    target = compiled.working_copy(fold(copy.deepcopy(compiled.network)))
-    *found, seen = compiled.compare(target, minibatch)
+    target = compiled.pack_network(fold(copy.deepcopy(compiled.network)))
+    *found, seen = compiled.forward_both(target, minibatch)
     network = copy.deepcopy(compiled.network)
     of_both = ((x[batch:], None), (x[:batch], units_on(compiled, batch)))
     for ours, (frames, on) in zip(found, of_both, strict=True):
@@ -158,7 +132,7 @@ def test_values_gradients_and_steps_are_those_of_torch(
     if precision is torch.float32:
         steps = FusedAdamax(plain, 1e-3, (0.5, 0.999), 1e-8)
         plain.refresh()
-        plain.backward(plain.compare(plain.working_copy(fold(copy.deepcopy(plain.network))), minibatch)[2], slopes)
+        plain.backward(plain.forward_both(plain.pack_network(fold(copy.deepcopy(plain.network))), minibatch)[2], slopes)
         steps.step()
         for ours, theirs in zip(compiled.network.parameters(), plain.network.parameters(), strict=True):
             # The first step of Adamax is the sign of a gradient, so one that is nearly zero may go either way.
@@ -167,14 +141,6 @@ def test_values_gradients_and_steps_are_those_of_torch(
     expected, size = by_hand(compiled.network, x, precision)
     furthest = float((compiled.q_values(x) - expected.detach()).abs().max())
     assert furthest < (1e-5 if precision is torch.float32 else 3e-3) * size
-
-
-def mostly_black(shape: tuple[int, ...], lit: float, generator: torch.Generator, filled: float = 1.0) -> Tensor:
-    """Noise, uint8 (B, C, H, W), in about the share ``lit`` of blocks of 4 × 4 pixels, and there in that of pixels."""
-    noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    blocks = torch.rand((shape[0], 1, shape[2] // 4, shape[3] // 4), generator=generator) < lit
-    pixels = torch.rand(shape, generator=generator) < filled
-    return noise * pixels * blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
 def large(convolutions: tuple[tuple[int, int, int], ...] = (), *shape: int) -> QNetworkSpec:
@@ -221,20 +187,20 @@ def compare_with_all_visited(
 ) -> None:
     """Two steps give the same bits, up to the sign of a zero, as with a build that leaves nothing out."""
     leaving_out, _ = both(spec, precision)
-    whole = native.load("VISIT_ALL")
+    whole = loader.load("VISIT_ZERO_BLOCKS")
     assert not isinstance(whole, str)
-    visiting_all = CompiledNetwork(copy.deepcopy(leaving_out.network), whole, precision=precision)
+    visiting_all = KernelNetwork(copy.deepcopy(leaving_out.network), whole, precision=precision)
     found = []
     for compiled in (leaving_out, visiting_all):
         generator = torch.Generator().manual_seed(seed)
         optimizer = FusedAdamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
         compiled.refresh()
-        target = compiled.working_copy(fold(copy.deepcopy(compiled.network)))
+        target = compiled.pack_network(fold(copy.deepcopy(compiled.network)))
         seen = []
         for _ in range(2):  # the second in memory that holds what the first left
             x = mostly_black((2 * batch, *spec.observation_shape), lit, generator, filled)
             nothing = torch.zeros(batch)
-            *q_values, room = compiled.compare(target, Minibatch(x[:batch], nothing, nothing, x[batch:], nothing))
+            *q_values, room = compiled.forward_both(target, Minibatch(x[:batch], nothing, nothing, x[batch:], nothing))
             compiled.backward(room, torch.randn(batch, spec.num_actions, generator=generator))
             optimizer.step()
             optimizer.write_gradients()
@@ -287,22 +253,22 @@ def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -
 def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, reward_clip: float) -> None:
     agent = made(precision, loss_reduction=reduction, reward_clip=reward_clip)
     compiled = agent.network
-    assert isinstance(compiled, CompiledNetwork)
+    assert isinstance(compiled, KernelNetwork)
     assert isinstance(agent.optimizer, FusedAdamax)
     sizes = []
     for number in range(3):
         batch = drawn(number)
         with torch.no_grad():
             direction_and_scale(agent.q_network.output)[1].mul_(5.0)  # errors on both sides of 1
-            next_q_values, q_values, _ = compiled.compare(agent._packed_target(), batch)
+            next_q_values, q_values, _ = compiled.forward_both(agent._packed_target(), batch)
         leaf = q_values.clone().requires_grad_(True)
         losses, error, value = agent.td_loss_of(batch, leaf, next_q_values)
         loss = losses.sum() if reduction == "sum" else losses.mean()
         loss.backward()  # type: ignore[no-untyped-call]
         steps = agent.optimizer.next_steps(1)
-        _, found = compiled.learn(agent._packed_target(), batch, agent._loss, *steps)
-        assert compiled._call is not None
-        torch.testing.assert_close(compiled._call.q_gradient, leaf.grad, rtol=1e-6, atol=0)
+        _, found = compiled.update(agent._packed_target(), batch, agent._loss, *steps)
+        assert compiled._prepared is not None
+        torch.testing.assert_close(compiled._prepared.q_gradient, leaf.grad, rtol=1e-6, atol=0)
         assert found == pytest.approx(float(loss.detach()), rel=1e-5)
         expected = torch.stack([losses.mean(), error.abs().mean(), value.mean()]).tolist()
         assert agent.statistics.sums.tolist() == pytest.approx(expected, rel=1e-5)
@@ -377,15 +343,15 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
     first, second = made(precision), made(precision)
     for agent in (first, second):
         compiled, batch = agent.network, drawn(0)
-        assert isinstance(compiled, CompiledNetwork)
+        assert isinstance(compiled, KernelNetwork)
         assert isinstance(batch, DrawnMinibatch)
         agent.update(batch)
         if agent is first:
             for size in (3, 40):
                 numbers = batch.numbers[:1].expand(size)
-                *_, seen = compiled.compare(agent._packed_target(), DrawnMinibatch(batch.kept, numbers))
+                *_, seen = compiled.forward_both(agent._packed_target(), DrawnMinibatch(batch.kept, numbers))
                 compiled.backward(seen, torch.zeros(size, 4))
-                compiled._make_back(torch.zeros(size, 4))
+                compiled._backward_args(torch.zeros(size, 4))
         agent.update(drawn(1))
     for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -395,10 +361,10 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
 def test_a_step_leaves_the_working_weights_that_are_made_of_what_is_trained(precision: torch.dtype) -> None:
     agent = made(precision)
     compiled = agent.network
-    assert isinstance(compiled, CompiledNetwork)
+    assert isinstance(compiled, KernelNetwork)
     for number in range(2):
         agent.update(drawn(number))
-    kept = [*compiled.working.weights, *(weight for weight in compiled._back_weights if weight is not None)]
+    kept = [*compiled.packed.weights, *(weight for weight in compiled.transposed_weights if weight is not None)]
     assert len(kept) == 7
     stepped = [tensor.clone() for tensor in kept]
     for tensor in kept:
@@ -418,17 +384,17 @@ def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: t
     for count in (*range(1, 31), 9):
         found = agent.q_values(x.repeat(4, 1, 1, 1)[:count])
         assert torch.equal(found[:9], expected[:count])
-    assert isinstance(agent.network, CompiledNetwork)
-    assert len(agent.network._rooms) <= passes.MOST_ROOMS + 1  # and the update's
+    assert isinstance(agent.network, KernelNetwork)
+    assert len(agent.network.workspace.activations) <= MAX_CACHED_SIZES + 1  # and the update's
     assert agent.gradient_norm() == norm
 
 
 def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_can() -> None:
     network = build_q_network(QNetworkSpec(4, "wn"), seed=0)
-    if isinstance(LIBRARY, str) or not hasattr(LIBRARY, "forward_float32"):
+    if isinstance(LIBRARY, str) or not loader.supports(LIBRARY, torch.float32):
         pytest.skip("no compiler, or no vectors of 512 bits")
-    assert passes.unsupported(network, LIBRARY, torch.float32) == ""
-    assert isinstance(made(torch.float32).network, CompiledNetwork)
+    assert layouts.unsupported(network, LIBRARY, torch.float32) == ""
+    assert isinstance(made(torch.float32).network, KernelNetwork)
 
 
 @pytest.mark.parametrize(
@@ -444,10 +410,10 @@ def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_
     ],
 )
 def test_what_the_passes_cannot_compute_is_said(changes: dict[str, object], reason: str) -> None:
-    if isinstance(LIBRARY, str) or not hasattr(LIBRARY, "forward_float32"):
+    if isinstance(LIBRARY, str) or not loader.supports(LIBRARY, torch.float32):
         pytest.skip("no compiler, or no vectors of 512 bits")
     network = build_q_network(QNetworkSpec(4, **changes), seed=0)  # type: ignore[arg-type]
-    assert reason in passes.unsupported(network, LIBRARY, torch.float32)
+    assert reason in layouts.unsupported(network, LIBRARY, torch.float32)
 
 
 def made(precision: torch.dtype, **changes: object) -> Carried:

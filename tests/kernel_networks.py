@@ -1,0 +1,47 @@
+"""Small networks that the C kernels can compute, and observations with blocks of zero pixels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wn_rl.networks import QNetworkSpec
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> QNetworkSpec:
+    """Small networks that the kernels can compute; the first layer's blocks are 4 × 4 pixels of 1 to 4 frames."""
+    layers = [(draw(st.sampled_from([16, 32, 48])), 4 * draw(st.integers(1, 2)), 4)]
+    size = draw(st.integers(5, 9))
+    down = size - layers[0][1] // 4 + 1
+    for _ in range(draw(st.integers(0, 2))):
+        choices = [
+            (kernel, stride)
+            for kernel in (1, 2, 3, 4)
+            for stride in (1, 2)
+            if kernel <= down and kernel % stride == 0 == down % stride and (down - kernel) % stride == 0
+        ]
+        kernel, stride = draw(st.sampled_from(choices))
+        layers.append((draw(st.sampled_from([16, 64, 80])), kernel, stride))
+        down = (down - kernel) // stride + 1
+    spec = QNetworkSpec(
+        draw(st.integers(1, 18)),
+        draw(st.sampled_from(["standard", "wn"])),
+        observation_shape=(draw(st.integers(1, 4)), 4 * size, 4 * size),
+        convolutions=tuple(layers),
+        hidden_units=draw(st.sampled_from([16, 48])),
+    )
+    # The dense layer's inputs are taken 32 at a time.
+    wide = spec.flat_features() % 32 == 0
+    return spec if wide else replace(spec, convolutions=(*layers[:-1], (64, *layers[-1][1:])))
+
+
+def mostly_black(shape: tuple[int, ...], lit: float, generator: torch.Generator, filled: float = 1.0) -> Tensor:
+    """Noise, uint8 (B, C, H, W), in about the share ``lit`` of blocks of 4 × 4 pixels, and there in that of pixels."""
+    noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    blocks = torch.rand((shape[0], 1, shape[2] // 4, shape[3] // 4), generator=generator) < lit
+    pixels = torch.rand(shape, generator=generator) < filled
+    return noise * pixels * blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
