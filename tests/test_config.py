@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wn_rl.config import (
@@ -162,6 +162,7 @@ anything = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(key=st.sampled_from(KEYS), value=anything)
+@example(key="learning_rates", value={"\n": 0.0})
 def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key: str, value: object) -> None:
     values = {entry.name: getattr(resolved(), entry.name) for entry in fields(TrainConfig)} | {key: value}
     try:

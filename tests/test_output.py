@@ -77,11 +77,15 @@ def test_a_reader_that_goes_away_costs_no_run(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_behind_the_output_costs_no_run() -> None:
+    refused = []
+
     class Full(io.StringIO):
         def write(self, text: str) -> int:
+            refused.append(text)
             raise OSError(28, "No space left on device")
 
     progress = Progress(100, stream=Full())
     progress.evaluation(4, EvaluationResult((Episode(1.0, 2),), 0.1))
     progress.say("more")
     progress.close()
+    assert refused  # it was written to, and each of these calls came back

@@ -13,6 +13,10 @@ class WnRlError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """Return the message on one line, whatever a name or a value that it quotes contains."""
+        return " ".join(super().__str__().splitlines())
+
 
 class UsageError(WnRlError):
     """The command, the configuration or an argument is wrong (exit code 2)."""
