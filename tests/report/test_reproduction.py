@@ -17,10 +17,9 @@ from wn_rl import cli
 from wn_rl.config import TrainConfig
 from wn_rl.errors import WnRlError
 from wn_rl.report import reproduction, reproduction_tables
-from wn_rl.report.generated import differing, fill
-from wn_rl.report.ladder import CELLS, GAMES, OTHER_CELLS, RUNGS, SEEDS, Cell, read_ladder
-from wn_rl.report.nnabla import nnabla_curve
-from wn_rl.report.references import public_curves
+from wn_rl.report.experiment_grid import CELLS, GAMES, OTHER_CELLS, RUNGS, SEEDS, Cell, read_ladder
+from wn_rl.report.published import nnabla_curve, public_curves
+from wn_rl.report.reproduction import differing, fill
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -108,10 +108,11 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError("--smooth belongs to --curves and --report")
     if wanted.report is not None or wanted.curves is not None:
         _check_plays_nothing(cli.given_flags(arguments))
-        from wn_rl.report import comparison, directory
+        from wn_rl.evaluation import comparison
+        from wn_rl.report import report_directory
 
         comparison.check_key(wanted.by)
-        return directory.report_command(
+        return report_directory.report_command(
             wanted.checkpoints,
             report=_path(wanted.report),
             curves_file=_path(wanted.curves),
@@ -120,9 +121,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
-    from wn_rl.evaluation import policies as trained  # late: --help and wrong words need no torch
-    from wn_rl.evaluation import scoring
-    from wn_rl.report import batch, comparison
+    from wn_rl.evaluation import comparison, scoring  # late: --help and usage errors need no torch
+    from wn_rl.evaluation import policies as trained
 
     comparison.check_key(wanted.by)
     trained.check_param(wanted.param, wanted.param_options)
@@ -138,21 +138,23 @@ def main(arguments: Sequence[str]) -> int:
         param_options=wanted.param_options,
     )
     paths = scoring.expand(wanted.checkpoints)
-    if wanted.replay_episode is not None and wanted.video is not None:
-        from wn_rl.report import training_episode
-
-        return training_episode.film_command(paths, wanted.replay_episode, Path(wanted.video))
     if wanted.video is not None or wanted.gif is not None:
-        from wn_rl.report import game_film
+        from wn_rl.video import episode_video
 
-        what = game_film.Wanted(wanted.pick, wanted.saliency, wanted.start, wanted.seconds)
+    if wanted.replay_episode is not None and wanted.video is not None:
+        return episode_video.training_video_command(paths, wanted.replay_episode, Path(wanted.video))
+    if wanted.video is not None or wanted.gif is not None:
+        what = episode_video.Wanted(wanted.pick, wanted.saliency, wanted.start, wanted.seconds)
         files = {"video_path": _path(wanted.video), "gif_path": _path(wanted.gif)}
-        return game_film.film_command(paths, game_film.one_game(how), what, **files)
+        return episode_video.film_command(paths, episode_video.one_game(how), what, **files)
     if wanted.export is not None:
         from wn_rl.evaluation import export
 
         return export.export_command(paths, how, *wanted.export)
-    return batch.score_and_report(paths, how, json=_path(wanted.json), csv=_path(wanted.csv), by=wanted.by)
+    from wn_rl.report import score_tables
+
+    files = {"json_file": _path(wanted.json), "csv_file": _path(wanted.csv)}
+    return score_tables.score_and_report(paths, how, by=wanted.by, **files)
 
 
 def _path(name: str | None) -> Path | None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree
 
 from wn_rl.errors import WnRlError
-from wn_rl.report.bands import Band, Curve, over_seeds
-from wn_rl.report.references import PAPER_SOURCE, ReferenceCurve
+from wn_rl.report.published import PAPER_SOURCE, ReferenceCurve
+from wn_rl.report.statistics import Band, Curve, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,19 +123,6 @@ def styles_of(groups: Sequence[str]) -> dict[str, Style]:
             colour, others = free[others % len(free)], others + 1
         styles[group] = Style(colour, DASHES[index % len(DASHES)], MARKERS[index % len(MARKERS)])
     return styles
-
-
-def in_order(groups: set[str]) -> list[str]:
-    """Return group labels in the order of every table and legend: the baseline first, numbers by size, then words."""
-
-    def key(group: str) -> tuple[bool, float, str]:
-        try:
-            number = float(group)
-        except ValueError:
-            number = math.inf
-        return group != "standard", number if number == number else math.inf, group
-
-    return sorted(groups, key=key)
 
 
 def check_installed() -> None:
@@ -335,3 +324,59 @@ def _legend_label(one: Series) -> str:
     label = label if len(label) <= 28 else f"{label[:27]}…"
     # matplotlib hides what begins with an underscore
     return f"{' ' if label.startswith('_') else ''}{label} (n = {len(one.curves)})"
+
+
+_SVG = "{http://www.w3.org/2000/svg}"
+_HREF = "{http://www.w3.org/1999/xlink}href"
+_NAMES = dict(
+    zip(
+        (*COLOURS.values(), *OTHER_COLOURS, INK, MUTED, GRID, BEHIND),
+        ("vermillion", "blue", "green", "purple", "orange", "sky", "black", "ink", "muted", "grid", "paper"),
+        strict=True,
+    )
+)
+THEME = {colour.lower(): f"var(--{name})" for colour, name in _NAMES.items()}
+"""What each colour of a figure is in the page's style sheet."""
+
+
+def inline_svg(svg: bytes, number: int, title: str, *, below: float = 0.0) -> str:
+    """Return an SVG file of :mod:`wn_rl.report.figures` as an element for an HTML page.
+
+    Args:
+        svg: the file.
+        number: of the figure, so that identifiers differ between the figures of a page.
+        title: what is read aloud in the picture's place.
+        below: height of the strip with the caption, inches; it is cut off, since the page has the caption as text.
+    """
+    root = ElementTree.fromstring(svg)  # noqa: S314 - matplotlib has just written it
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag == f"{_SVG}metadata" or child.get("id") == "caption":
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        for name, value in list(element.attrib.items()):
+            if name == "id":
+                element.set("id", f"f{number}-{value}")
+            elif name == _HREF:
+                del element.attrib[name]
+                element.set("href", f"#f{number}-{value[1:]}")
+            elif name in ("style", "fill", "stroke", "clip-path"):
+                element.set(name, _themed(value, number))
+    left, top, width, height = (float(part) for part in root.get("viewBox", "0 0 1 1").split())
+    words = ElementTree.Element("title", {"id": f"f{number}-title"})
+    words.text = title
+    root.insert(0, words)
+    root.attrib = {
+        "viewBox": f"{left:g} {top:g} {width:g} {height - 72 * below:g}",
+        "role": "img",
+        "aria-labelledby": f"f{number}-title",
+    }
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _themed(value: str, number: int) -> str:
+    value = re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: THEME.get(found[0].lower(), found[0]), value)
+    value = value.replace(f"fill: {PAPER}", "fill: none")  # what is behind the figure is the page
+    value = re.sub(r"font-family: [^;]*", "font-family: inherit", value)
+    return value.replace("url(#", f"url(#f{number}-")

@@ -16,14 +16,12 @@ from pathlib import Path
 from wn_rl import __version__
 from wn_rl.errors import Failure
 from wn_rl.layout import command
-from wn_rl.report.bands import Interval, meaning
-from wn_rl.report.curves import games_of, groups_of
-from wn_rl.report.diagnostics_panels import FINE_BINS
 from wn_rl.report.figures import plain
-from wn_rl.report.films import Film
+from wn_rl.report.learning_curves import FINE_BINS
 from wn_rl.report.published import SOURCES
-from wn_rl.report.results import RunResult, names_of
-from wn_rl.report.summary import LAST, GroupRow, differences, group_rows, last_mean, warnings
+from wn_rl.report.run_data import Film, RunResult, games_of, groups_of, names_of
+from wn_rl.report.run_tables import LAST, GroupRow, differences, group_rows, last_mean, warnings
+from wn_rl.report.statistics import Interval, meaning
 
 DATA = Path(__file__).parent / "data"
 GENERATOR = "wn_rl report"
@@ -42,7 +40,7 @@ class PageFigure:
     Attributes:
         game: that it is about.
         name: of its files, without the ending.
-        svg: the element, see :func:`wn_rl.report.inline_svg.inline`.
+        svg: the element, see :func:`wn_rl.report.figures.inline_svg`.
         caption: plain text.
     """
 

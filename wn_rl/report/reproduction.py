@@ -1,12 +1,13 @@
 """Rebuild tables and figures of docs/reproduction.md: ``python -m wn_rl.report.reproduction docs/results --out docs``.
 
-Prose is written by hand; what stands between two markers (:mod:`wn_rl.report.generated`) is made here, from the runs'
-files alone. ``--check`` writes nothing and fails where the page does not say what the files say.
+Prose is written by hand. What stands between the lines ``<!-- generated: NAME -->`` and ``<!-- end -->`` is generated
+from the runs' files alone. ``--check`` writes nothing and fails where the page does not say what the files say.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +15,74 @@ from pathlib import Path
 from wn_rl.atari.games import find_game
 from wn_rl.errors import WnRlError, one_line
 from wn_rl.report import figures
-from wn_rl.report.bands import Curve, meaning
+from wn_rl.report.experiment_grid import GAMES, Cell, Ladder, read_ladder
 from wn_rl.report.figures import Panel, Series
-from wn_rl.report.generated import differing, fill
-from wn_rl.report.ladder import GAMES, Cell, Ladder, read_ladder
-from wn_rl.report.references import PAPER_GAME
+from wn_rl.report.published import PAPER_GAME
 from wn_rl.report.reproduction_tables import blocks, cells_with_runs, figure_name, references_of, title
-from wn_rl.report.results import RunResult
+from wn_rl.report.run_data import RunResult
+from wn_rl.report.statistics import Curve, meaning
 from wn_rl.runs.directory import write_file
+
+_BEGIN = re.compile(r"^<!-- generated: ([\w-]+) -->$")
+_END = "<!-- end -->"
+
+
+def fill(page: str, blocks: Mapping[str, str]) -> str:
+    """Return the page with the content of every generated part replaced.
+
+    Args:
+        page: Markdown.
+        blocks: the content of each part by name, without the lines of the markers.
+
+    Raises:
+        WnRlError: a part has no end, stands in the page twice or not at all, or is none of ``blocks``.
+    """
+    lines: list[str] = []
+    seen: list[str] = []
+    inside = False
+    for number, line in enumerate(page.split("\n"), 1):
+        begin = _BEGIN.match(line)
+        if begin is not None:
+            name = begin[1]
+            if inside or name in seen:
+                raise WnRlError(f"line {number}: '{line}' stands inside another part, or a second time")
+            if name not in blocks:
+                raise WnRlError(f"line {number}: there is no part '{name}'; there are: {', '.join(blocks)}")
+            seen.append(name)
+            inside = True
+            lines += [line, "", *blocks[name].strip("\n").split("\n"), ""]
+        elif line == _END:
+            if not inside:
+                raise WnRlError(f"line {number}: '{line}' ends nothing")
+            inside = False
+        if not inside:
+            lines.append(line)
+    if inside:
+        raise WnRlError(f"part '{seen[-1]}' has no end: add a line '{_END}'")
+    if missing := [name for name in blocks if name not in seen]:
+        raise WnRlError(f"the page has no part '{missing[0]}': add a line '<!-- generated: {missing[0]} -->'")
+    return "\n".join(lines)
+
+
+def differing(old: str, new: str) -> list[str]:
+    """Return the names of the parts in which two pages with the same markers differ."""
+    return [name for name, text in _parts(new).items() if _parts(old).get(name) != text]
+
+
+def _parts(page: str) -> dict[str, str]:
+    parts: dict[str, str] = {}
+    name: str | None = None
+    for line in page.split("\n"):
+        begin = _BEGIN.match(line)
+        if begin is not None:
+            name = begin[1]
+            parts[name] = ""
+        elif line == _END:
+            name = None
+        elif name is not None:
+            parts[name] += line + "\n"
+    return parts
+
 
 PAGE = "reproduction.md"
 WIDTH, HEIGHT = 6.4, 4.0

@@ -7,12 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 
 from wn_rl.errors import WnRlError
-from wn_rl.report.bands import interval, meaning
-from wn_rl.report.ladder import CELLS, GAMES, OTHER_CELLS, RUNGS, SEEDS, Cell, Ladder, Rung, score_at
-from wn_rl.report.nnabla import nnabla_curve
-from wn_rl.report.published import PUBLISHED
-from wn_rl.report.references import PAPER_GAME, ReferenceCurve, paper_curves, public_curves
-from wn_rl.report.results import RunResult
+from wn_rl.report.experiment_grid import CELLS, GAMES, OTHER_CELLS, RUNGS, SEEDS, Cell, Ladder, Rung, score_at
+from wn_rl.report.published import PAPER_GAME, PUBLISHED, ReferenceCurve, nnabla_curve, paper_curves, public_curves
+from wn_rl.report.run_data import RunResult
+from wn_rl.report.statistics import interval, meaning
 
 PROVENANCE = "provenance.json"
 """Beside a run's files: {"commit": …} of the code that trained it, a list where later code resumed it."""

@@ -9,8 +9,23 @@ import pytest
 from ale_py import Action
 
 from wn_rl.atari.games import game_names
-from wn_rl.report.font import ADVANCE, GLYPHS, HEIGHT, draw_text, text_width
-from wn_rl.report.panel import ABOVE, BELOW, CHOSEN, RANDOM, WIDTH, Panel, Picture, Scale, State, title_of
+from wn_rl.video.q_value_panel import (
+    ABOVE,
+    ADVANCE,
+    BELOW,
+    CHOSEN,
+    GLYPH_HEIGHT,
+    GLYPHS,
+    RANDOM,
+    WIDTH,
+    Panel,
+    Picture,
+    Scale,
+    State,
+    draw_text,
+    text_width,
+    title_of,
+)
 
 ACTIONS = [Action(number).name for number in range(18)]
 
@@ -97,7 +112,7 @@ def test_every_action_set_fits(count: int, height: int) -> None:
     # The last row's mark stands whole above the margin.
     marked = np.flatnonzero((picture[:, 2] == CHOSEN).all(1))
     assert marked[-1] < height - 4
-    assert len(marked) >= HEIGHT + 1
+    assert len(marked) >= GLYPH_HEIGHT + 1
     name, number = text_width(max(names, key=len)), text_width("−12.34")
     assert 6 + name + 4 + 20 < WIDTH - 6 - number
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from wn_rl.errors import WnRlError
-from wn_rl.report import references
-from wn_rl.report.diagnostics_panels import binned
-from wn_rl.report.results import find_runs, names_of, read_run, read_runs
+from wn_rl.report import published
+from wn_rl.report.learning_curves import binned
+from wn_rl.report.run_data import find_runs, names_of, read_run, read_runs
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 WN = RESULTS / "quick" / "Breakout-wn-quick-s1"
@@ -138,7 +138,7 @@ def test_training_games_are_averaged_by_stretches_of_frames() -> None:
 
 
 def test_the_papers_curve_and_the_public_ones() -> None:
-    normal, wn = references.paper_curves()
+    normal, wn = published.paper_curves()
     # Row "1.0,123.5,154.3,179.0,277.8": one epoch is a million emulator frames, the score the middle of the line.
     at = normal.frames.tolist().index(1e6)
     assert (normal.low[at], normal.high[at], normal.mean[at]) == (123.5, 154.3, pytest.approx(138.9))
@@ -147,12 +147,12 @@ def test_the_papers_curve_and_the_public_ones() -> None:
     assert normal.high.max() == pytest.approx(1779, abs=15)
     assert wn.high.max() == pytest.approx(2179, abs=15)
     assert normal.frames[-1] <= 200e6
-    nnabla = references.public_curves("Breakout")[0]
+    nnabla = published.public_curves("Breakout")[0]
     assert nnabla.label.startswith("nnabla-rl")
     assert (nnabla.frames[1], nnabla.mean[1], nnabla.low[1], nnabla.high[1]) == (2e6, 3.73, 1.29, 5.64)
-    assert references.public_curves("Tetris") == ()
+    assert published.public_curves("Tetris") == ()
     for game in ("Breakout", "SpaceInvaders", "Seaquest", "Enduro", "Pong"):
-        for curve in references.public_curves(game):
+        for curve in published.public_curves(game):
             assert (np.diff(curve.frames) > 0).all()
             assert ((curve.low <= curve.mean) & (curve.mean <= curve.high)).all()
 

@@ -112,6 +112,19 @@ def over_seeds(curves: Sequence[Curve]) -> Band:
     return Band(grid, mean, low, high, len(curves))
 
 
+def binned(frames: Array, values: Array, longest: float, count: int) -> Curve | None:
+    """Return the mean of ``values`` in each of ``count`` stretches of (0, longest] that has any, at its middle.
+
+    None where there are no values. A value at the very end belongs to the last stretch, one at 0 to the first.
+    """
+    if not len(frames):
+        return None
+    bins = np.clip(np.ceil(frames * (count / longest)).astype(np.int64) - 1, 0, count - 1)
+    found, place = np.unique(bins, return_inverse=True)
+    means: Array = np.bincount(place, values) / np.bincount(place)
+    return Curve((found.astype(np.float64) + 0.5) * (longest / count), means)
+
+
 def t_quantile(degrees: int) -> float:
     """Return the t that a Student-t variable exceeds in size with probability 5%.
 

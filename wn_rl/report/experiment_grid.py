@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wn_rl.config import TrainConfig, load, recorded, resolve
 from wn_rl.errors import WnRlError
-from wn_rl.report.results import RunResult, read_run
+from wn_rl.report.run_data import RunResult, read_run
 from wn_rl.runs.directory import RunDirectory
 
 PRESET = "paper"

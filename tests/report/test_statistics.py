@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from wn_rl.report.bands import Curve, interval, meaning, over_seeds, t_quantile
+from wn_rl.report.statistics import Curve, interval, meaning, over_seeds, t_quantile
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 

@@ -12,8 +12,8 @@ import evaluate
 from agents.dqn import DQN
 from tests.small_runs import tiny
 from wn_rl.errors import CheckpointError, UsageError, WnRlError
-from wn_rl.report.training_episode import training_episode
 from wn_rl.training.session import train
+from wn_rl.video.recorded_episodes import training_episode
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.25], ids=["plain", "sticky"])

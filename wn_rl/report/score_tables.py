@@ -6,16 +6,17 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from wn_rl import cli
 from wn_rl.atari.games import find_game
-from wn_rl.errors import Failure
-from wn_rl.evaluation.scoring import Score
+from wn_rl.errors import Failure, WnRlError
+from wn_rl.evaluation.comparison import Comparison, Summary, compare
+from wn_rl.evaluation.scoring import How, Score, score_many
 from wn_rl.evaluation.statistics import Estimate
-from wn_rl.report.comparison import Comparison, Summary
 from wn_rl.report.published import PUBLISHED, SOURCES
 from wn_rl.runs.directory import versions, write_file
 
@@ -292,3 +293,67 @@ def _print(table: Any) -> None:  # noqa: ANN401 - rich is imported where it is n
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)
+
+
+def score_and_report(
+    paths: Sequence[Path], how: How, *, json_file: Path | None = None, csv_file: Path | None = None, by: str = "param"
+) -> int:
+    """Score every path, print tables, write files; return the exit code.
+
+    Files are written after each score, so that an interruption loses none; where nothing could be scored, the JSON file
+    says why, in the form of several paths. What fails is one line on standard error;
+    the others are still scored, and the exit code is that of the failure, or 1 where several paths were given. A file
+    that cannot be written is tried again after each score.
+
+    Args:
+        paths: see :func:`wn_rl.evaluation.scoring.expand`.
+        how: to score them.
+        json_file: file for every episode of every score.
+        csv_file: file for one row a score.
+        by: configuration key whose values are the groups that are compared.
+    """
+    scores: list[Score] = []
+    failures: list[Failure] = []
+    unwritten: dict[Path, str] = {}
+    comparison = Comparison()
+
+    def write() -> None:
+        if json_file is not None and scores:
+            value = as_json(scores[0]) if len(paths) == 1 else comparison_as_json(scores, failures, comparison, by)
+            _attempt(json_file, lambda file: write_json(file, value), unwritten)
+        if csv_file is not None and scores:
+            _attempt(csv_file, lambda file: write_csv(file, scores), unwritten)
+
+    try:
+        for outcome in score_many(paths, how):
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+                cli.complain(outcome.message)
+            else:
+                scores.append(outcome)
+                comparison = compare(scores, by)
+                if len(paths) > 1:
+                    print(
+                        f"{outcome.trained.path}: {outcome.interval} ({len(outcome.result.episodes)} games)", flush=True
+                    )
+            write()
+        if json_file is not None and not scores:  # a script that waits for the file reads why it holds no score
+            nothing = comparison_as_json([], failures, comparison, by)
+            _attempt(json_file, lambda file: write_json(file, nothing), unwritten)
+    finally:  # Ctrl-C too: what was played is shown
+        if scores:
+            print_scores(scores)
+            print_comparison(comparison, by)
+    for problem in (*comparison.problems, *unwritten.values()):
+        cli.complain(problem)
+    if failures:
+        return failures[0].exit_code if len(paths) == 1 else 1
+    return 1 if comparison.problems or unwritten else 0
+
+
+def _attempt(file: Path, write: Callable[[Path], None], unwritten: dict[Path, str]) -> None:
+    try:
+        write(file)
+        unwritten.pop(file, None)
+    except WnRlError as error:
+        unwritten[file] = str(error)

@@ -23,10 +23,10 @@ from wn_rl.evaluation.episodes import EvaluationProtocol
 from wn_rl.evaluation.episodes import evaluate as score
 from wn_rl.evaluation.policies import Trained
 from wn_rl.networks import QNetworkSpec, build_q_network
-from wn_rl.report import game_film, saliency
-from wn_rl.report.game_film import Film
-from wn_rl.report.panel import WIDTH
-from wn_rl.report.played_game import PlayedGame, Recorder, play
+from wn_rl.video import episode_video, saliency
+from wn_rl.video.episode_video import Film
+from wn_rl.video.q_value_panel import WIDTH
+from wn_rl.video.recorded_episodes import PlayedGame, Recorder, play
 
 SaveCheckpoint = Callable[..., Path]
 
@@ -178,12 +178,12 @@ def test_which_of_the_games() -> None:
     games = [made_up([float(points)]) for points in (3, 9, 1, 9, 5)]
     for index, game in enumerate(games):
         game.index = index
-    assert game_film._pick(games, "best") is games[1]
-    assert game_film._pick(games, "median") is games[4]
-    assert game_film._pick(games[:4], "median") is games[0]
-    assert game_film._pick(games, "4") is games[3]
+    assert episode_video._pick(games, "best") is games[1]
+    assert episode_video._pick(games, "median") is games[4]
+    assert episode_video._pick(games[:4], "median") is games[0]
+    assert episode_video._pick(games, "4") is games[3]
     with pytest.raises(UsageError, match="only 5 games"):
-        game_film._pick(games, "6")
+        episode_video._pick(games, "6")
 
 
 def test_a_game_that_comes_out_otherwise_is_told() -> None:
@@ -307,6 +307,6 @@ def test_several_networks_make_no_film(run: Path, save_checkpoint: SaveCheckpoin
 
 def test_without_the_encoder_nothing_is_played(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setattr(game_film, "play", lambda *_, **__: pytest.fail("it played"))
+    monkeypatch.setattr(episode_video, "play", lambda *_, **__: pytest.fail("it played"))
     with pytest.raises(WnRlError, match=r'pip install "wn_rl\[video\]"'):
         evaluate.main([str(run), "--video", str(tmp_path / "x.mp4")])

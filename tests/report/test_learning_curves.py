@@ -12,9 +12,9 @@ import pytest
 
 import evaluate
 from wn_rl import cli
-from wn_rl.report import bands, curves, figures, results
+from wn_rl.report import figures, learning_curves, run_data, statistics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = sorted((ROOT / "docs" / "results" / "quick").iterdir())
 LITERAL = sorted((ROOT / "docs" / "results" / "output_init").iterdir())
 
@@ -34,7 +34,7 @@ def words(svg: Path) -> str:
 
 
 def test_a_curve_is_what_the_csv_says_and_is_smoothed_over_what_came_before() -> None:
-    curve = curves.score_curve(results.read_run(QUICK[0]))
+    curve = learning_curves.score_curve(run_data.read_run(QUICK[0]))
     rows = (QUICK[0] / "evaluations.csv").read_text().splitlines()[1:]
     assert curve.frames.tolist() == [float(row.split(",")[0]) for row in rows]
     means = [float(row.split(",")[2]) for row in rows]
@@ -55,9 +55,9 @@ def test_the_figure_of_the_documentation_is_drawn_by_one_command(
 
 
 def test_the_caption_says_seeds_band_and_how_was_tested(tmp_path: Path) -> None:
-    runs, _ = results.read_runs(LITERAL)
+    runs, _ = run_data.read_runs(LITERAL)
     out = tmp_path / "figure.svg"
-    curves.write_curves(runs, out, "output_init")
+    learning_curves.write_curves(runs, out, "output_init")
     said = words(out)
     for part in (
         "n = 3 seeds per curve",
@@ -71,21 +71,21 @@ def test_the_caption_says_seeds_band_and_how_was_tested(tmp_path: Path) -> None:
     ):
         assert part in said, part
     assert "paper" not in said  # its curve is of another game
-    panel = curves.panel_of("Breakout", runs, "output_init", 1)
+    panel = learning_curves.evaluation_panel("Breakout", runs, "output_init", 1)
     literal = [run for run in runs if run.config.output_init == "literal"]
     assert panel.series[0].band.mean[-1] == pytest.approx(sum(run.final for run in literal) / 3, abs=0.1)
-    curves.write_curves(runs[:2], out, "output_init", window=1)
+    learning_curves.write_curves(runs[:2], out, "output_init", window=1)
     said = words(out)
     assert "range of the two seeds" in said
     assert "running mean" not in said
     first = out.read_bytes()
-    curves.write_curves(runs[:2], out, "output_init", window=1)
+    learning_curves.write_curves(runs[:2], out, "output_init", window=1)
     assert out.read_bytes() == first
 
 
 def test_space_invaders_stands_beside_the_papers_curve_as_far_as_ours_goes(tmp_path: Path) -> None:
-    runs, _ = results.read_runs([path for path in QUICK if "SpaceInvaders" in path.name])
-    curves.write_curves(runs, tmp_path / "figure.svg")
+    runs, _ = run_data.read_runs([path for path in QUICK if "SpaceInvaders" in path.name])
+    learning_curves.write_curves(runs, tmp_path / "figure.svg")
     said = words(tmp_path / "figure.svg")
     assert "paper, weight norm" in said
     assert "digitized from the figure (±10 points)" in said
@@ -98,14 +98,14 @@ def test_groups_differ_without_colour() -> None:
     assert len(set(map(str, looks))) == len(looks)
     assert (styles["standard"].colour, styles["wn"].colour) == ("#D55E00", "#0072B2")
     assert len({style.colour for style in list(styles.values())[:7]}) == 7
-    assert figures.in_order({"wn", "bn", "standard"}) == ["standard", "bn", "wn"]
-    assert figures.in_order({"10", "9", "1e-05", "None", "nan"}) == ["1e-05", "9", "10", "None", "nan"]
+    assert run_data.in_order({"wn", "bn", "standard"}) == ["standard", "bn", "wn"]
+    assert run_data.in_order({"10", "9", "1e-05", "None", "nan"}) == ["1e-05", "9", "10", "None", "nan"]
 
 
 @pytest.mark.parametrize("group", ["wn_mean_only_bn", "x" * 40])
 def test_a_long_legend_is_neither_cut_off_nor_under_the_caption(group: str) -> None:
     groups = ["standard", *(f"{group[: 25 - len(str(i))]}{i}" for i in range(9))]
-    curve = bands.Curve(np.array([1e6, 2e6]), np.array([-20.5, 10_000.0]))
+    curve = statistics.Curve(np.array([1e6, 2e6]), np.array([-20.5, 10_000.0]))
     series = tuple(figures.Series(name, (curve, curve)) for name in groups)
     panel = figures.Panel("Pong", "test score (points)", series, ("random play", -20.7))
     drawing = figures.draw([panel], figures.styles_of(groups), "A caption.", width=3.7, height=2.6)
@@ -153,8 +153,8 @@ def test_what_cannot_be_drawn_is_one_line(
 def test_a_run_without_evaluations_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("game: Pong\n")
     (tmp_path / "evaluations.csv").write_text("frames,episodes,mean,std,min,max,mean_length,seconds\n")
-    with pytest.raises(results.WnRlError, match="has no evaluation yet"):
-        results.read_run(tmp_path)
+    with pytest.raises(run_data.WnRlError, match="has no evaluation yet"):
+        run_data.read_run(tmp_path)
 
 
 def test_one_run_that_cannot_be_read_costs_no_other_its_curve(

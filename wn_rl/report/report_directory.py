@@ -11,12 +11,10 @@ from typing import Any
 
 from wn_rl import cli
 from wn_rl.errors import Failure, UsageError, WnRlError
-from wn_rl.report import csv_files, curves, diagnostics_panels, figures, films, page
-from wn_rl.report.bands import WINDOW, Curve
+from wn_rl.report import figures, learning_curves, page, run_data, run_tables
 from wn_rl.report.figures import Drawing, Panel, Style
-from wn_rl.report.inline_svg import inline
-from wn_rl.report.results import RunResult, find_runs, names_of, read_runs
-from wn_rl.report.scalars import read_scalars
+from wn_rl.report.run_data import RunResult, find_runs, games_of, groups_of, names_of, read_runs, read_scalars
+from wn_rl.report.statistics import WINDOW, Curve
 from wn_rl.runs.directory import write_file
 
 INDEX = "index.html"
@@ -51,7 +49,7 @@ def report_command(
         WnRlError: matplotlib is missing, no run can be read, or something cannot be written.
     """
     if curves_file is not None:
-        curves.file_format(curves_file)
+        learning_curves.file_format(curves_file)
     if report is not None:
         check_directory(report)
     figures.check_installed()
@@ -65,7 +63,7 @@ def report_command(
         return failures[0].exit_code if len(failures) == 1 else 1
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     if curves_file is not None:
-        curves.write_curves(runs, curves_file, by, window)
+        learning_curves.write_curves(runs, curves_file, by, window)
         print(f"wrote {curves_file}: {count}")
     problems: list[str] = []
     if report is not None:
@@ -117,25 +115,25 @@ def write_report(
     """
     events, problems = _events(runs)
     content = page.Content(runs, by, failures, problems=problems)
-    content.films, content.films_left_out = films.find_films(runs)
+    content.films, content.films_left_out = run_data.find_films(runs)
     names = names_of(runs)
     content.without_events = [name for name, scalars in zip(names, events, strict=True) if not scalars]
-    styles = figures.styles_of(curves.groups_of(runs, by))
+    styles = figures.styles_of(groups_of(runs, by))
     files: dict[str, str | bytes] = {}
     bands: list[tuple[str, str, Panel]] = []
-    for game in curves.games_of(runs):
-        panel = curves.panel_of(game, runs, by, window)
+    for game in games_of(runs):
+        panel = learning_curves.evaluation_panel(game, runs, by, window)
         of_game = [run for run in runs if run.config.game == game]
-        caption = curves.caption(of_game, [panel], window)
+        caption = learning_curves.caption(of_game, [panel], window)
         content.curves.append(_figure(game, f"scores-{game}", panel, caption, styles, files, len(files), LARGE))
         bands.append((game, "test_score", panel))
-        for quantity, inner in diagnostics_panels.panels_of(game, runs, by, events):
+        for quantity, inner in learning_curves.diagnostic_panels(game, runs, by, events):
             name = f"{game}-{quantity.key.replace('/', '-')}"
             caption = f"{quantity.title}: {quantity.meaning}."
             figure = _figure(game, name, inner, caption, styles, files, len(files), SMALL)
             content.diagnostics.append(figure)
             bands.append((game, quantity.key, inner))
-    files |= csv_files.tables(runs, by, bands, events)
+    files |= run_tables.csv_files(runs, by, bands, events)
     content.files = [*files, MANIFEST]
     _write(directory, files, page.render(content))
     return problems
@@ -169,7 +167,7 @@ def _figure(
     files[f"figures/{name}.svg"] = svg
     files[f"figures/{name}.png"] = drawing.render("png")
     title = f"{panel.title} over emulator frames, {game}"
-    return page.PageFigure(game, name, inline(svg, number, title, below=drawing.caption_height), caption)
+    return page.PageFigure(game, name, figures.inline_svg(svg, number, title, below=drawing.caption_height), caption)
 
 
 def _is_ours(directory: Path) -> bool:

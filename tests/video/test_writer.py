@@ -14,7 +14,7 @@ from PIL import Image
 
 from wn_rl.atari.render import render
 from wn_rl.errors import UsageError, WnRlError
-from wn_rl.report.video import Picture, colours_of, enlarge, write_gif, write_video
+from wn_rl.video.writer import Picture, colours_of, enlarge, write_gif, write_video
 
 
 def pictures(count: int, height: int = 20, width: int = 16) -> list[Picture]:

@@ -9,7 +9,96 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from wn_rl.report.font import ADVANCE, HEIGHT, Colour, draw_text, text_width
+GLYPH_HEIGHT = 7
+"""Pixels."""
+GLYPH_WIDTH = 5
+"""Pixels of a letter."""
+ADVANCE = GLYPH_WIDTH + 1
+"""Pixels from one letter to the next."""
+
+Picture = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+# Each block: the letters of a line, then their rows side by side.
+_SHEET = """
+A     B     C     D     E     F     G     H     I     J     K     L     M
+.###. ####. .###. ####. ##### ##### .###. #...# .###. ..### #...# #.... #...#
+#...# #...# #...# #...# #.... #.... #...# #...# ..#.. ...#. #..#. #.... ##.##
+#...# #...# #.... #...# #.... #.... #.... #...# ..#.. ...#. #.#.. #.... #.#.#
+##### ####. #.... #...# ####. ####. #.### ##### ..#.. ...#. ##... #.... #.#.#
+#...# #...# #.... #...# #.... #.... #...# #...# ..#.. ...#. #.#.. #.... #...#
+#...# #...# #...# #...# #.... #.... #...# #...# ..#.. #..#. #..#. #.... #...#
+#...# ####. .###. ####. ##### #.... .###. #...# .###. .##.. #...# ##### #...#
+
+N     O     P     Q     R     S     T     U     V     W     X     Y     Z
+#...# .###. ####. .###. ####. .#### ##### #...# #...# #...# #...# #...# #####
+##..# #...# #...# #...# #...# #.... ..#.. #...# #...# #...# #...# #...# ....#
+#.#.# #...# #...# #...# #...# #.... ..#.. #...# #...# #...# .#.#. .#.#. ...#.
+#..## #...# ####. #...# ####. .###. ..#.. #...# #...# #.#.# ..#.. ..#.. ..#..
+#...# #...# #.... #.#.# #.#.. ....# ..#.. #...# #...# #.#.# .#.#. ..#.. .#...
+#...# #...# #.... #..#. #..#. ....# ..#.. #...# .#.#. ##.## #...# ..#.. #....
+#...# .###. #.... .##.# #...# ####. ..#.. .###. ..#.. #...# #...# ..#.. #####
+
+0     1     2     3     4     5     6     7     8     9
+.###. ..#.. .###. .###. ...#. ##### .###. ##### .###. .###.
+#...# .##.. #...# #...# ..##. #.... #.... ....# #...# #...#
+#..## ..#.. ....# ....# .#.#. ####. #.... ...#. #...# #...#
+#.#.# ..#.. ...#. ..##. #..#. ....# ####. ...#. .###. .####
+##..# ..#.. ..#.. ....# ##### ....# #...# ..#.. #...# ....#
+#...# ..#.. .#... #...# ...#. #...# #...# ..#.. #...# ....#
+.###. .###. ##### .###. ...#. .###. .###. ..#.. .###. .###.
+
+-     −     +     .     ,     :     /     _     (     )     =     ±     ▶
+..... ..... ..... ..... ..... ..... ....# ..... ...#. .#... ..... ..#.. .#...
+..... ..... ..#.. ..... ..... ..#.. ...#. ..... ..#.. ..#.. ..... ..#.. .##..
+..... ..... ..#.. ..... ..... ..#.. ...#. ..... .#... ...#. ##### ##### .###.
+.###. ##### ##### ..... ..... ..... ..#.. ..... .#... ...#. ..... ..#.. .####
+..... ..... ..#.. ..... .##.. ..#.. .#... ..... .#... ...#. ##### ..#.. .###.
+..... ..... ..#.. .##.. ..#.. ..#.. .#... ..... ..#.. ..#.. ..... ..... .##..
+..... ..... ..... .##.. .#... ..... #.... ##### ...#. .#... ..... ##### .#...
+"""
+_UNKNOWN = np.ones((GLYPH_HEIGHT, GLYPH_WIDTH), bool)
+
+
+def _read_sheet() -> dict[str, NDArray[np.bool_]]:
+    glyphs: dict[str, NDArray[np.bool_]] = {" ": np.zeros((GLYPH_HEIGHT, GLYPH_WIDTH), bool)}
+    for block in _SHEET.strip().split("\n\n"):
+        names, *rows = block.split("\n")
+        for index, name in enumerate(names.split()):
+            cells = [row.split(" ")[index] for row in rows]
+            glyphs[name] = np.array([[cell == "#" for cell in row] for row in cells])
+    return glyphs
+
+
+GLYPHS = _read_sheet()
+"""Letter → bool (7, 5); a small letter looks like its capital, and what is not here is a full box."""
+
+
+def text_width(text: str, scale: int = 1) -> int:
+    """Return the width of a text in pixels, without the gap behind its last letter."""
+    return max(len(text) * ADVANCE - 1, 0) * scale
+
+
+def draw_text(picture: Picture, text: str, x: int, y: int, colour: Colour, *, scale: int = 1) -> None:
+    """Draw a text into a picture; what lies outside is cut off.
+
+    Args:
+        picture: uint8 RGB (height, width, 3), changed in place.
+        text: one line.
+        x: column of its left edge.
+        y: row of its upper edge.
+        colour: RGB.
+        scale: each pixel of a letter becomes scale × scale.
+    """
+    gap = np.zeros((GLYPH_HEIGHT, 1), bool)
+    parts = [part for letter in text.upper() for part in (GLYPHS.get(letter, _UNKNOWN), gap)]
+    if not parts:
+        return
+    mask = np.concatenate(parts, 1).repeat(scale, 0).repeat(scale, 1)
+    mask = mask[max(-y, 0) :, max(-x, 0) :]
+    target = picture[max(y, 0) :, max(x, 0) :][: mask.shape[0], : mask.shape[1]]
+    target[mask[: target.shape[0], : target.shape[1]]] = colour
+
 
 WIDTH = 180
 """Pixels of the console; even, and room for the longest action's name, a bar and a number."""
@@ -33,7 +122,6 @@ ABOVE: Colour = (76, 175, 240)
 BELOW: Colour = (96, 106, 140)
 ROW: Colour = (38, 42, 60)
 
-Picture = NDArray[np.uint8]
 Values = NDArray[np.float32]
 
 
@@ -115,7 +203,7 @@ class Panel:
         draw_text(self._ground, title[:LETTERS], MARGIN, 5, TEXT)
         self._right(self._ground, subtitle[: max(LETTERS - len(title) - 1, 0)], 5, FAINT)
         self._ground[15, MARGIN:-MARGIN] = LINE
-        self._label = self._first_row - HEIGHT - 3
+        self._label = self._first_row - GLYPH_HEIGHT - 3
         self._right(self._ground, f"BARS Q − MEAN ±{_number(scale.advantage)}", self._label, FAINT)
         draw_text(self._ground, "SCORE", MARGIN, 21, FAINT)
         draw_text(self._ground, "VALUE MAX Q", MARGIN, HEAD - 6, FAINT)
@@ -151,7 +239,7 @@ class Panel:
         left, right = MARGIN + self._axis(), WIDTH - MARGIN
         low, high = self._scale.low, self._scale.high
         draw_text(picture, _number(high), MARGIN, top, FAINT)
-        draw_text(picture, _number(low), MARGIN, bottom - HEIGHT + 1, FAINT)
+        draw_text(picture, _number(low), MARGIN, bottom - GLYPH_HEIGHT + 1, FAINT)
         picture[bottom + 1, left:right] = LINE
         values = state.values[-(right - left) :]
         share = (values - low) / (high - low) if high > low else np.full(len(values), 0.5)
@@ -170,7 +258,7 @@ class Panel:
         if taken:
             picture[y : y + self._pitch, 2:-2] = ROW
             picture[y : y + self._pitch, 2:4] = accent
-        text = y + (self._pitch - HEIGHT) // 2
+        text = y + (self._pitch - GLYPH_HEIGHT) // 2
         colour = accent if taken else TEXT
         draw_text(picture, name, MARGIN, text, colour)
         number = _number(float(state.q_values[index]))
@@ -183,7 +271,7 @@ class Panel:
         ends = (middle, middle + length) if difference > 0 else (middle - length, middle)
         fill = accent if taken else ABOVE if difference > 0 else BELOW
         half = max(self._pitch // 4, 2)
-        centre = text + HEIGHT // 2
+        centre = text + GLYPH_HEIGHT // 2
         picture[centre - half : centre + half + 1, ends[0] : ends[1] + 1] = fill
         picture[y : y + self._pitch, middle] = FAINT if taken else LINE
 

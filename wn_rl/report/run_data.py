@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +18,7 @@ from numpy.typing import NDArray
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, recorded
 from wn_rl.errors import Failure, UsageError, WnRlError, one_line
+from wn_rl.report.statistics import Curve
 from wn_rl.runs.directory import EPISODE_COLUMNS, EVALUATION_COLUMNS, Found, RunDirectory, expand, read_rows
 
 Columns = Mapping[str, NDArray[np.float64]]
@@ -172,6 +177,29 @@ def names_of(runs: Sequence[RunResult]) -> list[str]:
     return [name if short.count(name) == 1 else str(run.path) for name, run in zip(short, runs, strict=True)]
 
 
+def games_of(runs: Sequence[RunResult]) -> list[str]:
+    """Return the games of runs in alphabetical order."""
+    return sorted({run.config.game for run in runs})
+
+
+def groups_of(runs: Sequence[RunResult], by: str) -> list[str]:
+    """Return the groups of runs, the baseline first."""
+    return in_order({run.group(by) for run in runs})
+
+
+def in_order(groups: set[str]) -> list[str]:
+    """Return group labels in the order of every table and legend: the baseline first, numbers by size, then words."""
+
+    def key(group: str) -> tuple[bool, float, str]:
+        try:
+            number = float(group)
+        except ValueError:
+            number = math.inf
+        return group != "standard", number if number == number else math.inf, group
+
+    return sorted(groups, key=key)
+
+
 def _same(one: RunResult, other: RunResult) -> bool:
     ours, theirs = (replace(run.config, run_dir=None, chosen=()) for run in (one, other))
     return ours == theirs and all(
@@ -203,3 +231,123 @@ def _summary(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WnRlError(f"{file} is damaged: it holds no object; without it the rest of the run can be read")
     return value
+
+
+def has_events(directory: Path) -> bool:
+    """Return whether a run directory holds TensorBoard events."""
+    return any(directory.glob("*tfevents*"))
+
+
+def read_scalars(directory: Path) -> dict[str, Curve]:
+    """Return every scalar of a run directory's events by its tag; none where there are no events.
+
+    Points that are not finite are left out; of two points at the same frame the later one counts.
+
+    Raises:
+        WnRlError: the events cannot be read.
+    """
+    if not has_events(directory):
+        return {}
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a cut-off last record is no news of a run that goes on
+    unwanted = dict.fromkeys(("histograms", "images", "audio", "compressedHistograms"), 1)
+    try:
+        events = event_accumulator.EventAccumulator(str(directory), size_guidance={"scalars": 0, **unwanted})
+        events.Reload()
+        tags = events.Tags()["scalars"]
+        found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    except Exception as error:  # noqa: BLE001 - whatever a damaged file makes the reader raise
+        raise WnRlError(f"{directory}: its TensorBoard events cannot be read: {one_line(error)}") from None
+    return {tag: curve for tag, points in found.items() if len((curve := _curve(points)).frames)}
+
+
+def _curve(points: list[tuple[int, float]]) -> Curve:
+    last = {step: value for step, value in points if np.isfinite(value)}
+    frames = sorted(last)
+    return Curve(np.array(frames, np.float64), np.array([last[frame] for frame in frames], np.float64))
+
+
+LARGEST_VIDEO = 6 * 2**20
+"""Bytes of one film."""
+LARGEST_VIDEOS = 48 * 2**20
+"""Bytes of all films of a page."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """A film of a run.
+
+    Attributes:
+        run: whose.
+        path: its file.
+        data: the file's bytes.
+        poster: its first picture as a PNG file, or None where it cannot be decoded here.
+    """
+
+    run: RunResult
+    path: Path
+    data: bytes
+    poster: bytes | None
+
+    @property
+    def address(self) -> str:
+        """The film as a ``data:`` address."""
+        return "data:video/mp4;base64," + base64.b64encode(self.data).decode()
+
+    @property
+    def poster_address(self) -> str | None:
+        """The first picture as a ``data:`` address."""
+        return None if self.poster is None else "data:image/png;base64," + base64.b64encode(self.poster).decode()
+
+
+def find_films(runs: Sequence[RunResult]) -> tuple[list[Film], list[str]]:
+    """Return the ``.mp4`` films anywhere in the runs' directories, and a line for each that is left out, with why.
+
+    A link is not followed: it could bring any file of this machine into a page that is handed on.
+    """
+    films: list[Film] = []
+    left_out: list[str] = []
+    total = 0
+    for run in runs:
+        for path in sorted(run.path.rglob("*.mp4")):
+            if path.is_symlink() or not path.is_file():
+                continue
+            name = f"{run.path.resolve().name}/{path.relative_to(run.path)}"
+            size = path.stat().st_size
+            if size > LARGEST_VIDEO:
+                left_out.append(
+                    f"{name}: {_megabytes(size)}, more than the {_megabytes(LARGEST_VIDEO)} that a page takes"
+                )
+            elif total + size > LARGEST_VIDEOS:
+                left_out.append(f"{name}: the films together would be more than {_megabytes(LARGEST_VIDEOS)}")
+            else:
+                try:
+                    data = path.read_bytes()
+                except OSError as error:
+                    left_out.append(f"{name}: {error.strerror}")
+                    continue
+                if data[4:8] != b"ftyp":
+                    left_out.append(f"{name}: no MP4 file")
+                    continue
+                total += size
+                films.append(Film(run, path, data, _first_picture(data)))
+    return films, left_out
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _first_picture(data: bytes) -> bytes | None:
+    """Return the first picture as a PNG file where PyAV and Pillow are installed."""
+    try:
+        import av
+
+        with av.open(io.BytesIO(data)) as container:
+            picture = next(container.decode(video=0)).to_image()
+        stream = io.BytesIO()
+        picture.save(stream, format="PNG", optimize=True)
+        return stream.getvalue()
+    except Exception:  # noqa: BLE001 - without a poster the browser shows what it can decode
+        return None

@@ -20,7 +20,7 @@ from wn_rl.errors import CheckpointError, WnRlError
 from wn_rl.evaluation import policies as trained
 from wn_rl.evaluation import scoring
 from wn_rl.evaluation.scoring import How, Score
-from wn_rl.report import table
+from wn_rl.report import score_tables
 from wn_rl.runs import checkpoint
 
 SHORT = ["--episodes", "2", "--max-frames-per-episode", "40", "--num-threads", "1"]
@@ -85,7 +85,7 @@ def test_seeds_and_groups_of_a_directory(
 
     with open(tmp_path / "scores.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert tuple(rows[0]) == table.CSV_COLUMNS
+    assert tuple(rows[0]) == score_tables.CSV_COLUMNS
     assert [float(row["mean"]) for row in rows] == [score["mean"] for score in written["scores"]]
     assert {row["protocol_changed"] for row in rows} == {"epsilon episodes max_frames_per_episode"}
 
@@ -200,7 +200,7 @@ def test_files_that_cannot_be_written(
     def full(*_: object) -> None:
         raise WnRlError("cannot write scores.json: No space left on device")
 
-    monkeypatch.setattr(table, "write_json", full)
+    monkeypatch.setattr(score_tables, "write_json", full)
     code, out, err = run([path, path, *SHORT, "--json", str(tmp_path / "scores.json")], capsys, monkeypatch)
     assert (code, err.count("\n")) == (1, 1)
     assert "No space left" in err

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import names
-from wn_rl.report.saliency import COLOUR, HIGH, LOW, STRENGTH, gradients, heat, overlay
+from wn_rl.video.saliency import COLOUR, HIGH, LOW, STRENGTH, gradients, heat, overlay
 
 
 class Weighted(nn.Module):

@@ -19,12 +19,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 import evaluate
 from wn_rl import cli
-from wn_rl.report import directory, films, page, results
-from wn_rl.report.scalars import read_scalars
-from wn_rl.report.summary import group_rows, warnings
-from wn_rl.report.video import write_video
+from wn_rl.report import page, report_directory, run_data
+from wn_rl.report.run_data import read_scalars
+from wn_rl.report.run_tables import group_rows, warnings
+from wn_rl.video.writer import write_video
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = ROOT / "docs" / "results" / "quick"
 LITERAL = ROOT / "docs" / "results" / "output_init"
 
@@ -86,7 +86,7 @@ class Page(HTMLParser):
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the output layer's runs: two groups of three seeds."""
     out = tmp_path_factory.mktemp("report") / "out"
-    assert directory.report_command([str(LITERAL)], report=out, by="output_init") == 0
+    assert report_directory.report_command([str(LITERAL)], report=out, by="output_init") == 0
     return out
 
 
@@ -282,7 +282,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wn_rl.runs.directory.write_atomically", full)
+    monkeypatch.setattr("wn_rl.runs.report_directory.write_atomically", full)
     code, out, err = run([QUICK / "Pong-wn-quick-s1", "--report", ours], capsys, monkeypatch)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "No space left" in err
@@ -310,7 +310,7 @@ def test_a_first_report_that_does_not_end_leaves_nothing(
         count += 1
         replaced(source, target)
 
-    monkeypatch.setattr("wn_rl.runs.directory.os.replace", replace_some)
+    monkeypatch.setattr("wn_rl.runs.report_directory.os.replace", replace_some)
     code, _, err = run([QUICK / "Pong-wn-quick-s1", "--report", out], capsys, monkeypatch)
     assert (code, err.count("\n")) == ((130, 0) if isinstance(error, KeyboardInterrupt) else (1, 1))
     assert list((tmp_path / "deep").iterdir()) == []
@@ -342,7 +342,7 @@ def test_a_row_of_many_runs_stays_narrow(tmp_path: Path) -> None:
             rows = (path / "evaluations.csv").read_text().splitlines()
             (path / "evaluations.csv").write_text("\n".join(rows[:21]) + "\n")
             (path / "summary.json").unlink()
-        runs.append(results.read_run(path))
+        runs.append(run_data.read_run(path))
     text = page.render(page.Content(runs, "param"))
     row = Page(text).table("Scores by game and group")[0]
     assert (row["seeds"], row["frames"][0]) == (("8", "8.0"), "1M to 2M")
@@ -377,13 +377,13 @@ def test_films_are_part_of_the_page_unless_they_are_too_large_or_none(
     secret = tmp_path / "secret.mp4"
     shutil.copy(path / "best.mp4", secret)
     (path / "link.mp4").symlink_to(secret)
-    found, left_out = films.find_films([results.read_run(path)])
+    found, left_out = run_data.find_films([run_data.read_run(path)])
     assert [one.path.name for one in found] == ["best.mp4", "x <b>.mp4"]
     assert left_out == ["run/no.mp4: no MP4 file"]
     poster = found[0].poster
     assert poster is not None
     assert poster[:4] == b"\x89PNG"
-    shown = Page(page.render(page.Content([results.read_run(path)], "param", films=found, films_left_out=left_out)))
+    shown = Page(page.render(page.Content([run_data.read_run(path)], "param", films=found, films_left_out=left_out)))
     videos = shown.attributes("video")
     assert [str(video["poster"])[:22] for video in videos] == ["data:image/png;base64,"] * 2
     data = str(videos[0]["src"]).removeprefix("data:video/mp4;base64,")
@@ -391,23 +391,23 @@ def test_films_are_part_of_the_page_unless_they_are_too_large_or_none(
     assert "Left out: run/no.mp4: no MP4 file" in shown.text
 
     size = (path / "best.mp4").stat().st_size
-    monkeypatch.setattr(films, "LARGEST_TOTAL", size + 1)
-    assert [line for line in films.find_films([results.read_run(path)])[1] if "together" in line]
-    monkeypatch.setattr(films, "LARGEST", size - 1)
-    found, left_out = films.find_films([results.read_run(path)])
+    monkeypatch.setattr(run_data, "LARGEST_VIDEOS", size + 1)
+    assert [line for line in run_data.find_films([run_data.read_run(path)])[1] if "together" in line]
+    monkeypatch.setattr(run_data, "LARGEST_VIDEO", size - 1)
+    found, left_out = run_data.find_films([run_data.read_run(path)])
     assert not found
     assert "more than the" in left_out[0]
 
 
 def test_what_keeps_groups_from_being_compared_is_said(tmp_path: Path) -> None:
-    def copy(source: Path, name: str, **changes: Any) -> results.RunResult:
+    def copy(source: Path, name: str, **changes: Any) -> run_data.RunResult:
         shutil.copytree(source, tmp_path / name)
         config = (tmp_path / name / "config.yaml").read_text()
         for key, value in changes.items():
             lines = [f"{key}: {value}" if line.startswith(f"{key}:") else line for line in config.splitlines()]
             config = "\n".join(lines) + "\n"
         (tmp_path / name / "config.yaml").write_text(config)
-        return results.read_run(tmp_path / name)
+        return run_data.read_run(tmp_path / name)
 
     wn, standard = QUICK / "Breakout-wn-quick-s1", QUICK / "Breakout-standard-quick-s1"
     one, two = copy(wn, "a"), copy(wn, "b", batch_size=64)
@@ -416,7 +416,7 @@ def test_what_keeps_groups_from_being_compared_is_said(tmp_path: Path) -> None:
     (tmp_path / "c" / "evaluations.csv").write_text(
         "".join((tmp_path / "c" / "evaluations.csv").read_text().splitlines(keepends=True)[:4])
     )
-    three = results.read_run(tmp_path / "c")
+    three = run_data.read_run(tmp_path / "c")
     found = warnings(group_rows([one, two, three], "param"))
     assert found == [
         "Breakout, standard: 1 of 1 runs did not reach the end.",

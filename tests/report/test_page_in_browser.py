@@ -9,8 +9,8 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.browser import CHROMIUM, Browser, browser
-from tests.test_report import HOSTILE, QUICK, film
-from wn_rl.report import directory
+from tests.report.test_page import HOSTILE, QUICK, film
+from wn_rl.report import report_directory
 
 pytestmark = [
     pytest.mark.browser,
@@ -34,7 +34,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         for frames in range(0, 100_000, 10_000):
             writer.add_scalar("train/max_q_held_out", frames / 1e5, frames)
     out = tmp_path_factory.mktemp("out") / "report"
-    assert directory.report_command([str(runs)], report=out) == 0
+    assert report_directory.report_command([str(runs)], report=out) == 0
     return (out / "index.html").as_uri()
 
 

@@ -18,9 +18,9 @@ from wn_rl.atari.render import FRAMES_PER_SECOND, RenderedFrame
 from wn_rl.errors import UsageError, WnRlError
 from wn_rl.evaluation.policies import Trained
 from wn_rl.evaluation.scoring import How, emulators, prepare
-from wn_rl.report import saliency, video
-from wn_rl.report.panel import LETTERS, Panel, Scale, State, title_of
-from wn_rl.report.played_game import Options, PlayedGame, play
+from wn_rl.video import saliency, writer
+from wn_rl.video.q_value_panel import LETTERS, Panel, Scale, State, title_of
+from wn_rl.video.recorded_episodes import Options, PlayedGame, play, training_episode
 
 VIDEO_SECONDS, GIF_SECONDS = 300.0, 12.0
 """At most so long where the user leaves it open."""
@@ -67,8 +67,8 @@ def check(wanted: Wanted, video_path: Path | None, gif_path: Path | None) -> Non
         raise UsageError(f"--seconds must be more than 0, not {wanted.seconds:g}")
     for path, suffix in ((video_path, ".mp4"), (gif_path, ".gif")):
         if path is not None:
-            video.check_name(path, suffix)
-    video.check_encoder()
+            writer.check_name(path, suffix)
+    writer.check_encoder()
 
 
 def film_command(
@@ -131,13 +131,13 @@ def _write(film: Film, path: Path, wanted: Wanted) -> None:
     count = max(round(limit * FRAMES_PER_SECOND), 1)
     pictures = _with_progress(film.pictures(first, count), path, min(limit, film.seconds - start))
     if is_gif:
-        colours = video.colours_of(islice(film.pictures(first, count), 0, None, GIF_EVERY))
-        written = video.write_gif(
+        colours = writer.colours_of(islice(film.pictures(first, count), 0, None, GIF_EVERY))
+        written = writer.write_gif(
             pictures, path, fps=FRAMES_PER_SECOND, scale=GIF_SCALE, every=GIF_EVERY, colours=colours
         )
         shown = written * GIF_EVERY / FRAMES_PER_SECOND
     else:
-        written = video.write_video(pictures, path, fps=FRAMES_PER_SECOND, scale=VIDEO_SCALE)
+        written = writer.write_video(pictures, path, fps=FRAMES_PER_SECOND, scale=VIDEO_SCALE)
         shown = written / FRAMES_PER_SECOND
     print(
         f"{written:,} pictures written to {path} ({path.stat().st_size / 1e6:.1f} MB): seconds {start:.1f} to "
@@ -145,7 +145,7 @@ def _write(film: Film, path: Path, wanted: Wanted) -> None:
     )
 
 
-def _with_progress(pictures: Iterator[video.Picture], path: Path, seconds: float) -> Iterator[video.Picture]:
+def _with_progress(pictures: Iterator[writer.Picture], path: Path, seconds: float) -> Iterator[writer.Picture]:
     told = time.monotonic()
     for number, picture in enumerate(pictures):
         yield picture
@@ -236,7 +236,7 @@ class Film:
                 decision, played, gained = min(decision + 1, last), 0, 0.0
             yield frame, decision, score
 
-    def pictures(self, first: int = 0, count: int | None = None) -> Iterator[video.Picture]:
+    def pictures(self, first: int = 0, count: int | None = None) -> Iterator[writer.Picture]:
         """Yield the pictures of the film, uint8 RGB (height, 160 + panel, 3), at the console's resolution.
 
         Args:
@@ -323,3 +323,34 @@ def one_game(how: How) -> How:
     if how.changes.get("steps"):
         raise UsageError("a film shows a game, so --steps has no use here: --episodes N plays N and --pick chooses one")
     return how if how.changes.get("episodes") else replace(how, changes={**how.changes, "episodes": 1})
+
+
+def training_video_command(paths: Sequence[Path], which: str, video: Path) -> int:
+    """Write the film of a training episode and say which one it is; returns the exit code.
+
+    Raises:
+        UsageError: not one run, or see :func:`training_episode`.
+        WnRlError: the film cannot be written, or the game does something else than in the run.
+    """
+    if len(paths) != 1:
+        raise UsageError(f"--replay-episode shows one run, not {len(paths)}")
+    episode = training_episode(paths[0], which)
+    seen = 0.0
+
+    def pictures() -> Iterator[writer.Picture]:
+        nonlocal seen
+        for frame in episode.pictures:
+            seen += frame.reward
+            yield frame.picture
+        if seen != episode.episode_return:  # raised here, the film is not written
+            raise WnRlError(
+                f"episode {episode.number:,} gave {seen:g} points when it was played again and "
+                f"{episode.episode_return:g} in training: another version of ale-py?"
+            )
+
+    count = writer.write_video(pictures(), video)
+    print(
+        f"training episode {episode.number:,}, ended at frame {episode.frames:,}: {episode.episode_return:g} points in "
+        f"{episode.length:,} agent steps; {count:,} pictures written to {video}"
+    )
+    return 0
