@@ -1,7 +1,8 @@
-"""What is to be trained for the paper's table, in which order, and what of it there is.
+"""The experiments of docs/reproduction.md: which runs the paper's table needs, in which order, and which are there.
 
-A *rung* is a number of frames, a *cell* a game and a parameterization. A longer run fills its cell on the lower rungs
-too: nothing in preset ``paper`` depends on where a run ends, so its beginning is the shorter run.
+A *configuration* is a game and a parameterization, a *budget* a number of training frames; the grid is every
+configuration at every budget, with three seeds each. A longer run also counts at the smaller budgets: nothing in preset
+``paper`` depends on where a run ends, so the beginning of a long run is the short run.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from wn_rl.runs.directory import RunDirectory
 
 PRESET = "paper"
 SLACK = 0.001
-"""Share of a rung by which an evaluation may lie beside it: it comes at the next vector step."""
+"""Relative tolerance of a budget: an evaluation takes place at the end of a vector step, so slightly late."""
 SEEDS = (1, 2, 3)
-"""That a cell is to have in the end."""
-NO_MATTER = frozenset(
+"""Of every configuration."""
+IGNORED_KEYS = frozenset(
     {
         *("game", "param", "param_options", "preset", "frames", "seed", "batch_size", "run_dir", "learning_rates"),
         "chosen",
@@ -28,25 +29,25 @@ NO_MATTER = frozenset(
         *("checkpoint_seconds", "checkpoint_period", "journal", "reseed_period", "log_period", "evaluation_envs"),
     }
 )
-"""Keys in which a cell's runs may differ from the preset: its own, those of the machine, and those of what is kept."""
+"""Keys in which a run may differ from the preset: those of its configuration, of the machine, and of what is stored."""
 
 
 @dataclass(frozen=True)
-class Rung:
-    """So many frames of training."""
+class Budget:
+    """A number of training frames, with a name."""
 
     name: str
     frames: int
 
     @property
     def label(self) -> str:
-        """Frames in few letters, as ``--frames`` takes them."""
+        """The frames as ``--frames`` takes them, e.g. ``4M``."""
         return f"{self.frames // 10**6}M"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A game and a parameterization, at a minibatch size."""
+class Configuration:
+    """A game, a parameterization and a minibatch size."""
 
     game: str
     param: str
@@ -54,7 +55,7 @@ class Cell:
 
     @property
     def group(self) -> str:
-        """The parameterization, with the minibatch where it is not the paper's."""
+        """The parameterization, with the minibatch size if it is not the paper's."""
         return self.param if self.batch_size == 64 else f"{self.param}, minibatch {self.batch_size}"
 
     def run_name(self, seed: int) -> str:
@@ -62,81 +63,85 @@ class Cell:
         batch = "" if self.batch_size == 64 else f"-b{self.batch_size}"
         return f"{self.game}-{self.param}{batch}-{PRESET}-s{seed}"
 
-    def command(self, rung: Rung, seed: int) -> str:
+    def command(self, budget: Budget, seed: int) -> str:
         """Return the command that trains it."""
         batch = "" if self.batch_size == 64 else f" --batch-size {self.batch_size}"
         return (
             f"python train.py --preset {PRESET} --game {self.game} --param {self.param}{batch} "
-            f"--frames {rung.label} --seed {seed} --run-dir runs/{rung.name.lower()}/{self.run_name(seed)}"
+            f"--frames {budget.label} --seed {seed} --run-dir runs/{budget.name.lower()}/{self.run_name(seed)}"
         )
 
 
-RUNGS = (Rung("R1", 4_000_000), Rung("R2", 50_000_000), Rung("R3", 200_000_000))
+BUDGETS = (Budget("R1", 4_000_000), Budget("R2", 50_000_000), Budget("R3", 200_000_000))
 GAMES = ("SpaceInvaders", "Breakout", "Seaquest", "Enduro")
-"""Of the paper's table, in the order in which they are trained."""
-CELLS = tuple(Cell(game, param) for game in GAMES for param in ("wn", "standard"))
-"""The paper's table."""
-OTHER_CELLS = (
-    *(Cell("SpaceInvaders", "bn", size) for size in (64, 256, 1024)),
-    Cell("SpaceInvaders", "wn_mean_only_bn"),
-    Cell("SpaceInvaders", "ln"),
+"""The games of the paper's table, in the order in which they are trained."""
+CONFIGURATIONS = tuple(Configuration(game, param) for game in GAMES for param in ("wn", "standard"))
+"""Those of the paper's table."""
+OTHER_CONFIGURATIONS = (
+    *(Configuration("SpaceInvaders", "bn", size) for size in (64, 256, 1024)),
+    Configuration("SpaceInvaders", "wn_mean_only_bn"),
+    Configuration("SpaceInvaders", "ln"),
 )
-"""The paper's other claim, that batch normalization is not suited to DQN unless the minibatch is large."""
+"""Those of the paper's other claim: batch normalization does not work well in DQN unless the minibatch is large."""
 
 
 @dataclass(frozen=True)
-class Open:
-    """A run that is still to be made."""
+class MissingRun:
+    """A run of the grid that has not been trained yet."""
 
-    rung: Rung
-    cell: Cell
+    budget: Budget
+    configuration: Configuration
     seed: int
 
     @property
     def command(self) -> str:
-        """The command that makes it."""
-        return self.cell.command(self.rung, self.seed)
+        """The command that trains it."""
+        return self.configuration.command(self.budget, self.seed)
 
 
-class Ladder:
-    """The runs of preset ``paper`` that there are, by cell; others of that preset, which differ from it, by themselves.
+class ExperimentGrid:
+    """The existing runs of preset ``paper`` by configuration.
 
     Attributes:
-        others: (run, keys in which it differs from the preset).
+        others: runs of the preset that belong to no configuration: (run, keys in which it differs from the preset).
     """
 
     def __init__(self, runs: Iterable[RunResult]) -> None:
-        """Sort runs into cells."""
-        self._runs: dict[Cell, list[RunResult]] = {}
+        """Sort runs into configurations."""
+        self._runs: dict[Configuration, list[RunResult]] = {}
         self.others: list[tuple[RunResult, list[str]]] = []
         for run in sorted(runs, key=lambda one: (one.config.seed, str(one.path))):
             config = run.config
-            cell = Cell(config.game, config.param, config.batch_size)
-            if cell not in (*CELLS, *OTHER_CELLS):
+            configuration = Configuration(config.game, config.param, config.batch_size)
+            if configuration not in (*CONFIGURATIONS, *OTHER_CONFIGURATIONS):
                 self.others.append((run, ["param" if config.batch_size == 64 else "batch_size"]))
             elif keys := differences(config):
                 self.others.append((run, keys))
             else:
-                self._runs.setdefault(cell, []).append(run)
+                self._runs.setdefault(configuration, []).append(run)
 
-    def runs(self, cell: Cell, rung: Rung) -> list[RunResult]:
-        """Return a cell's runs that reach a rung, cut off there; by seed."""
-        return [cut(run, rung.frames) for run in self._runs.get(cell, []) if reaches(run, rung.frames)]
+    def runs(self, configuration: Configuration, budget: Budget) -> list[RunResult]:
+        """Return a configuration's runs that reach a budget, truncated there, ordered by seed."""
+        return [
+            truncated(run, budget.frames) for run in self._runs.get(configuration, []) if reaches(run, budget.frames)
+        ]
 
-    def all_runs(self, cell: Cell) -> list[RunResult]:
-        """Return a cell's runs as far as they go; by seed."""
-        return list(self._runs.get(cell, []))
+    def all_runs(self, configuration: Configuration) -> list[RunResult]:
+        """Return a configuration's runs in full length, ordered by seed."""
+        return list(self._runs.get(configuration, []))
 
-    def highest(self, cell: Cell) -> Rung | None:
-        """Return the highest rung that one of the cell's runs reaches."""
-        return next((rung for rung in reversed(RUNGS) if self.runs(cell, rung)), None)
+    def largest_budget(self, configuration: Configuration) -> Budget | None:
+        """Return the largest budget that a run of the configuration reaches, or None."""
+        return next((budget for budget in reversed(BUDGETS) if self.runs(configuration, budget)), None)
 
-    def next_open(self, rung: Rung, cells: Sequence[Cell] = CELLS, seeds: Sequence[int] = SEEDS) -> Open | None:
-        """Return what is to be trained next on a rung: the first seed of every cell, then the second, and so on."""
+    def next_missing(
+        self, budget: Budget, configurations: Sequence[Configuration] = CONFIGURATIONS, seeds: Sequence[int] = SEEDS
+    ) -> MissingRun | None:
+        """Return the next run to train at a budget: the first seeds of all configurations, then the second."""
         for seed in seeds:
-            for cell in cells:
-                if all(run.config.seed != seed for run in self.runs(cell, rung)):
-                    return Open(rung, cell, seed)
+            for configuration in configurations:
+                if all(run.config.seed != seed for run in self.runs(configuration, budget)):
+                    return MissingRun(budget, configuration, seed)
         return None
 
 
@@ -144,34 +149,34 @@ def differences(config: TrainConfig) -> list[str]:
     """Return the keys in which a run differs from preset ``paper`` with its game and parameterization.
 
     Raises:
-        WnRlError: its configuration makes no sense.
+        WnRlError: its configuration is invalid.
     """
-    cell = {key: getattr(config, key) for key in ("game", "param", "batch_size", "frames", "seed")}
-    wanted, found = resolve(replace(load(PRESET), **cell)), resolve(config, param_in_file=True)
-    names = [entry.name for entry in fields(TrainConfig) if entry.name not in NO_MATTER]
+    own = {key: getattr(config, key) for key in ("game", "param", "batch_size", "frames", "seed")}
+    wanted, found = resolve(replace(load(PRESET), **own)), resolve(config, param_in_file=True)
+    names = [entry.name for entry in fields(TrainConfig) if entry.name not in IGNORED_KEYS]
     keys = [name for name in names if getattr(wanted, name) != getattr(found, name)]
-    # Options have their defaults by now; what differs was asked for.
+    # Both have their defaults filled in, so a difference was chosen by the user.
     return keys + ["param_options"] * (wanted.param_options != found.param_options)
 
 
 def reaches(run: RunResult, frames: int) -> bool:
-    """Return whether a run was evaluated at so many frames or later."""
+    """Return whether a run was evaluated at ``frames`` or later."""
     return float(run.frames[-1]) >= frames * (1 - SLACK)
 
 
-def cut(run: RunResult, frames: int) -> RunResult:
-    """Return a run as it was at so many frames."""
+def truncated(run: RunResult, frames: int) -> RunResult:
+    """Return a run as it was at ``frames``: later evaluations are left out."""
     kept = run.frames <= frames * (1 + SLACK)
     return replace(run, evaluations={name: column[kept] for name, column in run.evaluations.items()})
 
 
 def score_at(run: RunResult, frames: float) -> float | None:
-    """Return the mean score of the evaluation at so many frames, within 1% of them, or None."""
+    """Return the mean score of the evaluation nearest to ``frames``, or None if it is more than 1% away."""
     nearest = int(abs(run.frames - frames).argmin())
     return float(run.scores[nearest]) if abs(run.frames[nearest] - frames) <= 0.01 * frames else None
 
 
-def read_ladder(results: Path) -> Ladder:
+def read_grid(results: Path) -> ExperimentGrid:
     """Read every run of preset ``paper`` below a directory.
 
     Raises:
@@ -180,4 +185,4 @@ def read_ladder(results: Path) -> Ladder:
     if not results.is_dir():
         raise WnRlError(f"{results} is no directory of results")
     runs = [config.parent for config in sorted(results.rglob("config.yaml"))]
-    return Ladder(read_run(run) for run in runs if recorded(RunDirectory(run).config).preset == PRESET)
+    return ExperimentGrid(read_run(run) for run in runs if recorded(RunDirectory(run).config).preset == PRESET)
