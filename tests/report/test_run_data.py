@@ -33,7 +33,7 @@ def test_a_run_is_what_its_files_say() -> None:
     assert run.text("device") == "AMD EPYC, 2 cores"
     assert run.finished
     assert run.test == "10 games, ε 0.05, cap 108,000 frames"
-    assert not run.tested_as_the_paper
+    assert not run.evaluated_as_the_paper
 
 
 def test_directories_patterns_and_names() -> None:

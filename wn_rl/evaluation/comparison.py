@@ -1,4 +1,4 @@
-"""Which scores may stand in one comparison, and what follows from them: groups, seeds, aggregates."""
+"""Which scores may be compared, and their comparison: groups of seeds, aggregates over games, improvement."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PER_RUN = (
     "journal",
     "log_period",
 )
-"""Configuration keys in which the runs of one group differ without harm: what is kept or logged changes no weight."""
+"""Configuration keys in which the runs of a group may differ: they do not change what is learned."""
 STATISTICS = {
     "mean": statistics.mean,
     "median": statistics.median,
@@ -68,13 +68,13 @@ class Improvement:
 
 @dataclass
 class Comparison:
-    """What was found.
+    """The result of a comparison.
 
     Attributes:
         summaries: per group and game, and per group over games.
         improvements: for each pair of groups.
-        problems: why something is not compared; each is one line.
-        notes: what a reader should know, one line each.
+        problems: reasons why something is not compared, one line each.
+        notes: remarks for the reader, one line each.
     """
 
     summaries: list[Summary] = field(default_factory=list)
@@ -105,7 +105,7 @@ def group_of(score: Score, by: str) -> str:
 def compare(scores: Sequence[Score], by: str = "param") -> Comparison:
     """Aggregate scores over seeds and games and compare groups of them.
 
-    Nothing is aggregated where protocols differ or a run stands in it twice; groups with different games are not
+    Nothing is aggregated if protocols differ or a run occurs twice; groups with different games are not
     compared with each other.
 
     Args:
@@ -126,7 +126,7 @@ def compare(scores: Sequence[Score], by: str = "param") -> Comparison:
         _note_run_counts(group, games, found)
     if len({score.trained.game for score in scores}) > 1:
         found.summaries += _over_games(groups, found)
-    # The baseline comes last, so that a pair reads: how often is it beaten?
+    # The baseline comes last: a pair gives the probability that it is beaten.
     for better, than in combinations(sorted(groups, key=lambda group: (group == "standard", group)), 2):
         ours, theirs = groups[better], groups[than]
         _note_other_keys(by, (better, ours), (than, theirs), found)
@@ -141,7 +141,7 @@ def compare(scores: Sequence[Score], by: str = "param") -> Comparison:
         ]:
             found.notes.append(
                 f"{better} and {than} have a single run against several on {', '.join(single)}: "
-                "the interval of their comparison takes its score as known exactly"
+                "the interval of their comparison treats its score as exact"
             )
         estimate = statistics.improvement_with_interval(x, y)
         found.improvements.append(Improvement(better, than, tuple(sorted(ours)), estimate))
@@ -157,7 +157,7 @@ def _refused(scores: Sequence[Score], groups: dict[str, dict[str, list[Score]]],
             found.problems.append(
                 f"not compared: {first.trained.path} and {score.trained.path} were played under different protocols "
                 f"({', '.join(name.replace('_', ' ') for name in differing)}: {ours[key]} and {theirs[key]}): "
-                "a named --protocol is the same for all"
+                "choose one with --protocol"
             )
             return True
     for games in groups.values():
@@ -168,8 +168,8 @@ def _refused(scores: Sequence[Score], groups: dict[str, dict[str, list[Score]]],
                 key_of_run = (score.trained.path,) if config is None else tuple(map(str, vars(config).values()))
                 if (other := seen.setdefault(key_of_run, score)) is not score:
                     found.problems.append(
-                        f"not compared: {other.trained.path} and {score.trained.path} are of one and the same run, "
-                        "which is no two seeds"
+                        f"not compared: {other.trained.path} and {score.trained.path} are of the "
+                        "same run, which counts once"
                     )
                     return True
     return False
@@ -194,7 +194,7 @@ def _over_games(groups: dict[str, dict[str, list[Score]]], found: Comparison) ->
         if len(values) > 1:
             summaries.append(_summary(group, None, values))
     if unknown:
-        found.notes.append(f"no human score is known for {', '.join(sorted(unknown))}: not part of the aggregates")
+        found.notes.append(f"no human score is known for {', '.join(sorted(unknown))}: excluded from the aggregates")
     return summaries
 
 
@@ -211,7 +211,7 @@ def _note_differences(group: str, games: dict[str, list[Score]], found: Comparis
 def _note_other_keys(
     by: str, ours: tuple[str, dict[str, list[Score]]], theirs: tuple[str, dict[str, list[Score]]], found: Comparison
 ) -> None:
-    """Note the keys, beside ``by`` and what follows from it, whose values the two groups do not share."""
+    """Note the keys, except ``by`` and those that depend on it, whose values differ between the two groups."""
     sides = [
         [vars(score.trained.config) for runs in games.values() for score in runs if score.trained.config is not None]
         for _, games in (ours, theirs)
@@ -233,13 +233,13 @@ def differing_keys(configs: Sequence[TrainConfig]) -> list[str]:
 
 
 def apart(frames: set[int | None] | set[int]) -> bool:
-    """Return whether frame counts lie more than 1% from the largest: a run ends on a whole vector step."""
+    """Return whether frame counts differ by more than 1%; less is normal, since a run ends on a whole vector step."""
     counts = [count for count in frames if count is not None]
     return any(count < 0.99 * max(counts) for count in counts)
 
 
 def _note_run_counts(group: str, games: dict[str, list[Score]], found: Comparison) -> None:
-    """Note where games have different numbers of runs: the interval over games then rests on some of them only."""
+    """Note if games have different numbers of runs: the interval over games then depends on some of them only."""
     counts = {game: len(runs) for game, runs in sorted(games.items())}
     if len(set(counts.values())) < 2:
         return
@@ -247,5 +247,5 @@ def _note_run_counts(group: str, games: dict[str, list[Score]], found: Compariso
     text = ", ".join(f"{game} {count}" for game, count in counts.items())
     text = f"the games of {group} have different numbers of runs ({text}): the IQM weighs them by it"
     if single:
-        text += f", and the interval over games takes {', '.join(single)} as known exactly"
+        text += f", and the interval over games treats {', '.join(single)} as exact"
     found.notes.append(text)

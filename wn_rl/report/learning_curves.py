@@ -1,4 +1,4 @@
-"""Learning curves of runs: test score over emulator frames, a mean and a band per group, one panel per game."""
+"""Learning curves as panels over emulator frames: evaluation return, and diagnostics of the training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_curves(runs: Sequence[RunResult], out: Path, by: str = "param", window
 
 
 def score_curve(run: RunResult) -> Curve:
-    """Return a run's mean test score over emulator frames."""
+    """Return a run's mean evaluation return over emulator frames."""
     return Curve(run.frames, run.scores)
 
 
@@ -65,14 +65,14 @@ def evaluation_panel(game: str, runs: Sequence[RunResult], by: str, window: int)
         series.append(Series(group, tuple(curve.smoothed(window) for curve in raw), dots))
     random_score = find_game(game).random_score
     level = None if random_score is None else ("random play", random_score)
-    return Panel(game, "test score (points)", tuple(series), level, paper_curves() if game == PAPER_GAME else ())
+    return Panel(game, "evaluation return (points)", tuple(series), level, paper_curves() if game == PAPER_GAME else ())
 
 
 def caption(runs: Sequence[RunResult], panels: Sequence[Panel], window: int) -> str:
-    """Return what a reader must know to read the panels: seeds, what line and band are, how was tested."""
+    """Return the caption: numbers of seeds, what line and band are, the evaluation protocol."""
     counts = sorted({len(series.curves) for panel in panels for series in panel.series})
     several = counts[-1] > 1
-    sentences = [f"Test score over training. {_seeds(counts)}."]
+    sentences = [f"Evaluation return over training. {_seeds(counts)}."]
     sentences.append(_line([score_curve(run).window(window) for run in runs], several=several))
     for count in dict.fromkeys(min(count, 3) for count in counts if count > 1):
         number = "n ≥ 3" if count == 3 and counts[-1] > 3 else f"n = {count}"
@@ -83,9 +83,9 @@ def caption(runs: Sequence[RunResult], panels: Sequence[Panel], window: int) -> 
         sentences.append("Dots: single evaluations.")
     if any(panel.references for panel in panels):
         sentences.append(f"Gray: {PAPER_SOURCE}.")
-    tests = list(dict.fromkeys(run.test for run in runs))
+    protocols = list(dict.fromkeys(run.evaluation_protocol for run in runs))
     presets = sorted({run.config.preset for run in runs})
-    sentences.append(f"Each evaluation: {tests[0]}." if len(tests) == 1 else "Evaluations differ between runs.")
+    sentences.append(f"Each evaluation: {protocols[0]}." if len(protocols) == 1 else "Evaluations differ between runs.")
     sentences.append(f"Preset {', '.join(presets)}.")
     return " ".join(sentences)
 
@@ -110,9 +110,9 @@ def _seeds(counts: Sequence[int]) -> str:
 
 
 BINS = 40
-"""Stretches of frames over which training games are averaged."""
+"""Bins of frames over which the returns of training episodes are averaged."""
 FINE_BINS = 300
-"""Stretches over which curves with more points than that are averaged, so that a page of long runs stays small."""
+"""Curves with more points are downsampled to this number of bins, so that a page of long runs stays small."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,16 @@ FROM_FILES = (
         "training_return",
         "Training return",
         "points",
-        f"mean raw return of the training games that ended in each {BINS}th of the longest run (episodes.csv)",
+        f"mean raw return of the training episodes that ended in each {BINS}th of the longest run (episodes.csv)",
     ),
     Quantity(
-        "test_length",
-        "Length of test games",
+        "evaluation_length",
+        "Length of evaluation episodes",
         "agent steps",
-        "mean length of an evaluation's games (evaluations.csv)",
+        "mean length of an evaluation's episodes (evaluations.csv)",
     ),
 )
-"""What every run directory holds."""
+"""From the CSV files, which every run directory holds."""
 FROM_EVENTS = (
     Quantity(
         "train/max_q_held_out",
@@ -182,7 +182,7 @@ FROM_EVENTS = (
         "standard deviation of a state's Q-value over minibatches that it may be in",
     ),
 )
-"""What TensorBoard's events hold where the run wrote them; docs/monitoring.md has the definitions."""
+"""From TensorBoard events, if the run wrote them; docs/monitoring.md has the definitions."""
 
 
 def curve_of(quantity: Quantity, run: RunResult, events: Mapping[str, Curve], longest: float) -> Curve | None:
@@ -194,14 +194,14 @@ def curve_of(quantity: Quantity, run: RunResult, events: Mapping[str, Curve], lo
         events: its scalars by tag.
         longest: emulator frames of the longest run that it stands beside, so that seeds share their bins.
     """
-    if quantity.key == "test_length":
+    if quantity.key == "evaluation_length":
         return Curve(run.frames, run.evaluations["mean_length"])
     if quantity.key == "training_return":
         return binned(run.episodes["frames"], run.episodes["return"], longest, BINS)
     return events.get(quantity.key)
 
 
-def _thinned(curve: Curve, longest: float) -> Curve:
+def _downsampled(curve: Curve, longest: float) -> Curve:
     if len(curve.frames) <= FINE_BINS:
         return curve
     return binned(curve.frames, curve.values, longest, FINE_BINS) or curve
@@ -225,7 +225,7 @@ def diagnostic_panels(
         series = []
         for group in groups_of([run for run, _ in of_game], by):
             curves = [curve_of(quantity, run, scalars, longest) for run, scalars in of_game if run.group(by) == group]
-            if known := tuple(_thinned(curve, longest) for curve in curves if curve is not None):
+            if known := tuple(_downsampled(curve, longest) for curve in curves if curve is not None):
                 series.append(Series(group, known))
         if series:
             panels.append((quantity, Panel(quantity.title, quantity.unit, tuple(series))))

@@ -1,6 +1,7 @@
-"""Published scores that are printed beside ours, each with its source and with how well it is known.
+"""Published scores and learning curves that are shown beside ours, each with its source.
 
-The marks: C read in a primary source, M from memory of the paper, not re-read.
+For scores, the source says how well they are known: read in the paper, or from memory of it, not re-read. For curves,
+``data/README.md`` says where each number comes from: the paper's digitized figure, and public reproductions of DQN.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class Published:
 
 
 SOURCES = {
-    "paper normal": "Salimans & Kingma 2016, normal parameterization: highest test score of all epochs, one run (M; "
-    "protocol paper)",
-    "paper wn": "the same with weight normalization (M)",
-    "Mnih 2015": "Mnih et al. 2015, extended data table 2: DQN (C; protocol nature)",
+    "paper normal": "Salimans & Kingma 2016, normal parameterization: highest evaluation return of all epochs, one "
+    "run (from memory, not re-read; protocol paper)",
+    "paper wn": "the same with weight normalization (from memory, not re-read)",
+    "Mnih 2015": "Mnih et al. 2015, extended data table 2: DQN (read in the paper; protocol nature)",
 }
 PUBLISHED = {
     "Breakout": Published(410, 403, 401.2),

@@ -19,10 +19,10 @@ from wn_rl.runs.directory import write_file
 
 INDEX = "index.html"
 MANIFEST = "files.json"
-"""Lists what a report wrote, so that the next one into the same directory can take away what is no longer made."""
+"""Lists the files of a report, so that the next report in the same directory can delete those it no longer writes."""
 LARGE = (4.0, 2.9)
 SMALL = (3.7, 2.6)
-"""Sizes of the page's figures, width and height in inches: narrow, so that their letters can be read on a phone."""
+"""Sizes of the page's figures, width and height in inches: narrow, so that the text is readable on a phone."""
 
 
 def report_command(
@@ -85,7 +85,7 @@ def check_directory(directory: Path) -> None:
             raise UsageError(f"--report {directory}: a file is in the way; name a directory")
         if directory.is_dir():
             if any(directory.iterdir()) and not _is_ours(directory):
-                raise UsageError(f"--report {directory}: it holds something else than a report; name another directory")
+                raise UsageError(f"--report {directory}: it is not empty and holds no report; name another directory")
             tempfile.TemporaryFile(dir=directory).close()
             return
         parent = next(one for one in directory.absolute().parents if one.exists())
@@ -115,7 +115,7 @@ def write_report(
     """
     events, problems = _events(runs)
     content = page.Content(runs, by, failures, problems=problems)
-    content.films, content.films_left_out = run_data.find_films(runs)
+    content.videos, content.videos_left_out = run_data.find_videos(runs)
     names = names_of(runs)
     content.without_events = [name for name, scalars in zip(names, events, strict=True) if not scalars]
     styles = figures.styles_of(groups_of(runs, by))
@@ -126,7 +126,7 @@ def write_report(
         of_game = [run for run in runs if run.config.game == game]
         caption = learning_curves.caption(of_game, [panel], window)
         content.curves.append(_figure(game, f"scores-{game}", panel, caption, styles, files, len(files), LARGE))
-        bands.append((game, "test_score", panel))
+        bands.append((game, "evaluation_return", panel))
         for quantity, inner in learning_curves.diagnostic_panels(game, runs, by, events):
             name = f"{game}-{quantity.key.replace('/', '-')}"
             caption = f"{quantity.title}: {quantity.meaning}."
@@ -171,7 +171,7 @@ def _figure(
 
 
 def _is_ours(directory: Path) -> bool:
-    """Return whether a report was written here, or was begun and ended by a kill or a power cut."""
+    """Return whether the directory holds a report, or the beginning of one that was interrupted."""
     try:
         with open(directory / INDEX, "rb") as stream:
             return f'name="generator" content="{page.GENERATOR}"'.encode() in stream.read(1000)
@@ -182,9 +182,9 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _write(directory: Path, files: Mapping[str, str | bytes], index: str) -> None:
-    """Write the files, then the page, and take away what an earlier report wrote and this one does not.
+    """Write the files, then the page, and delete files of an earlier report that this one does not write.
 
-    Where there was no report, nothing of one that is interrupted or finds the disk full is left.
+    If the directory held no report and this one is interrupted, or the disk is full, nothing is left.
     """
     before = _manifest(directory)
     first = not (directory / INDEX).exists()
@@ -193,7 +193,7 @@ def _write(directory: Path, files: Mapping[str, str | bytes], index: str) -> Non
     try:
         for folder in ("figures", "data"):
             (directory / folder).mkdir(parents=True, exist_ok=True)
-        # First: a report that is killed is known by it, and the next one knows what to take away.
+        # First: if this process is killed, the next report recognizes the directory and knows what to delete.
         _write_manifest(directory, [*files, *sorted(before - files.keys())])
         for name, value in files.items():
             write_file(directory / name, value, sync=False)
@@ -203,7 +203,7 @@ def _write(directory: Path, files: Mapping[str, str | bytes], index: str) -> Non
         _write_manifest(directory, list(files))
     except BaseException as error:
         if first:
-            _take_away([directory / name for name in (*files, MANIFEST, INDEX)], made)
+            _delete([directory / name for name in (*files, MANIFEST, INDEX)], made)
         if isinstance(error, OSError):
             raise WnRlError(f"cannot write to {directory}: {error.strerror}") from None
         raise
@@ -214,7 +214,7 @@ def _write_manifest(directory: Path, names: list[str]) -> None:
     write_file(directory / MANIFEST, content, sync=False)
 
 
-def _take_away(files: Sequence[Path], folders: Sequence[Path]) -> None:
+def _delete(files: Sequence[Path], folders: Sequence[Path]) -> None:
     """Remove files, then folders as far as they are empty."""
     for file in files:
         with contextlib.suppress(OSError):
@@ -225,7 +225,7 @@ def _take_away(files: Sequence[Path], folders: Sequence[Path]) -> None:
 
 
 def _manifest(directory: Path) -> set[str]:
-    """Return the names that an earlier report wrote into ``figures/`` and ``data/``."""
+    """Return the names of the files in ``figures/`` and ``data/`` that an earlier report wrote."""
     try:
         return {
             name

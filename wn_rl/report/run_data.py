@@ -1,4 +1,7 @@
-"""What a run directory says about its run: configuration, test scores, training games, summary. Nothing is played."""
+"""What a run directory holds: configuration, evaluations, training episodes, summary, TensorBoard scalars, videos.
+
+Nothing is played, and no checkpoint is needed.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,18 @@ from wn_rl.runs.directory import EPISODE_COLUMNS, EVALUATION_COLUMNS, Found, Run
 
 Columns = Mapping[str, NDArray[np.float64]]
 LARGEST = 1e15
-"""No score and no count is larger: a file with such a number is damaged, and no figure could show it."""
-PAPER_TEST_STEPS = 125_000
-"""Agent steps of the paper's test after each epoch."""
+"""Largest plausible score or count: a file with a larger number is damaged."""
+PAPER_EVALUATION_STEPS = 125_000
+"""Agent steps of the paper's evaluation after each epoch."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run as its files tell it.
+    """One run, read from its files.
 
     Attributes:
         path: its directory.
-        config: with the game's name made canonical.
+        config: with the canonical name of the game.
         evaluations: by column of ``evaluations.csv``, each of shape (n,), n ≥ 1; frames increase.
         episodes: by column of ``episodes.csv``, each of shape (m,); empty arrays where the file is missing.
         summary: of ``summary.json``; empty where there is none yet.
@@ -98,21 +101,21 @@ class RunResult:
         return str(getattr(self.config, by))
 
     @property
-    def test(self) -> str:
+    def evaluation_protocol(self) -> str:
         """How the evaluations were played, in words."""
         config = self.config
         length = f"{config.evaluation_steps:,} agent steps" if config.evaluation_steps else None
         cap = f"cap {config.max_frames_per_episode:,} frames" if config.max_frames_per_episode else "no cap"
-        parts = [length or f"{config.evaluation_episodes} games", f"ε {config.evaluation_epsilon:g}", cap]
+        parts = [length or f"{config.evaluation_episodes} episodes", f"ε {config.evaluation_epsilon:g}", cap]
         parts += [f"sticky actions {config.sticky_actions:g}"] if config.sticky_actions else []
         parts += ["all 18 actions"] if config.full_action_set else []
         return ", ".join(parts)
 
     @property
-    def tested_as_the_paper(self) -> bool:
+    def evaluated_as_the_paper(self) -> bool:
         """Whether the evaluations follow the paper's protocol."""
         config = self.config
-        return (config.evaluation_steps, config.evaluation_epsilon) == (PAPER_TEST_STEPS, 0.05) and not (
+        return (config.evaluation_steps, config.evaluation_epsilon) == (PAPER_EVALUATION_STEPS, 0.05) and not (
             config.max_frames_per_episode or config.sticky_actions or config.full_action_set
         )
 
@@ -151,8 +154,8 @@ def read_run(directory: Path) -> RunResult:
 def read_runs(paths: Sequence[Path]) -> tuple[list[RunResult], list[Failure]]:
     """Return the runs that can be read, and why the others cannot.
 
-    A run whose configuration and evaluations are those of an earlier one is that run again, which is no second seed:
-    it is among the others.
+    A run with the same configuration and evaluations as an earlier one is the same run; it counts once, and is listed
+    among the failures.
     """
     runs: list[RunResult] = []
     failures: list[Failure] = []
@@ -214,7 +217,7 @@ def _columns(file: Path, names: Sequence[str]) -> Columns:
     except KeyError as error:
         raise WnRlError(f"{file} is damaged: it has no column {error}") from None
     for name, column in columns.items():
-        if name != "std" and not (np.abs(column) <= LARGEST).all():  # of a single game there is no std
+        if name != "std" and not (np.abs(column) <= LARGEST).all():  # a single episode has no std
             raise WnRlError(f"{file} is damaged: {name} is not finite or not plausible")
     return columns
 
@@ -250,7 +253,7 @@ def read_scalars(directory: Path) -> dict[str, Curve]:
         return {}
     from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a cut-off last record is no news of a run that goes on
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a truncated last record is normal while a run goes on
     unwanted = dict.fromkeys(("histograms", "images", "audio", "compressedHistograms"), 1)
     try:
         events = event_accumulator.EventAccumulator(str(directory), size_guidance={"scalars": 0, **unwanted})
@@ -269,20 +272,20 @@ def _curve(points: list[tuple[int, float]]) -> Curve:
 
 
 LARGEST_VIDEO = 6 * 2**20
-"""Bytes of one film."""
+"""Largest video in bytes that a page embeds."""
 LARGEST_VIDEOS = 48 * 2**20
-"""Bytes of all films of a page."""
+"""Largest sum of the videos of a page, in bytes."""
 
 
 @dataclass(frozen=True)
-class Film:
-    """A film of a run.
+class RunVideo:
+    """A video in a run directory.
 
     Attributes:
         run: whose.
         path: its file.
         data: the file's bytes.
-        poster: its first picture as a PNG file, or None where it cannot be decoded here.
+        poster: its first frame as a PNG file, or None if it cannot be decoded here.
     """
 
     run: RunResult
@@ -291,22 +294,22 @@ class Film:
     poster: bytes | None
 
     @property
-    def address(self) -> str:
-        """The film as a ``data:`` address."""
+    def url(self) -> str:
+        """The video as a ``data:`` URL."""
         return "data:video/mp4;base64," + base64.b64encode(self.data).decode()
 
     @property
-    def poster_address(self) -> str | None:
-        """The first picture as a ``data:`` address."""
+    def poster_url(self) -> str | None:
+        """The first frame as a ``data:`` URL."""
         return None if self.poster is None else "data:image/png;base64," + base64.b64encode(self.poster).decode()
 
 
-def find_films(runs: Sequence[RunResult]) -> tuple[list[Film], list[str]]:
-    """Return the ``.mp4`` films anywhere in the runs' directories, and a line for each that is left out, with why.
+def find_videos(runs: Sequence[RunResult]) -> tuple[list[RunVideo], list[str]]:
+    """Return the ``.mp4`` videos anywhere in the run directories, and a line with the reason for each one left out.
 
-    A link is not followed: it could bring any file of this machine into a page that is handed on.
+    Symbolic links are not followed: they could put any file of this machine into a page that is shared.
     """
-    films: list[Film] = []
+    videos: list[RunVideo] = []
     left_out: list[str] = []
     total = 0
     for run in runs:
@@ -320,7 +323,7 @@ def find_films(runs: Sequence[RunResult]) -> tuple[list[Film], list[str]]:
                     f"{name}: {_megabytes(size)}, more than the {_megabytes(LARGEST_VIDEO)} that a page takes"
                 )
             elif total + size > LARGEST_VIDEOS:
-                left_out.append(f"{name}: the films together would be more than {_megabytes(LARGEST_VIDEOS)}")
+                left_out.append(f"{name}: the videos together would be more than {_megabytes(LARGEST_VIDEOS)}")
             else:
                 try:
                     data = path.read_bytes()
@@ -331,23 +334,23 @@ def find_films(runs: Sequence[RunResult]) -> tuple[list[Film], list[str]]:
                     left_out.append(f"{name}: no MP4 file")
                     continue
                 total += size
-                films.append(Film(run, path, data, _first_picture(data)))
-    return films, left_out
+                videos.append(RunVideo(run, path, data, _first_frame(data)))
+    return videos, left_out
 
 
 def _megabytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _first_picture(data: bytes) -> bytes | None:
-    """Return the first picture as a PNG file where PyAV and Pillow are installed."""
+def _first_frame(data: bytes) -> bytes | None:
+    """Return the first frame as a PNG file if PyAV and Pillow are installed."""
     try:
         import av
 
         with av.open(io.BytesIO(data)) as container:
-            picture = next(container.decode(video=0)).to_image()
+            image = next(container.decode(video=0)).to_image()
         stream = io.BytesIO()
-        picture.save(stream, format="PNG", optimize=True)
+        image.save(stream, format="PNG", optimize=True)
         return stream.getvalue()
     except Exception:  # noqa: BLE001 - without a poster the browser shows what it can decode
         return None

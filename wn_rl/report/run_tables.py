@@ -1,4 +1,4 @@
-"""The numbers of a report's tables: scores per game and group, one row a run, keys in which runs differ."""
+"""The tables of a report: scores per game and group, one row per run, keys in which runs differ; and its CSV files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from wn_rl.report.run_data import RunResult, games_of, groups_of, names_of
 from wn_rl.report.statistics import Curve, Interval, interval, meaning
 from wn_rl.runs.directory import EVALUATION_COLUMNS
 
-EACH_ITS_OWN = ("seed", "run_dir", "game")
-"""Configuration keys that are no difference worth a line."""
+EXPECTED_TO_DIFFER = ("seed", "run_dir", "game")
+"""Configuration keys that are expected to differ."""
 LAST = 5
-"""Evaluations at the end of a run whose mean is less of a draw than the last alone."""
+"""Evaluations at the end of a run whose mean is shown too: it is less noisy than the final evaluation."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GroupRow:
         best: highest mean score of one evaluation of each run, over the runs; points.
         final: mean score of the last evaluation, likewise.
         last: mean of the last :data:`LAST` evaluations, likewise.
-        human: ``final`` on the scale random play = 0, human = 1; None where the two are not known.
+        human_normalized: ``final`` on the scale random play = 0, human = 1; None if these scores are not known.
         published: scores of the paper and of Mnih et al. 2015, where there are any.
         random_score: of random play, points, where known.
         human_score: of a human, points, where known.
@@ -47,7 +47,7 @@ class GroupRow:
     best: Interval
     final: Interval
     last: Interval
-    human: float | None
+    human_normalized: float | None
     published: Published | None
     random_score: float | None
     human_score: float | None
@@ -97,7 +97,7 @@ def differences(runs: Sequence[RunResult], by: str) -> list[tuple[str, dict[str,
     """
     found = []
     for key in (entry.name for entry in fields(TrainConfig)):
-        if key in EACH_ITS_OWN or len({str(getattr(run.config, key)) for run in runs}) < 2:
+        if key in EXPECTED_TO_DIFFER or len({str(getattr(run.config, key)) for run in runs}) < 2:
             continue
         values: dict[str, list[str]] = {group: [] for group in groups_of(runs, by)}
         for run in runs:
@@ -109,7 +109,7 @@ def differences(runs: Sequence[RunResult], by: str) -> list[tuple[str, dict[str,
 
 
 def warnings(rows: Sequence[GroupRow]) -> list[str]:
-    """Return what a reader must know before comparing the rows, one sentence each."""
+    """Return warnings about comparing the rows, one sentence each."""
     found = []
     for row in rows:
         where = f"{row.game}, {row.group}"
@@ -118,9 +118,9 @@ def warnings(rows: Sequence[GroupRow]) -> list[str]:
         if apart({int(run.trained_frames) for run in row.runs}) and "frames" not in keys:
             found.append(f"{where}: the runs were trained for different numbers of frames.")
         if len(set(row.seeds)) < len(row.seeds):
-            found.append(f"{where}: a seed stands more than once, so these are not as many independent runs.")
+            found.append(f"{where}: a seed occurs more than once, so not all of these runs are independent.")
         if unfinished := sum(not run.finished for run in row.runs):
-            found.append(f"{where}: {unfinished} of {len(row.runs)} runs did not reach the end.")
+            found.append(f"{where}: {unfinished} of {len(row.runs)} runs are not finished.")
     for game in dict.fromkeys(row.game for row in rows):
         of_game = [row for row in rows if row.game == game]
         if len({len(row.runs) for row in of_game}) > 1:
@@ -129,17 +129,17 @@ def warnings(rows: Sequence[GroupRow]) -> list[str]:
         frames = [max(run.trained_frames for run in row.runs) for row in of_game]
         if apart({int(one) for one in frames}):
             found.append(f"{game}: the groups were trained for different numbers of frames.")
-        if len({run.test for row in of_game for run in row.runs}) > 1:
-            found.append(f"{game}: the runs were not all tested in the same way.")
+        if len({run.evaluation_protocol for row in of_game for run in row.runs}) > 1:
+            found.append(f"{game}: the runs were evaluated under different protocols.")
     single = [row for row in rows if len(row.runs) == 1]
     if single:
         everything = "every group" if len(single) == len(rows) else "some groups"
         found.append(f"One seed in {everything}: a difference between single runs is no evidence about a method.")
     compared = [run for row in rows if row.published for run in row.runs]
-    if compared and not any(run.tested_as_the_paper for run in compared):
+    if compared and not any(run.evaluated_as_the_paper for run in compared):
         found.append(
-            "No run here was tested as the paper's were (125,000 agent steps at ε 0.05, no cap), so the published "
-            "columns say where these scores stand, and are no like-for-like comparison."
+            "No run here was evaluated under the paper's protocol (125,000 agent steps at ε 0.05, no frame cap): the "
+            "published scores give the scale only; they cannot be compared directly."
         )
     return found
 
@@ -180,7 +180,7 @@ def csv_files(
     panels: Sequence[tuple[str, str, Panel]],
     events: Sequence[Mapping[str, Curve]],
 ) -> dict[str, str]:
-    """Return the CSV files by name. An empty cell: not known, or none.
+    """Return the CSV files of a report by name; an empty cell means not known, or none.
 
     Args:
         runs: at least one.
@@ -189,24 +189,28 @@ def csv_files(
         events: of each run its TensorBoard scalars by tag.
     """
     names = names_of(runs)
-    whose = [(name, run.config.game, run.group(by), run.config.seed) for name, run in zip(names, runs, strict=True)]
+    keys_of_runs = [
+        (name, run.config.game, run.group(by), run.config.seed) for name, run in zip(names, runs, strict=True)
+    ]
     of_run = ("run", "game", by, "seed")
     evaluations = [
         (*one, *(run.evaluations[column][index] for column in EVALUATION_COLUMNS))
-        for one, run in zip(whose, runs, strict=True)
+        for one, run in zip(keys_of_runs, runs, strict=True)
         for index in range(len(run.frames))
     ]
     keys = [(key, group, value) for key, found in differences(runs, by) for group in found for value in found[group]]
     return {
         "data/scores.csv": _csv(("game", by, *_SCORE_COLUMNS), map(_score_row, group_rows(runs, by))),
         "data/runs.csv": _csv(
-            (*of_run, *_RUN_COLUMNS), [(*one, *_run_row(run)) for one, run in zip(whose, runs, strict=True)]
+            (*of_run, *_RUN_COLUMNS), [(*one, *_run_row(run)) for one, run in zip(keys_of_runs, runs, strict=True)]
         ),
         "data/evaluations.csv": _csv((*of_run, *EVALUATION_COLUMNS), evaluations),
         "data/curves.csv": _csv(
             ("game", "quantity", by, "seeds", "band", "frames", "mean", "low", "high"), _band_rows(panels)
         ),
-        "data/diagnostics.csv": _csv((*of_run, "quantity", "frames", "value"), _diagnostic_rows(whose, runs, events)),
+        "data/diagnostics.csv": _csv(
+            (*of_run, "quantity", "frames", "value"), _diagnostic_rows(keys_of_runs, runs, events)
+        ),
         "data/differences.csv": _csv(("key", by, "value"), keys),
     }
 
@@ -218,7 +222,7 @@ def _score_row(row: GroupRow) -> tuple[Any, ...]:
     frames = max(run.trained_frames for run in row.runs)
     count = len(row.runs)
     return (
-        row.game, row.group, count, meaning(count), frames, *scores, row.human, *published, row.random_score,
+        row.game, row.group, count, meaning(count), frames, *scores, row.human_normalized, *published, row.random_score,
         row.human_score,
     )  # fmt: skip
 
@@ -227,7 +231,7 @@ def _run_row(run: RunResult) -> tuple[Any, ...]:
     return (
         run.trained_frames, run.best, run.best_frames, run.final, last_mean(run), len(run.scores), run.config.num_envs,
         run.number("wall_seconds"), run.number("frames_per_second"), run.text("device"), run.text("precision"),
-        run.finished, run.test,
+        run.finished, run.evaluation_protocol,
     )  # fmt: skip
 
 
@@ -243,9 +247,9 @@ def _band_rows(panels: Sequence[tuple[str, str, Panel]]) -> Iterable[tuple[Any, 
 
 
 def _diagnostic_rows(
-    whose: Sequence[tuple[Any, ...]], runs: Sequence[RunResult], events: Sequence[Mapping[str, Curve]]
+    keys_of_runs: Sequence[tuple[Any, ...]], runs: Sequence[RunResult], events: Sequence[Mapping[str, Curve]]
 ) -> Iterable[tuple[Any, ...]]:
-    for one, run, scalars in zip(whose, runs, events, strict=True):
+    for one, run, scalars in zip(keys_of_runs, runs, events, strict=True):
         longest = max(1.0, *(other.trained_frames for other in runs if other.config.game == run.config.game))
         for quantity in (*FROM_FILES, *FROM_EVENTS):
             if (curve := curve_of(quantity, run, scalars, longest)) is not None:

@@ -1,4 +1,4 @@
-"""Scores as tables on the terminal, as JSON and as CSV."""
+"""Scores of trained networks as tables on the terminal, as JSON and as CSV, written while they are measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wn_rl.report.published import PUBLISHED, SOURCES
 from wn_rl.runs.directory import versions, write_file
 
 PIPED_WIDTH = 160
-"""Letters of a line where the output is no terminal."""
+"""Characters per line if the output is not a terminal."""
 
 CSV_COLUMNS = (
     "checkpoint",
@@ -55,11 +55,11 @@ CSV_COLUMNS = (
     "human_normalized",
     "seconds",
 )
-"""Columns of ``--csv``, one row a checkpoint; docs/evaluation.md explains them. An empty cell: not known, or none."""
+"""Columns of ``--csv``, one row per checkpoint; docs/evaluation.md explains them. An empty cell: not known, or none."""
 
 
 def as_json(score: Score) -> dict[str, Any]:
-    """Return the score with every episode and everything that is needed to compare it, as JSON values."""
+    """Return the score with all episodes and everything that a comparison needs, as JSON values."""
     result, trained, protocol = score.result, score.trained, score.protocol
     interval, published = score.interval, PUBLISHED.get(trained.game)
     game = find_game(trained.game)
@@ -108,7 +108,7 @@ def as_json(score: Score) -> dict[str, Any]:
 def comparison_as_json(
     scores: Sequence[Score], failures: Sequence[Failure], comparison: Comparison, by: str
 ) -> dict[str, Any]:
-    """Return many scores with their statistics and with what failed, as JSON values."""
+    """Return many scores with their statistics and the failures, as JSON values."""
     return {
         "scores": [as_json(score) for score in scores],
         "by": by,
@@ -152,7 +152,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
-    """Write one row a score, see :data:`CSV_COLUMNS`.
+    """Write one row per score, see :data:`CSV_COLUMNS`.
 
     Raises:
         WnRlError: it cannot be written.
@@ -184,7 +184,19 @@ def print_scores(scores: Sequence[Score]) -> None:
     first = scores[0]
     protocols = dict.fromkeys(score.protocol for score in scores)
     table = Table(title=_title(first) if alike else None, caption=_caption(scores), caption_justify="left")
-    columns = ["game", "param", "seed", "frames", "episodes", "score [95%]", "std", "min", "max", "length", "human"]
+    columns = [
+        "game",
+        "param",
+        "seed",
+        "frames",
+        "episodes",
+        "score [95%]",
+        "std",
+        "min",
+        "max",
+        "length",
+        "human-normalized",
+    ]
     columns += list(SOURCES) if known else []
     columns += ["protocol"] if len(protocols) > 1 else []
     columns += [] if alike else ["checkpoint"]
@@ -206,7 +218,7 @@ def print_scores(scores: Sequence[Score]) -> None:
             "min": f"{result.scores.min():g}",
             "max": f"{result.scores.max():g}",
             "length": f"{result.mean_length:,.0f}",
-            "human": "unknown" if human is None else f"{100 * human:.1f}%",
+            "human-normalized": "unknown" if human is None else f"{100 * human:.1f}%",
             "paper normal": f"{published.paper_normal:g}" if published else "–",
             "paper wn": f"{published.paper_wn:g}" if published else "–",
             "Mnih 2015": f"{published.mnih:g}" if published else "–",
@@ -219,7 +231,9 @@ def print_scores(scores: Sequence[Score]) -> None:
         for name, source in SOURCES.items():
             print(f"{name}: {source}")
     if any(not episode.completed for score in scores for episode in score.result.episodes):
-        print("A single episode that was not finished within the budget of agent steps counts with its score so far.")
+        print(
+            "An unfinished episode counts with its score so far if it is the only one within the budget of agent steps."
+        )
 
 
 def _title(score: Score) -> str:
@@ -236,8 +250,8 @@ def _caption(scores: Sequence[Score]) -> str:
         + (f"; trained with N = {', '.join(map(str, trained))}" if trained else "")
     )
     lines.append(
-        "Raw points of whole games; 95% bootstrap interval over episodes, none for fewer than 4 or if all are alike; "
-        "human: 0% random play, 100% a human."
+        "Raw points of whole episodes; 95% bootstrap interval over episodes, none below 4 or if all are equal; "
+        "human-normalized: 0% is random play, 100% a human."
     )
     return "\n".join(lines)
 
@@ -262,8 +276,8 @@ def print_comparison(comparison: Comparison, by: str) -> None:
     if comparison.summaries:
         table = Table(
             title="Over seeds",
-            caption="95% stratified bootstrap intervals over seeds (n = runs; Agarwal et al. 2021); none below 4 runs "
-            "of one game,\nof which a bootstrap tells no more than lowest and highest, nor where all are alike.\n"
+            caption="95% stratified bootstrap intervals over seeds (n = runs; Agarwal et al. 2021); none for fewer "
+            "than 4 runs of one game\n(a bootstrap would give their minimum and maximum), or if all are equal.\n"
             "IQM: mean of the middle half of the runs. Rows of several games are human-normalized.",
             caption_justify="left",
         )
@@ -276,7 +290,7 @@ def print_comparison(comparison: Comparison, by: str) -> None:
         games = f"{len(improvement.games)} games" if len(improvement.games) > 1 else improvement.games[0]
         print(
             f"Probability that a run of {improvement.better} beats one of {improvement.than} on {games}: "
-            f"{_with_interval(improvement.estimate, percent=True)} ({improvement.estimate.rests_on})"
+            f"{_with_interval(improvement.estimate, percent=True)} ({improvement.estimate.sample_size})"
         )
     for note in comparison.notes:
         print(f"note: {note}")
@@ -300,16 +314,16 @@ def score_and_report(
 ) -> int:
     """Score every path, print tables, write files; return the exit code.
 
-    Files are written after each score, so that an interruption loses none; where nothing could be scored, the JSON file
-    says why, in the form of several paths. What fails is one line on standard error;
-    the others are still scored, and the exit code is that of the failure, or 1 where several paths were given. A file
-    that cannot be written is tried again after each score.
+    Files are written after each score, so that an interruption loses none; if nothing could be scored, the JSON file
+    says why, in the form for several paths. A failure is one line on standard error; the other paths are still
+    scored, and the exit code is that of the failure, or 1 if several paths were given. A file that cannot be written
+    is tried again after each score.
 
     Args:
         paths: see :func:`wn_rl.evaluation.scoring.expand`.
         how: to score them.
-        json_file: file for every episode of every score.
-        csv_file: file for one row a score.
+        json_file: file for all episodes of all scores.
+        csv_file: file for one row per score.
         by: configuration key whose values are the groups that are compared.
     """
     scores: list[Score] = []
@@ -334,13 +348,14 @@ def score_and_report(
                 comparison = compare(scores, by)
                 if len(paths) > 1:
                     print(
-                        f"{outcome.trained.path}: {outcome.interval} ({len(outcome.result.episodes)} games)", flush=True
+                        f"{outcome.trained.path}: {outcome.interval} ({len(outcome.result.episodes)} episodes)",
+                        flush=True,
                     )
             write()
-        if json_file is not None and not scores:  # a script that waits for the file reads why it holds no score
+        if json_file is not None and not scores:  # for scripts: the file says why there is no score
             nothing = comparison_as_json([], failures, comparison, by)
             _attempt(json_file, lambda file: write_json(file, nothing), unwritten)
-    finally:  # Ctrl-C too: what was played is shown
+    finally:  # after Ctrl-C too: what was played is printed
         if scores:
             print_scores(scores)
             print_comparison(comparison, by)

@@ -1,7 +1,8 @@
-"""A mean over seeds and a band around it: of single values, and of curves point by point.
+"""Means and confidence intervals over seeds, of single values and of curves; smoothing and binning of curves.
 
-What the band is depends on the number of seeds and always stands beside it: nothing for one, the range for two, the
-95% interval of Student's t for three and more.
+The kind of interval depends on the number of seeds and is printed beside it: none for one seed, the range for two, the
+95% interval of Student's t for three and more. Bootstrap intervals over runs and games are in
+:mod:`wn_rl.evaluation.statistics`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 WINDOW = 5
-"""Evaluations in the running mean at most, where nothing else is asked for."""
+"""Default of the largest number of evaluations in a running mean."""
 SHARE = 10
-"""A running mean is over one in so many points at most: over more, the end of a short curve is far from its score."""
+"""A running mean is over a tenth of the points at most; over more, the end of a short curve is far from its score."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity of one run over its training.
+    """A quantity of one run over its training frames.
 
     Attributes:
         frames: emulator frames, shape (n,), increasing.
@@ -35,11 +36,11 @@ class Curve:
     values: Array
 
     def window(self, most: int) -> int:
-        """Return the points of the running mean: ``most``, but a tenth of the curve at most, and at least 1."""
+        """Return the number of points in the running mean: ``most``, at most a tenth of the curve, at least 1."""
         return max(1, min(most, len(self.values) // SHARE))
 
     def smoothed(self, most: int) -> Curve:
-        """Return the mean of each point and those before it, so many together as :meth:`window` says."""
+        """Return the running mean: of each point and those before it, :meth:`window` points in total."""
         window = self.window(most)
         if window == 1:
             return self
@@ -51,14 +52,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Band:
-    """The mean of several runs' curves, where all of them have one.
+    """The mean of several runs' curves, at the frames that all of them cover.
 
     Attributes:
         frames: emulator frames, shape (k,); k is 0 where no frame is in the range of every run.
         mean: over the runs, shape (k,).
         low: lower end of the band, shape (k,), or None for a single run.
         high: upper end, likewise.
-        runs: how many there are.
+        runs: their number.
     """
 
     frames: Array
@@ -70,7 +71,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of one value per seed with the ends of its band, None for a single seed."""
+    """The mean of one value per seed with the ends of its interval, which are None for a single seed."""
 
     mean: float
     low: float | None
@@ -79,14 +80,14 @@ class Interval:
 
 
 def meaning(runs: int) -> str:
-    """Return in words what the band of so many runs is."""
+    """Return in words what the band or interval of this number of runs is."""
     if runs < 2:
         return "one seed: no band"
     return "range of the two seeds" if runs == 2 else "95% Student's t interval over seeds"
 
 
 def interval(values: Sequence[float] | Array) -> Interval:
-    """Return the mean of one value per seed, at least one, with the band's ends."""
+    """Return the mean of one value per seed, at least one, with its interval."""
     mean, low, high = _band(np.asarray(values, np.float64)[:, None])
     if low is None or high is None:
         return Interval(float(mean[0]), None, None, len(values))
@@ -113,9 +114,9 @@ def over_seeds(curves: Sequence[Curve]) -> Band:
 
 
 def binned(frames: Array, values: Array, longest: float, count: int) -> Curve | None:
-    """Return the mean of ``values`` in each of ``count`` stretches of (0, longest] that has any, at its middle.
+    """Return the mean of ``values`` in each non-empty one of ``count`` equal bins of (0, longest], at its middle.
 
-    None where there are no values. A value at the very end belongs to the last stretch, one at 0 to the first.
+    None if there are no values. A value at the very end belongs to the last bin, one at 0 to the first.
     """
     if not len(frames):
         return None
@@ -126,7 +127,7 @@ def binned(frames: Array, values: Array, longest: float, count: int) -> Curve | 
 
 
 def t_quantile(degrees: int) -> float:
-    """Return the t that a Student-t variable exceeds in size with probability 5%.
+    """Return the t that the absolute value of a Student-t variable exceeds with probability 5%.
 
     Its distribution function is a finite sum for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4);
     bisection inverts it.
