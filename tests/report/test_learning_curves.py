@@ -65,9 +65,9 @@ def test_the_caption_says_seeds_band_and_how_was_tested(tmp_path: Path) -> None:
         "running mean over 2 evaluations, a tenth of a curve at most; its last point: that of the mean of the last 2",
         "literal (n = 3)",
         "emulator frames (millions)",
-        "10 games, ε 0.05",
+        "10 episodes, ε 0.05",
         "random play",
-        "test score (points)",
+        "evaluation return (points)",
     ):
         assert part in said, part
     assert "paper" not in said  # its curve is of another game
@@ -107,7 +107,7 @@ def test_a_long_legend_is_neither_cut_off_nor_under_the_caption(group: str) -> N
     groups = ["standard", *(f"{group[: 25 - len(str(i))]}{i}" for i in range(9))]
     curve = statistics.Curve(np.array([1e6, 2e6]), np.array([-20.5, 10_000.0]))
     series = tuple(figures.Series(name, (curve, curve)) for name in groups)
-    panel = figures.Panel("Pong", "test score (points)", series, ("random play", -20.7))
+    panel = figures.Panel("Pong", "evaluation return (points)", series, ("random play", -20.7))
     drawing = figures.draw([panel], figures.styles_of(groups), "A caption.", width=3.7, height=2.6)
     figure = drawing.figure
     figure.draw_without_rendering()

@@ -119,7 +119,7 @@ def test_the_numbers_of_the_page_and_of_its_csv_are_those_of_the_runs_files(repo
             assert float(stored[f"{key}_high"]) == pytest.approx(np.mean(values) + half)
         assert (row["seeds"], row["paper wn"], row["Mnih 2015"]) == (("3", "3.0"), ("403", "403.0"), ("401.2", "401.2"))
         human = (np.mean([seed[-1] for seed in seeds]) - 1.7) / (30.5 - 1.7)
-        assert row["human %"][0] == f"{100 * human:.1f}%"
+        assert row["human-normalized score"][0] == f"{100 * human:.1f}%"
         assert (row["random"][0], row["human"][0], row["N"][0]) == ("1.7", "30.5", "8")
     for row in shown.table("Every run"):
         seed = means[row["run"][0]]
@@ -136,7 +136,7 @@ def test_the_page_carries_everything_and_a_browser_may_fetch_nothing(report: Pat
     shown = Page(text)
     policy = next(meta["content"] for meta in shown.attributes("meta") if meta.get("http-equiv"))
     assert str(policy).startswith("default-src 'none'; script-src 'sha256-")
-    assert len(shown.attributes("svg")) == 3  # test scores, training return, length of test games
+    assert len(shown.attributes("svg")) == 3  # evaluation return, training return, length of evaluation episodes
     assert all(svg["role"] == "img" and svg["aria-labelledby"] for svg in shown.attributes("svg"))
     named = [attributes["id"] for _, attributes in shown.elements if attributes.get("id")]
     assert len(set(named)) == len(named)
@@ -282,7 +282,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wn_rl.runs.report_directory.write_atomically", full)
+    monkeypatch.setattr("wn_rl.runs.directory.write_atomically", full)
     code, out, err = run([QUICK / "Pong-wn-quick-s1", "--report", ours], capsys, monkeypatch)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "No space left" in err
@@ -310,7 +310,7 @@ def test_a_first_report_that_does_not_end_leaves_nothing(
         count += 1
         replaced(source, target)
 
-    monkeypatch.setattr("wn_rl.runs.report_directory.os.replace", replace_some)
+    monkeypatch.setattr("wn_rl.runs.directory.os.replace", replace_some)
     code, _, err = run([QUICK / "Pong-wn-quick-s1", "--report", out], capsys, monkeypatch)
     assert (code, err.count("\n")) == ((130, 0) if isinstance(error, KeyboardInterrupt) else (1, 1))
     assert list((tmp_path / "deep").iterdir()) == []
@@ -377,13 +377,13 @@ def test_films_are_part_of_the_page_unless_they_are_too_large_or_none(
     secret = tmp_path / "secret.mp4"
     shutil.copy(path / "best.mp4", secret)
     (path / "link.mp4").symlink_to(secret)
-    found, left_out = run_data.find_films([run_data.read_run(path)])
+    found, left_out = run_data.find_videos([run_data.read_run(path)])
     assert [one.path.name for one in found] == ["best.mp4", "x <b>.mp4"]
     assert left_out == ["run/no.mp4: no MP4 file"]
     poster = found[0].poster
     assert poster is not None
     assert poster[:4] == b"\x89PNG"
-    shown = Page(page.render(page.Content([run_data.read_run(path)], "param", films=found, films_left_out=left_out)))
+    shown = Page(page.render(page.Content([run_data.read_run(path)], "param", videos=found, videos_left_out=left_out)))
     videos = shown.attributes("video")
     assert [str(video["poster"])[:22] for video in videos] == ["data:image/png;base64,"] * 2
     data = str(videos[0]["src"]).removeprefix("data:video/mp4;base64,")
@@ -392,9 +392,9 @@ def test_films_are_part_of_the_page_unless_they_are_too_large_or_none(
 
     size = (path / "best.mp4").stat().st_size
     monkeypatch.setattr(run_data, "LARGEST_VIDEOS", size + 1)
-    assert [line for line in run_data.find_films([run_data.read_run(path)])[1] if "together" in line]
+    assert [line for line in run_data.find_videos([run_data.read_run(path)])[1] if "together" in line]
     monkeypatch.setattr(run_data, "LARGEST_VIDEO", size - 1)
-    found, left_out = run_data.find_films([run_data.read_run(path)])
+    found, left_out = run_data.find_videos([run_data.read_run(path)])
     assert not found
     assert "more than the" in left_out[0]
 
@@ -436,7 +436,7 @@ def test_what_keeps_groups_from_being_compared_is_said(tmp_path: Path) -> None:
     assert differing["learning_rate"] == ("0.0001", "0.0003")
     assert not {"seed", "game", "gamma"} & differing.keys()
     rows = {row["param"][0]: row for row in shown.table("Scores by game and group")}
-    assert rows["standard"]["each evaluation"][0] == "30 games, ε 0.05, cap 108,000 frames"
+    assert rows["standard"]["each evaluation"][0] == "30 episodes, ε 0.05, cap 108,000 frames"
 
 
 @pytest.mark.parametrize(

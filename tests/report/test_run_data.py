@@ -32,7 +32,7 @@ def test_a_run_is_what_its_files_say() -> None:
     assert run.number("wall_seconds") == summary["wall_seconds"]
     assert run.text("device") == "AMD EPYC, 2 cores"
     assert run.finished
-    assert run.test == "10 games, ε 0.05, cap 108,000 frames"
+    assert run.evaluation_protocol == "10 episodes, ε 0.05, cap 108,000 frames"
     assert not run.evaluated_as_the_paper
 
 

@@ -1,4 +1,4 @@
-"""The film shows the game that was scored, and beside each picture what the network said of that very picture."""
+"""The video shows the episode that was scored, and beside each frame the Q-values of exactly that state."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from wn_rl.evaluation.episodes import evaluate as score
 from wn_rl.evaluation.policies import Trained
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.video import episode_video, saliency
-from wn_rl.video.episode_video import Film
+from wn_rl.video.episode_video import EpisodeVideo
 from wn_rl.video.q_value_panel import WIDTH
-from wn_rl.video.recorded_episodes import PlayedGame, Recorder, play
+from wn_rl.video.recorded_episodes import EpisodeRecorder, RecordedEpisode, record_evaluation
 
 SaveCheckpoint = Callable[..., Path]
 
@@ -53,13 +53,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("game", "changes"), CASES)
-def test_the_games_of_a_film_are_those_that_are_scored(game: str, changes: dict[str, Any]) -> None:
+def test_the_episodes_of_a_video_are_those_that_are_scored(game: str, changes: dict[str, Any]) -> None:
     """Scores, lengths, actions, rewards, ends and every observation, over several games of each of two emulators."""
     given = options(**changes)
     protocol = EvaluationProtocol(epsilon=0.3, episodes=5)
     env = make_atari(game, 2, num_threads=1, **given)
     q_values = network(env.num_actions)
-    recorded, games = play(q_values, env, protocol, seed=11)
+    recorded, games = record_evaluation(q_values, env, protocol, seed=11)
 
     # The evaluation that scores, watched from outside: what the network saw, and what came of it.
     seen: list[list[Tensor]] = []
@@ -120,14 +120,14 @@ def test_the_games_of_a_film_are_those_that_are_scored(game: str, changes: dict[
         assert frames[0].is_reset
 
 
-def test_each_picture_carries_the_values_of_the_state_that_it_shows() -> None:
+def test_each_frame_has_the_q_values_of_the_state_that_it_shows() -> None:
     """The newest frame of an observation is the screen of its picture, made gray and small by another program."""
     given = options(max_frames_per_episode=400)
     env = make_atari("SpaceInvaders", 1, num_threads=1, **given)
     q_values = network(env.num_actions)
-    _, (game, *_) = play(q_values, env, EvaluationProtocol(epsilon=0.5, episodes=1), seed=2)
+    _, (game, *_) = record_evaluation(q_values, env, EvaluationProtocol(epsilon=0.5, episodes=1), seed=2)
     env.close()
-    found = list(_film(game, "SpaceInvaders", q_values, given).frames())
+    found = list(_video(game, "SpaceInvaders", q_values, given).rendered_frames())
     observations = list(game.observations("SpaceInvaders", given))
     assert len(found) == 401
     assert [decision for _, decision, _ in found] == [min(number // 4, 99) for number in range(401)]
@@ -148,33 +148,33 @@ def test_each_picture_carries_the_values_of_the_state_that_it_shows() -> None:
         assert later == earlier + frame.reward
 
 
-def _film(game: PlayedGame, name: str, q_values: Any, given: dict[str, Any], **more: Any) -> Film:
+def _video(game: RecordedEpisode, name: str, q_values: Any, given: dict[str, Any], **more: Any) -> EpisodeVideo:
     trained = Trained(Path(), "wn_rl", q_values, name, "wn", full_action_set=False, frames=2_000_000)
-    return Film(trained, game, [f"A{index}" for index in range(len(game.q_values[0]))], given, **more)
+    return EpisodeVideo(trained, game, [f"A{index}" for index in range(len(game.q_values[0]))], given, **more)
 
 
-def made_up(rewards: list[float], seed: int = 1) -> PlayedGame:
+def made_up(rewards: list[float], seed: int = 1) -> RecordedEpisode:
     count = len(rewards)
-    return PlayedGame(
+    return RecordedEpisode(
         0, seed, 0, b"", [0] * count, [False] * count, [np.array([0.0, 1.0], np.float32)] * count, rewards
     )
 
 
-def test_the_richest_stretch_is_where_most_points_are() -> None:
+def test_the_highest_scoring_part() -> None:
     """15 agent steps are a second. 100 points in the 40th second, 1 in each of the first ten."""
     rewards = [0.0] * 900
     for second in range(10):
         rewards[second * 15] = 1.0
     rewards[600] = 100.0
-    begin = _film(made_up(rewards), "Breakout", None, options()).richest(5.0)
+    begin = _video(made_up(rewards), "Breakout", None, options()).highest_scoring_start(5.0)
     assert begin <= 600 / 15 - 1 < 600 / 15 < begin + 5.0
-    assert _film(made_up(rewards), "Breakout", None, options()).richest(60.0) == 0.0
-    assert _film(made_up([0.0] * 900), "Breakout", None, options()).richest(5.0) == 0.0
+    assert _video(made_up(rewards), "Breakout", None, options()).highest_scoring_start(60.0) == 0.0
+    assert _video(made_up([0.0] * 900), "Breakout", None, options()).highest_scoring_start(5.0) == 0.0
     late = [0.0] * 899 + [7.0]
-    assert _film(made_up(late), "Breakout", None, options()).richest(5.0) == pytest.approx(55.0)
+    assert _video(made_up(late), "Breakout", None, options()).highest_scoring_start(5.0) == pytest.approx(55.0)
 
 
-def test_which_of_the_games() -> None:
+def test_which_of_the_episodes() -> None:
     games = [made_up([float(points)]) for points in (3, 9, 1, 9, 5)]
     for index, game in enumerate(games):
         game.index = index
@@ -182,28 +182,28 @@ def test_which_of_the_games() -> None:
     assert episode_video._pick(games, "median") is games[4]
     assert episode_video._pick(games[:4], "median") is games[0]
     assert episode_video._pick(games, "4") is games[3]
-    with pytest.raises(UsageError, match="only 5 games"):
+    with pytest.raises(UsageError, match="only 5 episodes"):
         episode_video._pick(games, "6")
 
 
-def test_a_game_that_comes_out_otherwise_is_told() -> None:
+def test_an_episode_that_differs_from_the_recorded_one_is_an_error() -> None:
     given = options(max_frames_per_episode=100)
     env = make_atari("Breakout", 1, num_threads=1, **given)
-    _, (game,) = play(network(4), env, EvaluationProtocol(episodes=1), seed=2)
+    _, (game,) = record_evaluation(network(4), env, EvaluationProtocol(episodes=1), seed=2)
     env.close()
     game.rewards[3] += 1
-    with pytest.raises(WnRlError, match="agent step 3 does not come out"):
-        list(_film(game, "Breakout", None, given).pictures())
+    with pytest.raises(WnRlError, match="agent step 3 differs"):
+        list(_video(game, "Breakout", None, given).frames())
 
 
 def test_saliency_is_that_of_the_state_and_the_action_shown() -> None:
     given = options(max_frames_per_episode=120)
     env = make_atari("Breakout", 1, num_threads=1, **given)
     q_values = network(4)
-    _, (game,) = play(q_values, env, EvaluationProtocol(epsilon=0.5, episodes=1), seed=2)
+    _, (game,) = record_evaluation(q_values, env, EvaluationProtocol(epsilon=0.5, episodes=1), seed=2)
     env.close()
-    plain = list(_film(game, "Breakout", q_values, given).pictures())
-    layered = list(_film(game, "Breakout", q_values, given, with_saliency=True).pictures(50, 30))
+    plain = list(_video(game, "Breakout", q_values, given).frames())
+    layered = list(_video(game, "Breakout", q_values, given, with_saliency=True).frames(50, 30))
     observations = list(game.observations("Breakout", given))
     assert len(layered) == 30
     for number, picture in enumerate(layered, 50):
@@ -219,7 +219,7 @@ def test_saliency_is_that_of_the_state_and_the_action_shown() -> None:
 def test_a_recorder_asks_nothing_of_emulators() -> None:
     """A game by hand: two emulators, the second of which ends first and starts the third game."""
     answers = iter(torch.tensor([[[0.0, 1.0], [2.0, 1.0]]] * 3))
-    recorder = Recorder(lambda _: next(answers), np.array([5, 6], np.int32))
+    recorder = EpisodeRecorder(lambda _: next(answers), np.array([5, 6], np.int32))
     info = {"is_reset": np.array([False, False])}
     flags = np.zeros(2, bool)
     for ended in (True, False, False):
@@ -227,7 +227,7 @@ def test_a_recorder_asks_nothing_of_emulators() -> None:
         recorder.before_step(np.array([1, 0]), np.array([False, True]))
         recorder.after_step(np.array([1.0, 2.0]), flags, flags, info)
         info = {"is_reset": np.array([False, ended])}
-    first, second, third = recorder.games
+    first, second, third = recorder.episodes
     assert (first.seed, first.actions, first.rewards, first.resets) == (5, [1, 1, 1], [1.0] * 3, 0)
     assert (second.seed, second.actions, second.random, second.history) == (6, [0], [True], b"")
     assert (third.seed, third.actions, third.resets, third.history) == (6, [0], 1, bytes([0, 255]))
@@ -241,7 +241,7 @@ def run(tmp_path: Path, save_checkpoint: SaveCheckpoint) -> Path:
     return save_checkpoint(tmp_path / "run", "Breakout", "wn", max_frames_per_episode=160, seed=3)
 
 
-def test_the_command_films_a_game_of_the_score(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_shows_a_scored_episode(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--episodes", "3", "--epsilon", "0.2", "--seed", "4", "--num-threads", "1"]
     wanted = scoring.score(run, scoring.How("training", {"episodes": 3, "epsilon": 0.2}, seed=4, num_threads=1))
     files = ["--video", str(tmp_path / "a.mp4"), "--gif", str(tmp_path / "a.gif"), "--saliency"]
@@ -250,12 +250,12 @@ def test_the_command_films_a_game_of_the_score(run: Path, tmp_path: Path, capsys
     best = int(wanted.result.scores.argmax())
     episode = wanted.result.episodes[best]
     assert said[0].startswith(
-        f"game {best + 1} of 3 (best), seed 4: {episode.score:g} points in {episode.length} agent steps"
+        f"episode {best + 1} of 3 (best), seed 4: {episode.score:g} points in {episode.length} agent steps"
     )
     assert "protocol training with epsilon, episodes changed: 3 episodes, ε 0.2" in said[0]
-    assert said[1].startswith(f"90 pictures written to {tmp_path / 'a.mp4'}")
+    assert said[1].startswith(f"90 frames written to {tmp_path / 'a.mp4'}")
     assert said[1].endswith("seconds 0.5 to 2.0 of 2.7")
-    assert said[2].startswith(f"30 pictures written to {tmp_path / 'a.gif'}")
+    assert said[2].startswith(f"30 frames written to {tmp_path / 'a.gif'}")
     video = cv2.VideoCapture(str(tmp_path / "a.mp4"))
     assert video.get(cv2.CAP_PROP_FPS) == 60
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 90
@@ -265,7 +265,7 @@ def test_the_command_films_a_game_of_the_score(run: Path, tmp_path: Path, capsys
         assert gif.size == (2 * (160 + WIDTH), 420)
 
 
-def test_without_flags_one_game_is_filmed_from_its_beginning_to_its_end(run: Path, tmp_path: Path) -> None:
+def test_without_flags_one_whole_episode_is_shown(run: Path, tmp_path: Path) -> None:
     assert evaluate.main([str(run), "--video", str(tmp_path / "a.mp4"), "--num-threads", "1"]) == 0
     video = cv2.VideoCapture(str(tmp_path / "a.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 161  # the cap's 160 frames, and the one before the first
@@ -276,20 +276,20 @@ def test_without_flags_one_game_is_filmed_from_its_beginning_to_its_end(run: Pat
     [
         (["--saliency"], "--saliency needs --video FILE.mp4 or --gif FILE.gif"),
         (["--seconds", "5"], "--seconds needs --video"),
-        (["--video", "x.mp4", "--json", "x.json"], "a film scores nothing"),
+        (["--video", "x.mp4", "--json", "x.json"], "a video scores nothing"),
         (["--video", "x.avi"], r"must end in \.mp4"),
         (["--gif", "x.mp4"], r"must end in \.gif"),
         (["--gif", "nowhere/x.gif"], "not a file in an existing directory"),
         (["--video", "x.mp4", "--pick", "worst"], "neither best nor median nor the number"),
-        (["--video", "x.mp4", "--pick", "0"], "only 1 games are played"),
+        (["--video", "x.mp4", "--pick", "0"], "only 1 episodes are played"),
         (["--video", "x.mp4", "--seconds", "0"], "--seconds must be more than 0"),
         (["--video", "x.mp4", "--seconds", "nan"], "--seconds must be more than 0"),
         (["--video", "x.mp4", "--start", "-1"], "--start must be 0 or more"),
-        (["--video", "x.mp4", "--start", "90"], r"the game ends after 2\.7 seconds"),
-        (["--video", "x.mp4", "--steps", "100"], "--steps has no use here"),
+        (["--video", "x.mp4", "--start", "90"], r"the episode ends after 2\.7 seconds"),
+        (["--video", "x.mp4", "--steps", "100"], "--steps cannot be used"),
     ],
 )
-def test_flags_that_make_no_film(
+def test_flags_that_make_no_video(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -299,14 +299,14 @@ def test_flags_that_make_no_film(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_several_networks_make_no_film(run: Path, save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+def test_several_networks_make_no_video(run: Path, save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
     other = save_checkpoint(tmp_path / "other")
-    with pytest.raises(UsageError, match="a film shows one network, not 2"):
+    with pytest.raises(UsageError, match="a video shows one network, not 2"):
         evaluate.main([str(run), str(other), "--video", str(tmp_path / "x.mp4")])
 
 
 def test_without_the_encoder_nothing_is_played(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setattr(episode_video, "play", lambda *_, **__: pytest.fail("it played"))
+    monkeypatch.setattr(episode_video, "record_evaluation", lambda *_, **__: pytest.fail("it played"))
     with pytest.raises(WnRlError, match=r'pip install "wn_rl\[video\]"'):
         evaluate.main([str(run), "--video", str(tmp_path / "x.mp4")])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ale_py import Action
 
-from wn_rl.atari.games import game_names
+from wn_rl.atari.games import find_game, game_names
 from wn_rl.video.q_value_panel import (
     ABOVE,
     ADVANCE,
@@ -18,13 +18,12 @@ from wn_rl.video.q_value_panel import (
     GLYPHS,
     RANDOM,
     WIDTH,
-    Panel,
-    Picture,
+    Image,
+    QValuePanel,
     Scale,
     State,
     draw_text,
     text_width,
-    title_of,
 )
 
 ACTIONS = [Action(number).name for number in range(18)]
@@ -42,7 +41,7 @@ def state(q_values: list[float], action: int = 0, **changes: Any) -> State:
     return State(np.array(q_values, np.float32), action, **(wanted | changes))
 
 
-def run_lengths(picture: Picture, colour: tuple[int, int, int]) -> list[int]:
+def run_lengths(picture: Image, colour: tuple[int, int, int]) -> list[int]:
     """The longest run of a colour in each row of pixels that has it, equal neighbours once."""
     found: list[int] = []
     for row in (picture == colour).all(2):
@@ -54,7 +53,7 @@ def run_lengths(picture: Picture, colour: tuple[int, int, int]) -> list[int]:
 
 def test_bars_are_as_long_as_a_q_value_is_from_the_mean() -> None:
     """Mean 2; the scale is 1, so 1 above is a whole bar to the right, ½ below half a one to the left."""
-    panel = Panel("Game", "wn", ["AA", "BB", "CC", "DD"], Scale(0, 4, 1.0))
+    panel = QValuePanel("Game", "wn", ["AA", "BB", "CC", "DD"], Scale(0, 4, 1.0))
     picture = panel.draw(state([3.0, 1.5, 2.0, 1.5], action=2))
     left, right = 6 + text_width("AA") + 4, WIDTH - 6 - text_width("−00.00") - 4
     whole = right - (left + right) // 2 - 1
@@ -63,13 +62,13 @@ def test_bars_are_as_long_as_a_q_value_is_from_the_mean() -> None:
 
 
 def test_a_bar_beyond_the_scale_is_cut() -> None:
-    panel = Panel("Game", "wn", ["A", "B"], Scale(0, 4, 1.0))
+    panel = QValuePanel("Game", "wn", ["A", "B"], Scale(0, 4, 1.0))
     longest = max(run_lengths(panel.draw(state([3.0, 1.0], action=1)), ABOVE))
     assert max(run_lengths(panel.draw(state([30.0, -26.0], action=1)), ABOVE)) == longest
 
 
 def test_the_action_played_is_marked_and_whether_it_was_random() -> None:
-    panel = Panel("Game", "wn", ["NOOP", "FIRE", "LEFT"], Scale(0, 4, 1.0))
+    panel = QValuePanel("Game", "wn", ["NOOP", "FIRE", "LEFT"], Scale(0, 4, 1.0))
     greedy = panel.draw(state([1.0, 2.0, 3.0], action=2))
     random = panel.draw(state([1.0, 2.0, 3.0], action=0, random=True))
     assert (greedy == CHOSEN).all(2).any()
@@ -90,7 +89,7 @@ def test_scales_are_those_of_the_whole_game() -> None:
 
 def test_what_does_not_change_is_drawn_the_same() -> None:
     """Nothing of the scale depends on the state, so two states with a common Q-value share its row."""
-    panel = Panel("Game", "wn", ["A", "B", "C"], Scale(-1, 5, 1.0))
+    panel = QValuePanel("Game", "wn", ["A", "B", "C"], Scale(-1, 5, 1.0))
     one = panel.draw(state([1.0, 2.0, 3.0], action=2))
     two = panel.draw(state([1.0, 3.0, 2.0], action=1))
     rows = panel.draw(state([1.0, 2.0, 3.0], action=0)).shape[0]
@@ -102,7 +101,7 @@ def test_what_does_not_change_is_drawn_the_same() -> None:
 @pytest.mark.parametrize("count", [1, 3, 4, 6, 9, 14, 18])
 def test_every_action_set_fits(count: int, height: int) -> None:
     names = ACTIONS[:count] if count < 18 else ACTIONS
-    panel = Panel("Journey Escape", "wn_mean_only_bn", names, Scale(-12.3, 12345.0, 0.2), height)
+    panel = QValuePanel("Journey Escape", "wn_mean_only_bn", names, Scale(-12.3, 12345.0, 0.2), height)
     q_values = [-12.34] * count
     values = np.linspace(-12.3, 12345.0, 400).astype(np.float32)
     everything: dict[str, Any] = {"score": 999_999, "step": 27_000, "lives": 5}
@@ -123,7 +122,7 @@ def test_letters_are_all_there_and_differ() -> None:
         assert glyph.shape == (7, 5), letter
         assert glyph.tobytes() not in shapes, (letter, shapes.get(glyph.tobytes()))
         shapes[glyph.tobytes()] = letter
-    wanted = "".join([*ACTIONS, *(title_of(game) for game in game_names()), "Q − MEAN ±0123456789.:/,()=+"])
+    wanted = "".join([*ACTIONS, *(find_game(game).title for game in game_names()), "Q − MEAN ±0123456789.:/,()=+"])
     assert set(wanted.upper()) <= set(GLYPHS)
 
 
@@ -139,4 +138,8 @@ def test_a_text_is_drawn_where_it_should_be_and_cut_at_the_edges() -> None:
 
 
 def test_titles_have_spaces_between_words() -> None:
-    assert [title_of(name) for name in ("SpaceInvaders", "Pong", "Pitfall2")] == ["Space Invaders", "Pong", "Pitfall 2"]
+    assert [find_game(name).title for name in ("SpaceInvaders", "Pong", "Pitfall2")] == [
+        "Space Invaders",
+        "Pong",
+        "Pitfall 2",
+    ]

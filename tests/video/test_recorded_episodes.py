@@ -37,7 +37,7 @@ def test_every_episode_tracks_the_runs_rewards_and_its_end(run: Path) -> None:
     for number, (episode_return, length) in list(enumerate(wanted, 1))[:-3:3]:
         episode = training_episode(run, str(number))
         assert (episode.number, episode.episode_return, episode.length) == (number, episode_return, length)
-        frames = list(episode.pictures)
+        frames = list(episode.frames)
         assert sum(frame.reward for frame in frames) == episode_return
         assert len({frame.step for frame in frames if frame.action is not None}) == length
         assert frames[-1].terminated or frames[-1].truncated
@@ -64,12 +64,14 @@ def test_the_command_writes_a_film_and_says_what_it_shows(
     assert evaluate.main([str(run), "--replay-episode", "best", "--video", str(tmp_path / "best.mp4")]) == 0
     said = capsys.readouterr().out
     best = training_episode(run, "best")
-    assert said.startswith(f"training episode {best.number}, ended at frame {best.frames:,}: {best.episode_return:g} ")
+    assert said.startswith(
+        f"training episode {best.number}, ended at frame {best.training_frames:,}: {best.episode_return:g} "
+    )
     with av.open(str(tmp_path / "best.mp4")) as film:
         stream = film.streams.video[0]
         assert stream.average_rate == 60
         assert (stream.height, stream.width) == (420, 320)
-        assert sum(1 for _ in film.decode(stream)) == len(list(best.pictures))
+        assert sum(1 for _ in film.decode(stream)) == len(list(best.frames))
 
 
 @pytest.mark.parametrize(

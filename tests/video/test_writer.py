@@ -14,10 +14,10 @@ from PIL import Image
 
 from wn_rl.atari.render import render
 from wn_rl.errors import UsageError, WnRlError
-from wn_rl.video.writer import Picture, colours_of, enlarge, write_gif, write_video
+from wn_rl.video.writer import Frame, colours_of, enlarge, write_gif, write_video
 
 
-def pictures(count: int, height: int = 20, width: int = 16) -> list[Picture]:
+def pictures(count: int, height: int = 20, width: int = 16) -> list[Frame]:
     """A bright square that moves over a dark ground."""
     found = []
     for number in range(count):
@@ -27,7 +27,7 @@ def pictures(count: int, height: int = 20, width: int = 16) -> list[Picture]:
     return found
 
 
-def decoded(path: Path) -> tuple[list[Picture], float]:
+def decoded(path: Path) -> tuple[list[Frame], float]:
     """Frames as RGB, and their rate, as OpenCV reads them."""
     film = cv2.VideoCapture(str(path))
     rate, found = film.get(cv2.CAP_PROP_FPS), []
@@ -124,7 +124,7 @@ def test_a_gif_of_known_colours_is_smaller(tmp_path: Path) -> None:
 def test_pictures_are_taken_one_at_a_time(tmp_path: Path) -> None:
     taken = 0
 
-    def frames() -> Iterator[Picture]:
+    def frames() -> Iterator[Frame]:
         nonlocal taken
         for picture in pictures(500):
             taken += 1

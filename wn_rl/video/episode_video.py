@@ -1,4 +1,4 @@
-"""A trained network at play, as a film: the screen at 60 pictures a second, and beside it what the network thinks."""
+"""Videos of an episode: the screen at 60 fps with the Q-values of the network beside it; or of a training episode."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ import torch
 from numpy.typing import NDArray
 
 from wn_rl.atari.env import FRAME_SKIP
+from wn_rl.atari.games import find_game
 from wn_rl.atari.render import FRAMES_PER_SECOND, RenderedFrame
 from wn_rl.errors import UsageError, WnRlError
 from wn_rl.evaluation.policies import Trained
 from wn_rl.evaluation.scoring import How, emulators, prepare
 from wn_rl.video import saliency, writer
-from wn_rl.video.q_value_panel import LETTERS, Panel, Scale, State, title_of
-from wn_rl.video.recorded_episodes import Options, PlayedGame, play, training_episode
+from wn_rl.video.q_value_panel import LETTERS, QValuePanel, Scale, State
+from wn_rl.video.recorded_episodes import Options, RecordedEpisode, record_evaluation, training_episode
 
 VIDEO_SECONDS, GIF_SECONDS = 300.0, 12.0
-"""At most so long where the user leaves it open."""
+"""Default largest length of a video and of a .gif, seconds."""
 VIDEO_SCALE, GIF_SCALE = 3, 2
-"""Pixels of the film for one of the console."""
+"""Each pixel of the console becomes scale × scale pixels of the video."""
 GIF_EVERY = 3
-"""One of so many pictures: 20 a second."""
+"""A .gif keeps every third frame: 20 fps."""
 PROGRESS_SECONDS = 10.0
-"""Between two lines that say how far it is."""
+"""Between two lines about the progress."""
 LEAD_SECONDS = 1.0
-"""Of play before the first point of the stretch that a .gif shows."""
+"""Of play before the first point in the part that a .gif shows."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to film.
+class VideoOptions:
+    """What a video shows.
 
     Attributes:
-        pick: of the games that are played, ``best``, ``median`` (of the scores, the lower one of two) or a number from
-            1; of several that are equal the first.
+        pick: which of the played episodes: ``best``, ``median`` (of the scores, the lower one of two) or a number from
+            1; of equal ones the first.
         saliency: draw the gradient of the chosen Q-value over the screen.
-        start: seconds into the game; None begins a video at its beginning, a .gif where most points are made.
-        seconds: length at most; None is :data:`VIDEO_SECONDS` or :data:`GIF_SECONDS`.
+        start: seconds from the start of the episode; None is the start for a video, and the part with the highest
+            score for a .gif.
+        seconds: largest length; None is :data:`VIDEO_SECONDS` or :data:`GIF_SECONDS`.
     """
 
     pick: str = "1"
@@ -52,219 +54,224 @@ class Wanted:
     seconds: float | None = None
 
 
-def check(wanted: Wanted, video_path: Path | None, gif_path: Path | None) -> None:
-    """Find out before anything is played whether a film can be made.
+def check(options: VideoOptions, video_path: Path | None, gif_path: Path | None) -> None:
+    """Check, before anything is played, that a video can be written.
 
     Raises:
-        UsageError: a number out of its range, or a file name with another ending.
+        UsageError: a number out of its range, or a file name with another suffix.
         WnRlError: the encoder is not installed.
     """
-    if wanted.pick not in ("best", "median") and not (wanted.pick.isdecimal() and 1 <= len(wanted.pick) <= 6):
-        raise UsageError(f"--pick '{wanted.pick}' is neither best nor median nor the number of a game, from 1")
-    if wanted.start is not None and not 0 <= wanted.start <= 1e6:
-        raise UsageError(f"--start must be 0 or more seconds, not {wanted.start:g}")
-    if wanted.seconds is not None and not 0 < wanted.seconds <= 1e6:
-        raise UsageError(f"--seconds must be more than 0, not {wanted.seconds:g}")
+    if options.pick not in ("best", "median") and not (options.pick.isdecimal() and 1 <= len(options.pick) <= 6):
+        raise UsageError(f"--pick '{options.pick}' is neither best nor median nor the number of an episode, from 1")
+    if options.start is not None and not 0 <= options.start <= 1e6:
+        raise UsageError(f"--start must be 0 or more seconds, not {options.start:g}")
+    if options.seconds is not None and not 0 < options.seconds <= 1e6:
+        raise UsageError(f"--seconds must be more than 0, not {options.seconds:g}")
     for path, suffix in ((video_path, ".mp4"), (gif_path, ".gif")):
         if path is not None:
             writer.check_name(path, suffix)
     writer.check_encoder()
 
 
-def film_command(
-    paths: Sequence[Path], how: How, wanted: Wanted, *, video_path: Path | None = None, gif_path: Path | None = None
+def video_command(
+    paths: Sequence[Path],
+    how: How,
+    options: VideoOptions,
+    *,
+    video_path: Path | None = None,
+    gif_path: Path | None = None,
 ) -> int:
-    """Play games under a protocol, film one of them, and say which; returns the exit code.
+    """Play episodes under a protocol, write a video of one of them, and print which; returns the exit code.
 
-    The games are those that scoring plays with the same protocol, number of episodes, emulators and seed.
+    The episodes are those that scoring plays with the same protocol, number of episodes, emulators and seed.
 
     Args:
         paths: of one network.
-        how: to play; its changes hold ``episodes``, so many games are played and one is filmed.
-        wanted: what to film.
+        how: to play; its changes hold ``episodes``, the number of episodes that are played.
+        options: what the video shows.
         video_path: of an .mp4 file, or None.
         gif_path: of a .gif file, or None.
 
     Raises:
         UsageError: several networks, or see :func:`check`.
-        WnRlError: the film cannot be written, or see :func:`wn_rl.evaluation.scoring.prepare`.
+        WnRlError: the video cannot be written, or see :func:`wn_rl.evaluation.scoring.prepare`.
     """
     if len(paths) != 1:
-        raise UsageError(f"a film shows one network, not {len(paths)}: name one, or call this once for each")
-    check(wanted, video_path, gif_path)
+        raise UsageError(f"a video shows one network, not {len(paths)}: name one, or run this command once for each")
+    check(options, video_path, gif_path)
     setup = prepare(paths[0], how)
     with emulators(setup) as env:
         names = env.action_meanings
         network = setup.trained.network.to(setup.device)
-        result, games = play(network, env, setup.protocol, seed=how.seed, device=setup.device)
-    game = _pick(games, wanted.pick)
-    film = Film(setup.trained, game, names, setup.options, setup.device, with_saliency=wanted.saliency)
-    which = f"game {game.index + 1} of {len(games)}" + ("" if wanted.pick.isdecimal() else f" ({wanted.pick})")
-    assert result.episodes[game.index].score == game.score
+        result, episodes = record_evaluation(network, env, setup.protocol, seed=how.seed, device=setup.device)
+    episode = _pick(episodes, options.pick)
+    video = EpisodeVideo(setup.trained, episode, names, setup.options, setup.device, with_saliency=options.saliency)
+    which = f"episode {episode.index + 1} of {len(episodes)}" + (
+        "" if options.pick.isdecimal() else f" ({options.pick})"
+    )
+    assert result.episodes[episode.index].score == episode.score
     print(
-        f"{which}, seed {how.seed}: {game.score:g} points in {game.length:,} agent steps"
-        f"{', ended by the frame cap' if game.truncated else ''}; {setup.protocol.describe()}"
+        f"{which}, seed {how.seed}: {episode.score:g} points in {episode.length:,} agent steps"
+        f"{', truncated by the frame cap' if episode.truncated else ''}; {setup.protocol.describe()}"
     )
     for path in (video_path, gif_path):
         if path is not None:
-            _write(film, path, wanted)
+            _write(video, path, options)
     return 0
 
 
-def _pick(games: Sequence[PlayedGame], pick: str) -> PlayedGame:
+def _pick(episodes: Sequence[RecordedEpisode], pick: str) -> RecordedEpisode:
     if pick == "best":
-        return max(games, key=lambda game: (game.score, -game.index))
+        return max(episodes, key=lambda one: (one.score, -one.index))
     if pick == "median":
-        return sorted(games, key=lambda game: (game.score, game.index))[(len(games) - 1) // 2]
-    if not 1 <= int(pick) <= len(games):
-        raise UsageError(f"--pick {pick}: only {len(games)} games are played (--episodes)")
-    return games[int(pick) - 1]
+        return sorted(episodes, key=lambda one: (one.score, one.index))[(len(episodes) - 1) // 2]
+    if not 1 <= int(pick) <= len(episodes):
+        raise UsageError(f"--pick {pick}: only {len(episodes)} episodes are played (--episodes)")
+    return episodes[int(pick) - 1]
 
 
-def _write(film: Film, path: Path, wanted: Wanted) -> None:
+def _write(video: EpisodeVideo, path: Path, options: VideoOptions) -> None:
     is_gif = path.suffix.lower() == ".gif"
-    limit = wanted.seconds or (GIF_SECONDS if is_gif else VIDEO_SECONDS)
-    start = wanted.start
+    limit = options.seconds or (GIF_SECONDS if is_gif else VIDEO_SECONDS)
+    start = options.start
     if start is None:
-        start = film.richest(limit) if is_gif else 0.0
+        start = video.highest_scoring_start(limit) if is_gif else 0.0
     first = round(start * FRAMES_PER_SECOND)
     count = max(round(limit * FRAMES_PER_SECOND), 1)
-    pictures = _with_progress(film.pictures(first, count), path, min(limit, film.seconds - start))
+    frames = _with_progress(video.frames(first, count), path, min(limit, video.seconds - start))
     if is_gif:
-        colours = writer.colours_of(islice(film.pictures(first, count), 0, None, GIF_EVERY))
+        colours = writer.colours_of(islice(video.frames(first, count), 0, None, GIF_EVERY))
         written = writer.write_gif(
-            pictures, path, fps=FRAMES_PER_SECOND, scale=GIF_SCALE, every=GIF_EVERY, colours=colours
+            frames, path, fps=FRAMES_PER_SECOND, scale=GIF_SCALE, every=GIF_EVERY, colours=colours
         )
         shown = written * GIF_EVERY / FRAMES_PER_SECOND
     else:
-        written = writer.write_video(pictures, path, fps=FRAMES_PER_SECOND, scale=VIDEO_SCALE)
+        written = writer.write_video(frames, path, fps=FRAMES_PER_SECOND, scale=VIDEO_SCALE)
         shown = written / FRAMES_PER_SECOND
     print(
-        f"{written:,} pictures written to {path} ({path.stat().st_size / 1e6:.1f} MB): seconds {start:.1f} to "
-        f"{start + shown:.1f} of {film.seconds:.1f}"
+        f"{written:,} frames written to {path} ({path.stat().st_size / 1e6:.1f} MB): seconds {start:.1f} to "
+        f"{start + shown:.1f} of {video.seconds:.1f}"
     )
 
 
-def _with_progress(pictures: Iterator[writer.Picture], path: Path, seconds: float) -> Iterator[writer.Picture]:
+def _with_progress(frames: Iterator[writer.Frame], path: Path, seconds: float) -> Iterator[writer.Frame]:
     told = time.monotonic()
-    for number, picture in enumerate(pictures):
-        yield picture
+    for number, frame in enumerate(frames):
+        yield frame
         if time.monotonic() - told > PROGRESS_SECONDS:
             told = time.monotonic()
             print(f"{path}: {number / FRAMES_PER_SECOND:.0f} of {seconds:.0f} seconds", file=sys.stderr, flush=True)
 
 
-class Film:
-    """The pictures of a game that was played.
+class EpisodeVideo:
+    """The frames of a video of a recorded episode.
 
-    A picture shows the Q-values of the newest state that the network had seen by then, and the action that was played
-    from there: they change with the very picture that is the state's newest frame, and stay for the 4 frames that the
-    action lasts.
+    A frame shows the Q-values of the last state that the network had observed by then, and the action that was played
+    from it: they change exactly at the frame that is the newest one of the state, and stay for the 4 frames of the
+    action.
     """
 
     def __init__(
         self,
         trained: Trained,
-        game: PlayedGame,
+        episode: RecordedEpisode,
         actions: Sequence[str],
         options: Options,
         device: torch.device | str = "cpu",
         *,
         with_saliency: bool = False,
     ) -> None:
-        """Prepare to show ``game``.
+        """Prepare a video of ``episode``.
 
         Args:
             trained: the network that played, on ``device``.
-            game: that it played.
-            actions: their names.
+            episode: that it played.
+            actions: names of the actions.
             options: of the emulators.
             device: of the network.
             with_saliency: draw the gradient of the chosen Q-value over the screen.
         """
         self._trained = trained
-        self._game = game
+        self._episode = episode
         self._actions = actions
         self._options = options
         self._device = device
         self._saliency = with_saliency
-        self._q_values: NDArray[np.float32] = np.stack(game.q_values)
+        self._q_values: NDArray[np.float32] = np.stack(episode.q_values)
         self._max_q: NDArray[np.float32] = self._q_values.max(1)
-        # A state "led to points" when the action played from it did.
-        self._points = np.array(game.rewards) != 0
+        # For each state, whether the action played from it changed the score.
+        self._points = np.array(episode.rewards) != 0
 
     @property
     def seconds(self) -> float:
-        """Length of the game; its last agent step may be cut short."""
-        return self._game.length * FRAME_SKIP / FRAMES_PER_SECOND
+        """Length of the episode; its last agent step may be shorter than 4 frames."""
+        return self._episode.length * FRAME_SKIP / FRAMES_PER_SECOND
 
-    def richest(self, seconds: float) -> float:
-        """Return where to begin so that most points are made within ``seconds``; 0 where all fits or none are made."""
+    def highest_scoring_start(self, seconds: float) -> float:
+        """Return the start of the ``seconds`` with the highest score; 0 if the whole episode fits or has no points."""
         length = int(seconds * FRAMES_PER_SECOND / FRAME_SKIP)
         lead = int(min(LEAD_SECONDS, seconds / 4) * FRAMES_PER_SECOND / FRAME_SKIP)
-        if length < 1 or length >= self._game.length:
+        if length < 1 or length >= self._episode.length:
             return 0.0
-        gained = np.cumsum([0.0, *np.maximum(self._game.rewards, 0.0)])
-        ends = np.minimum(np.arange(self._game.length) + max(length - lead, 1), self._game.length)
-        sums = gained[ends] - gained[: self._game.length]
+        gained = np.cumsum([0.0, *np.maximum(self._episode.rewards, 0.0)])
+        ends = np.minimum(np.arange(self._episode.length) + max(length - lead, 1), self._episode.length)
+        sums = gained[ends] - gained[: self._episode.length]
         if sums.max() <= 0:
             return 0.0
-        begin = min(max(int(sums.argmax()) - lead, 0), self._game.length - length)
+        begin = min(max(int(sums.argmax()) - lead, 0), self._episode.length - length)
         return begin * FRAME_SKIP / FRAMES_PER_SECOND
 
-    def frames(self) -> Iterator[tuple[RenderedFrame, int, float]]:
-        """Yield (frame, index of the decision that it shows, score so far) from the game's first picture on.
+    def rendered_frames(self) -> Iterator[tuple[RenderedFrame, int, float]]:
+        """Yield (frame, index of the agent step that it shows, score so far) from the first frame of the episode on.
 
         Raises:
-            WnRlError: the game does something else than when it was scored.
+            WnRlError: the episode differs from the recorded one.
         """
-        decision, score = 0, 0.0
-        last = self._game.length - 1
+        step, score = 0, 0.0
+        last = self._episode.length - 1
         played = 0
         gained = 0.0
-        for frame in self._game.frames(self._trained.game, self._options):
+        for frame in self._episode.frames(self._trained.game, self._options):
             if frame.action is not None:
                 played += 1
                 gained += frame.reward
                 score += frame.reward
             if played == FRAME_SKIP or frame.terminated or frame.truncated:
                 ended = frame.terminated or frame.truncated
-                if gained != self._game.rewards[decision] or ended != (decision == last):
-                    raise WnRlError(
-                        f"agent step {decision:,} does not come out as it did when it was scored: please report this"
-                    )
-                decision, played, gained = min(decision + 1, last), 0, 0.0
-            yield frame, decision, score
+                if gained != self._episode.rewards[step] or ended != (step == last):
+                    raise WnRlError(f"agent step {step:,} differs from the one that was scored: please report this")
+                step, played, gained = min(step + 1, last), 0, 0.0
+            yield frame, step, score
 
-    def pictures(self, first: int = 0, count: int | None = None) -> Iterator[writer.Picture]:
-        """Yield the pictures of the film, uint8 RGB (height, 160 + panel, 3), at the console's resolution.
+    def frames(self, first: int = 0, count: int | None = None) -> Iterator[writer.Frame]:
+        """Yield the frames of the video, uint8 RGB (height, 160 + panel, 3), at the console's resolution.
 
         Args:
-            first: frames of the game to leave out.
-            count: pictures at most; None for all.
+            first: number of frames at the start to leave out.
+            count: largest number of frames; None for all.
 
         Raises:
-            UsageError: the game ends before ``first``.
-            WnRlError: see :meth:`frames`.
+            UsageError: the episode ends before ``first``.
+            WnRlError: see :meth:`rendered_frames`.
         """
         heats = self._heats(first // FRAME_SKIP) if self._saliency else None
-        panel: Panel | None = None
+        panel: QValuePanel | None = None
         drawn: tuple[int, float, int] | None = None
         side = layer = None
         shown = -1
         yielded = 0
-        for number, (frame, decision, score) in enumerate(self.frames()):
+        for number, (frame, step, score) in enumerate(self.rendered_frames()):
             if number < first:
                 continue
             if count is not None and yielded >= count:
                 return
             if panel is None:
                 panel = self._panel(frame.picture.shape[0])
-            if drawn != (key := (decision, score, frame.lives)):
-                side, drawn = panel.draw(self._state(decision, score, frame.lives, panel.memory)), key
+            if drawn != (key := (step, score, frame.lives)):
+                side, drawn = panel.draw(self._state(step, score, frame.lives, panel.memory)), key
             screen = frame.picture
             if heats is not None:
-                while shown < decision:
+                while shown < step:
                     shown, layer = next(heats)
                 assert layer is not None
                 screen = saliency.overlay(screen, layer)
@@ -272,85 +279,87 @@ class Film:
             yielded += 1
             yield np.concatenate([screen, side], 1)
         if yielded == 0:
-            raise UsageError(f"the game ends after {self.seconds:.1f} seconds: begin the film earlier (--start)")
+            raise UsageError(f"the episode ends after {self.seconds:.1f} seconds: start the video earlier (--start)")
 
-    def _panel(self, height: int) -> Panel:
+    def _panel(self, height: int) -> QValuePanel:
         trained = self._trained
-        title, subtitle = title_of(trained.game), trained.param.rpartition(":")[2]
+        title, subtitle = find_game(trained.game).title, trained.param.rpartition(":")[2]
         if trained.frames is not None:
             longer = f"{subtitle}, {_short(trained.frames)} frames"
             subtitle = longer if len(title) + 1 + len(longer) <= LETTERS else subtitle
-        return Panel(title, subtitle, self._actions, Scale.of(self._q_values), height)
+        return QValuePanel(title, subtitle, self._actions, Scale.of(self._q_values), height)
 
-    def _state(self, decision: int, score: float, lives: int, memory: int) -> State:
-        begin = max(decision + 1 - memory, 0)
-        points = self._points[begin : decision + 1].copy()
-        points[-1] = False  # not known yet in this picture
+    def _state(self, step: int, score: float, lives: int, memory: int) -> State:
+        begin = max(step + 1 - memory, 0)
+        points = self._points[begin : step + 1].copy()
+        points[-1] = False  # not known yet in this frame
         return State(
-            self._q_values[decision],
-            self._game.actions[decision],
-            self._game.random[decision],
+            self._q_values[step],
+            self._episode.actions[step],
+            self._episode.random[step],
             score,
-            decision,
+            step,
             lives,
-            self._max_q[begin : decision + 1],
+            self._max_q[begin : step + 1],
             points,
         )
 
     def _heats(self, first: int) -> Iterator[tuple[int, saliency.Heat]]:
-        """Yield (decision, layer) from the decision ``first`` on."""
-        for decision, observation in enumerate(self._game.observations(self._trained.game, self._options)):
-            if decision >= first:
+        """Yield (agent step, saliency layer) from agent step ``first`` on."""
+        for step, observation in enumerate(self._episode.observations(self._trained.game, self._options)):
+            if step >= first:
                 batch = torch.from_numpy(observation[None]).to(self._device)
-                action = torch.tensor([self._game.actions[decision]], device=self._device)
-                yield decision, saliency.heat(saliency.gradients(self._trained.network, batch, action)[0].numpy())
+                action = torch.tensor([self._episode.actions[step]], device=self._device)
+                yield step, saliency.heat(saliency.gradients(self._trained.network, batch, action)[0].numpy())
 
 
 def _short(count: int) -> str:
-    """Return a count in few letters: 2,000,000 is 2M."""
+    """Return a count in short form: 2,000,000 is 2M."""
     for unit, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{letter}"
     return str(count)
 
 
-def one_game(how: How) -> How:
-    """Return ``how`` with one game to play where the user asked for no number of them.
+def one_episode(how: How) -> How:
+    """Return ``how`` with one episode if the user gave no number of episodes.
 
     Raises:
-        UsageError: agent steps are asked for.
+        UsageError: agent steps are given instead of episodes.
     """
     if how.changes.get("steps"):
-        raise UsageError("a film shows a game, so --steps has no use here: --episodes N plays N and --pick chooses one")
+        raise UsageError(
+            "a video shows an episode, so --steps cannot be used: --episodes N plays N and --pick chooses one"
+        )
     return how if how.changes.get("episodes") else replace(how, changes={**how.changes, "episodes": 1})
 
 
 def training_video_command(paths: Sequence[Path], which: str, video: Path) -> int:
-    """Write the film of a training episode and say which one it is; returns the exit code.
+    """Write the video of a training episode and print which one it is; returns the exit code.
 
     Raises:
         UsageError: not one run, or see :func:`training_episode`.
-        WnRlError: the film cannot be written, or the game does something else than in the run.
+        WnRlError: the video cannot be written, or the episode differs from the one of the training.
     """
     if len(paths) != 1:
         raise UsageError(f"--replay-episode shows one run, not {len(paths)}")
     episode = training_episode(paths[0], which)
     seen = 0.0
 
-    def pictures() -> Iterator[writer.Picture]:
+    def frames() -> Iterator[writer.Frame]:
         nonlocal seen
-        for frame in episode.pictures:
+        for frame in episode.frames:
             seen += frame.reward
             yield frame.picture
-        if seen != episode.episode_return:  # raised here, the film is not written
+        if seen != episode.episode_return:  # raised here, no file is written
             raise WnRlError(
-                f"episode {episode.number:,} gave {seen:g} points when it was played again and "
+                f"episode {episode.number:,} gave {seen:g} points when it was rendered again and "
                 f"{episode.episode_return:g} in training: another version of ale-py?"
             )
 
-    count = writer.write_video(pictures(), video)
+    count = writer.write_video(frames(), video)
     print(
-        f"training episode {episode.number:,}, ended at frame {episode.frames:,}: {episode.episode_return:g} points in "
-        f"{episode.length:,} agent steps; {count:,} pictures written to {video}"
+        f"training episode {episode.number:,}, ended at frame {episode.training_frames:,}: "
+        f"{episode.episode_return:g} points in {episode.length:,} agent steps; {count:,} frames written to {video}"
     )
     return 0

@@ -1,4 +1,8 @@
-"""A game of an evaluation that can be seen again: recorded while it is scored, by its seed and its actions."""
+"""Episodes that can be rendered again: one of an evaluation, recorded while it is scored, or one of the training.
+
+An episode is stored as a seed and a list of actions. An evaluation is recorded by :class:`EpisodeRecorder`; the
+training keeps an action log, from which :func:`training_episode` finds an episode.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +32,23 @@ from wn_rl.runs.directory import RunDirectory, read_rows
 from wn_rl.training import training_seeds
 
 Options = Mapping[str, Any]
-"""Of :func:`wn_rl.atari.env.make_atari`, but for the game, the seed and the number of emulators."""
+"""Options of :func:`wn_rl.atari.env.make_atari`, without the game, the seed and the number of emulators."""
 
 
 @dataclass
-class PlayedGame:
-    """A game of an evaluation; T agent steps.
+class RecordedEpisode:
+    """An episode of an evaluation; T agent steps.
 
     Attributes:
-        index: its place in the order in which the games were started, from 0.
+        index: its place in the order in which the episodes were started, from 0.
         seed: of its emulator.
-        resets: of that emulator since it was seeded.
-        history: what the emulator played since then: actions, and ``RESET`` for each of these resets.
-        actions: that were played, shape (T,).
-        random: whether each was drawn at random (ε), shape (T,); the draw may be the greedy action.
-        q_values: of the state that each was chosen in, as the network gave them, float32 (T, A).
-        rewards: that each led to, raw points, shape (T,).
-        truncated: the frame cap ended it.
+        resets: number of resets of that emulator since it was seeded.
+        history: what the emulator played between its seeding and this episode: actions, and ``RESET`` for each reset.
+        actions: of the agent, length T.
+        random: whether each was drawn at random (ε), length T; the draw may be the greedy action.
+        q_values: of the state in which each was chosen, T arrays, float32 (A,).
+        rewards: of each action, raw points, length T.
+        truncated: whether the frame cap ended it.
     """
 
     index: int
@@ -68,11 +72,11 @@ class PlayedGame:
         return len(self.actions)
 
     def frames(self, game: str, options: Options) -> Iterator[RenderedFrame]:
-        """Play the game once more and yield every emulator frame in colour, beginning with the one before step 0.
+        """Play the episode again and yield every emulator frame in colour, starting with the one before step 0.
 
         Args:
-            game: its name.
-            options: of then.
+            game: name of the game.
+            options: as in the evaluation.
         """
         sticky = options["sticky_actions"] > 0
         return render(
@@ -85,11 +89,11 @@ class PlayedGame:
         )
 
     def observations(self, game: str, options: Options) -> Iterator[NDArray[np.uint8]]:
-        """Play the game once more and yield the observation of each agent step, uint8 (4, 84, 84).
+        """Play the episode again and yield the observation of each agent step, uint8 (4, 84, 84).
 
         Args:
-            game: its name.
-            options: of then.
+            game: name of the game.
+            options: as in the evaluation.
         """
         env = make_atari(game, 1, num_threads=1, **options)
         try:
@@ -107,30 +111,32 @@ class PlayedGame:
             env.close()
 
 
-class Recorder:
-    """Writes down what an evaluation plays: its policy and its two callbacks."""
+class EpisodeRecorder:
+    """Records what an evaluation plays: its methods are the policy and the two callbacks of the evaluation."""
 
     def __init__(self, q_values: Callable[[Tensor], Tensor], seeds: NDArray[np.int32]) -> None:
-        """Record N emulators that begin with ``seeds``, shape (N,).
+        """Record N emulators.
 
         Args:
             q_values: uint8 observations (N, 4, 84, 84) → Q-values (N, A).
-            seeds: see above.
+            seeds: of the emulators, shape (N,).
         """
         self._network = q_values
         self._seeds = seeds
         self._history = [bytearray() for _ in seeds]
         self._resets = [0] * len(seeds)
-        self.games: list[PlayedGame] = []
-        self._open = [self._start(slot) for slot in range(len(seeds))]
+        self.episodes: list[RecordedEpisode] = []
+        self._current = [self._start(slot) for slot in range(len(seeds))]
         self._q: NDArray[np.float32] = np.zeros((len(seeds), 0), np.float32)
         self._actions: NDArray[np.int64] = np.zeros(0, np.int64)
         self._random: NDArray[np.bool_] = np.zeros(0, bool)
 
-    def _start(self, slot: int) -> PlayedGame:
-        game = PlayedGame(len(self.games), int(self._seeds[slot]), self._resets[slot], bytes(self._history[slot]))
-        self.games.append(game)
-        return game
+    def _start(self, slot: int) -> RecordedEpisode:
+        episode = RecordedEpisode(
+            len(self.episodes), int(self._seeds[slot]), self._resets[slot], bytes(self._history[slot])
+        )
+        self.episodes.append(episode)
+        return episode
 
     @torch.no_grad()
     def policy(self, observations: Tensor) -> Tensor:
@@ -140,37 +146,37 @@ class Recorder:
         return q_values.argmax(1)
 
     def before_step(self, actions: NDArray[np.int64], random: NDArray[np.bool_]) -> None:
-        """Note what is about to be played, shapes (N,)."""
+        """Record the actions of a vector step, shapes (N,)."""
         self._actions, self._random = actions, random
 
     def after_step(
         self, rewards: NDArray[Any], terminated: NDArray[Any], truncated: NDArray[Any], info: dict[str, NDArray[Any]]
     ) -> None:
-        """Note what came of it, shapes (N,)."""
+        """Record the result of a vector step, shapes (N,)."""
         for slot in range(len(self._seeds)):
             if info["is_reset"][slot]:
                 self._history[slot].append(RESET)
                 self._resets[slot] += 1
-                self._open[slot] = self._start(slot)
+                self._current[slot] = self._start(slot)
                 continue
-            game, action = self._open[slot], int(self._actions[slot])
+            episode, action = self._current[slot], int(self._actions[slot])
             self._history[slot].append(action)
-            game.actions.append(action)
-            game.random.append(bool(self._random[slot]))
-            game.q_values.append(self._q[slot])
-            game.rewards.append(float(rewards[slot]))
-            game.truncated = bool(truncated[slot]) and not terminated[slot]
+            episode.actions.append(action)
+            episode.random.append(bool(self._random[slot]))
+            episode.q_values.append(self._q[slot])
+            episode.rewards.append(float(rewards[slot]))
+            episode.truncated = bool(truncated[slot]) and not terminated[slot]
 
 
-def play(
+def record_evaluation(
     q_values: Callable[[Tensor], Tensor],
     env: AtariVector,
     protocol: EvaluationProtocol,
     *,
     seed: int,
     device: torch.device | str = "cpu",
-) -> tuple[EvaluationResult, list[PlayedGame]]:
-    """Evaluate as :func:`wn_rl.evaluation.episodes.evaluate` does; return the score and the games that count.
+) -> tuple[EvaluationResult, list[RecordedEpisode]]:
+    """Evaluate as :func:`wn_rl.evaluation.episodes.evaluate` does; return the result and the episodes that count.
 
     Args:
         q_values: uint8 observations (N, 4, 84, 84) → Q-values (N, A).
@@ -179,7 +185,7 @@ def play(
         seed: of the emulators and of the random actions.
         device: of the network.
     """
-    recorder = Recorder(q_values, emulator_seeds(seed, env.num_envs, EVALUATION_STREAM))
+    recorder = EpisodeRecorder(q_values, emulator_seeds(seed, env.num_envs, EVALUATION_STREAM))
     result = evaluate(
         recorder.policy,
         env,
@@ -189,7 +195,7 @@ def play(
         on_actions=recorder.before_step,
         on_step=recorder.after_step,
     )
-    return result, recorder.games[: len(result.episodes)]
+    return result, recorder.episodes[: len(result.episodes)]
 
 
 @dataclass(frozen=True)
@@ -198,37 +204,37 @@ class TrainingEpisode:
 
     Attributes:
         number: its row in ``episodes.csv``, from 1.
-        frames: emulator frames of training at its end.
+        training_frames: emulator frames of training at its end.
         episode_return: raw points.
         length: agent steps.
-        pictures: its frames, to be gone through once.
+        frames: its emulator frames; an iterator.
     """
 
     number: int
-    frames: int
+    training_frames: int
     episode_return: float
     length: int
-    pictures: Iterator[RenderedFrame]
+    frames: Iterator[RenderedFrame]
 
 
 def training_episode(directory: Path, which: str) -> TrainingEpisode:
-    """Find a training episode of a run and prepare to play it again, up to the run's last checkpoint.
+    """Find a training episode of a run, up to its last checkpoint, and prepare to render it.
 
     Args:
         directory: of the run.
-        which: ``best`` (highest raw return), ``longest``, or its number in ``episodes.csv``, from 1; of several that
-            are equal the first.
+        which: ``best`` (highest raw return), ``longest``, or its number in ``episodes.csv``, from 1; of equal
+            episodes the first.
 
     Raises:
         UsageError: ``which`` is none of these, or there is no such episode.
-        CheckpointError: checkpoint or journal are missing or damaged, or do not fit each other.
+        CheckpointError: checkpoint or action log is missing or damaged, or they do not fit each other.
     """
     files = RunDirectory(directory)
     saved = checkpoint.load(directory)
     config = saved.config
     loop = saved.training.get("loop", {})
     if "rows" not in loop:
-        raise CheckpointError(f"{saved.path} was written by an earlier version, which kept no journal")
+        raise CheckpointError(f"{saved.path} was written by an earlier version, which kept no action log")
     sticky = config.sticky_actions > 0
     try:
         mark = Mark.of(loop, config.num_envs)
@@ -246,8 +252,8 @@ def training_episode(directory: Path, which: str) -> TrainingEpisode:
     begin, end = episode.first_row - history.first_row, episode.last_row + 1 - history.first_row
     seeded = episode.seeded_row - history.first_row
     if sticky and seeded < 0:
-        raise WnRlError(f"the journal of {directory} was trimmed: what led to episode {number} is no longer in it")
-    pictures = render(
+        raise WnRlError(f"the action log of {directory} was trimmed: it no longer holds what led to episode {number}")
+    frames = render(
         config.game,
         history.rows[begin:end, episode.slot].tolist(),
         seed=int(training_seeds(config, episode.seed_label)[episode.slot]),
@@ -255,7 +261,7 @@ def training_episode(directory: Path, which: str) -> TrainingEpisode:
         history=history.rows[seeded:begin, episode.slot].tolist() if sticky else b"",
         **{key: value for key, value in environment_options(config).items() if key != "seed"},
     )
-    return TrainingEpisode(number, episode.last_step * FRAME_SKIP, episode_return, episode.length, pictures)
+    return TrainingEpisode(number, episode.last_step * FRAME_SKIP, episode_return, episode.length, frames)
 
 
 def _choose(
@@ -273,5 +279,5 @@ def _choose(
         if entry[0] == int(which):
             return entry
     raise UsageError(
-        f"--replay-episode {which}: the journal of {directory} holds episodes {found[0][0]:,} to {found[-1][0]:,}"
+        f"--replay-episode {which}: the action log of {directory} holds episodes {found[0][0]:,} to {found[-1][0]:,}"
     )

@@ -1,4 +1,4 @@
-"""What a Q-value looks at: its gradient by the observation, as a layer over the screen (Simonyan et al. 2014)."""
+"""Saliency: the gradient of a Q-value with respect to the observation, drawn over the screen (Simonyan et al. 2014)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 COLOUR = (0, 229, 255)
-"""Cyan: few games have it."""
+"""Cyan, which few games use."""
 STRENGTH = 0.75
-"""Of the colour where the gradient is greatest."""
+"""Opacity of the colour where the gradient is largest."""
 LEVELS = 12
-"""Steps of the layer, so that a .gif of a game's few colours keeps to its 256."""
+"""Number of opacity levels, so that a .gif needs no more than its 256 colours."""
 SMOOTHING = 1.5
-"""Standard deviation in pixels of the observation; single pixels of a gradient say little."""
+"""Standard deviation of the Gaussian, in pixels of the observation: the gradient of single pixels is noisy."""
 LOW, HIGH = 0.75, 0.995
-"""Quantiles of a gradient that are drawn as nothing and as the full colour."""
+"""Quantiles of a gradient that are drawn fully transparent and with the full colour."""
 
 Heat = NDArray[np.float32]
 
 
 def gradients(network: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
-    """Return |∂Q(s, a) / ∂s|, the greatest over the frames of the stack.
+    """Return |∂Q(s, a) / ∂s|, the maximum over the frames of the stack.
 
     Args:
-        network: uint8 or float observations → Q-values (B, actions); in evaluation mode, so that no state counts for
-            another.
+        network: uint8 or float observations → Q-values (B, actions); in evaluation mode, so that states do not
+            affect each other.
         observations: (B, 4, 84, 84), pixels from 0 to 255.
-        actions: int64 (B,), those whose Q-values are meant.
+        actions: int64 (B,), whose Q-values are differentiated.
 
     Returns:
         float32 (B, 84, 84) on the CPU: change of the Q-value per gray level of a pixel.
@@ -43,8 +43,8 @@ def gradients(network: nn.Module, observations: Tensor, actions: Tensor) -> Tens
 def heat(gradient: NDArray[np.float32]) -> Heat:
     """Smooth a gradient (84, 84) and scale it to 0 … 1.
 
-    Three quarters of the picture are 0 and the strongest 0.5% are 1, so that one outlier does not hide the rest. No
-    gradient at all gives zeros.
+    Three quarters of the image are 0 and the strongest 0.5% are 1, so that one outlier does not hide the rest. A
+    gradient of zero gives zeros.
     """
     smooth = _smoothed(gradient.astype(np.float64))
     low, high = np.quantile(smooth, [LOW, HIGH])
@@ -54,19 +54,19 @@ def heat(gradient: NDArray[np.float32]) -> Heat:
     return scaled
 
 
-def overlay(picture: NDArray[np.uint8], layer: Heat) -> NDArray[np.uint8]:
+def overlay(image: NDArray[np.uint8], layer: Heat) -> NDArray[np.uint8]:
     """Return a screen with ``layer`` over it.
 
-    An observation is the whole screen made smaller, so the layer is stretched back over all of it, linearly.
+    An observation is the downscaled whole screen, so the layer is upscaled linearly to the whole screen.
 
     Args:
-        picture: uint8 RGB (height, width, 3).
+        image: uint8 RGB (height, width, 3).
         layer: 0 … 1, any size.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     stretched = _stretch(_stretch(layer, height).T, width).T
     alpha = np.round(stretched * LEVELS) / LEVELS * STRENGTH
-    mixed = picture * (1 - alpha[..., None]) + np.array(COLOUR) * alpha[..., None]
+    mixed = image * (1 - alpha[..., None]) + np.array(COLOUR) * alpha[..., None]
     rounded: NDArray[np.uint8] = np.round(mixed).astype(np.uint8)
     return rounded
 
