@@ -361,19 +361,19 @@ def test_what_cannot_be_read_is_said_on_the_page_too(
     assert not (tmp_path / "other").exists()
 
 
-def film(path: Path) -> None:
+def video_file(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video([np.full((16, 16, 3), shade, np.uint8) for shade in (250, 10)], path, scale=1)
 
 
-def test_films_are_part_of_the_page_unless_they_are_too_large_or_none(
+def test_videos_are_part_of_the_page_unless_they_are_too_large_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run"
     shutil.copytree(QUICK / "Pong-wn-quick-s1", path)
-    film(path / "best.mp4")
-    film(path / "films" / "x <b>.mp4")
-    (path / "no.mp4").write_bytes(b"no film, really")
+    video_file(path / "best.mp4")
+    video_file(path / "videos" / "x <b>.mp4")
+    (path / "no.mp4").write_bytes(b"no video, really")
     secret = tmp_path / "secret.mp4"
     shutil.copy(path / "best.mp4", secret)
     (path / "link.mp4").symlink_to(secret)

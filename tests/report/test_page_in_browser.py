@@ -9,7 +9,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.browser import CHROMIUM, Browser, browser
-from tests.report.test_page import HOSTILE, QUICK, film
+from tests.report.test_page import HOSTILE, QUICK, video_file
 from wn_rl.report import report_directory
 
 pytestmark = [
@@ -21,7 +21,7 @@ SIZES = [(1280, False), (1280, True), (390, False), (390, True)]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two games, two groups, two seeds of one, a film, TensorBoard events, and a run of somebody who means harm."""
+    """Two games, two groups, two seeds of one, a video, TensorBoard events, and a run of somebody who means harm."""
     runs = tmp_path_factory.mktemp("runs")
     for name in ("Breakout-standard-quick-s1", "Breakout-wn-quick-s1", "SpaceInvaders-wn-quick-s1"):
         shutil.copytree(QUICK / name, runs / name)
@@ -29,7 +29,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     shutil.copytree(QUICK / "Breakout-wn-quick-s1", evil)
     config = (evil / "config.yaml").read_text().replace("param: wn\n", f"param: '{HOSTILE[:-4]}'\n".replace("\x07", ""))
     (evil / "config.yaml").write_text(config)
-    film(runs / "Breakout-wn-quick-s1" / "best.mp4")
+    video_file(runs / "Breakout-wn-quick-s1" / "best.mp4")
     with SummaryWriter(runs / "Breakout-wn-quick-s1") as writer:
         for frames in range(0, 100_000, 10_000):
             writer.add_scalar("train/max_q_held_out", frames / 1e5, frames)
@@ -57,7 +57,7 @@ def test_every_figure_is_visible_nothing_is_fetched_and_nothing_complains(
         "[...document.querySelectorAll('figure > svg, video')].map(e => { const r = e.getBoundingClientRect(); "
         "return [r.width, r.height, r.right] })"
     )
-    # Two games: test scores, training return, length of test games, and max-Q of the one with events; and a film.
+    # Two games: test scores, training return, length of test games, and max-Q of the one with events; and a video.
     assert len(sizes) == 2 * 3 + 1 + 1
     assert all(w > 150 and h > 100 and right <= width for w, h, right in sizes)
     ink, behind = chromium.value(

@@ -79,8 +79,8 @@ def test_the_command_writes_a_film_and_says_what_it_shows(
     [
         (["--replay-episode", "best"], "belong together"),
         (["--replay-episode", "best", "--gif", "x.gif"], "belong together"),
-        (["--replay-episode", "best", "--video", "x.mp4", "--saliency"], "--saliency is for games played now"),
-        (["--replay-episode", "best", "--video", "x.mp4", "--pick", "2"], "--pick is for games played now"),
+        (["--replay-episode", "best", "--video", "x.mp4", "--saliency"], "--saliency is for episodes played now"),
+        (["--replay-episode", "best", "--video", "x.mp4", "--pick", "2"], "--pick is for episodes played now"),
         (["--replay-episode", "best", "--video", "x.avi"], "must end in .mp4"),
         (["--replay-episode", "best", "--video", "nowhere/x.mp4"], "not a file in an existing directory"),
         (["--replay-episode", "best", "--video", "x.mp4", "--json", "x.json"], "scores nothing"),
