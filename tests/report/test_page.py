@@ -256,7 +256,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(
     sealed = tmp_path / "linked"
     sealed.symlink_to("/proc")
     for target, message in (
-        (mine, "holds something else than a report"),
+        (mine, "it is not empty and holds no report"),
         (file, "a file is in the way"),
         (file / "below", "is a file"),
         ("/proc/report", "cannot write there"),
@@ -419,15 +419,15 @@ def test_what_keeps_groups_from_being_compared_is_said(tmp_path: Path) -> None:
     three = run_data.read_run(tmp_path / "c")
     found = warnings(group_rows([one, two, three], "param"))
     assert found == [
-        "Breakout, standard: 1 of 1 runs did not reach the end.",
+        "Breakout, standard: 1 of 1 runs not finished.",
         "Breakout, wn: the runs differ in more than the seed: batch_size.",
-        "Breakout, wn: a seed stands more than once, so these are not as many independent runs.",
+        "Breakout, wn: a seed occurs more than once, so not all of these runs are independent.",
         "Breakout: the groups have different numbers of seeds (standard 1, wn 2).",
         "Breakout: the groups were trained for different numbers of frames.",
-        "Breakout: the runs were not all tested in the same way.",
+        "Breakout: the runs were evaluated under different protocols.",
         "One seed in some groups: a difference between single runs is no evidence about a method.",
-        "No run here was tested as the paper's were (125,000 agent steps at ε 0.05, no cap), so the published columns "
-        "say where these scores stand, and are no like-for-like comparison.",
+        "No run here was evaluated under the paper's protocol (125,000 agent steps at ε 0.05, no frame cap): the "
+        "published scores give the scale only; they cannot be compared directly.",
     ]
     shown = Page(page.render(page.Content([one, two, three], "param")))
     differing = {row["key"][0]: (row["standard"][0], row["wn"][0]) for row in shown.table(

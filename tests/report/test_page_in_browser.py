@@ -108,7 +108,7 @@ def test_a_table_is_sorted_by_click_and_by_key(page: str, chromium: Browser) -> 
     assert chromium.complaints() == []
 
 
-def test_a_film_shows_its_first_picture_and_plays(page: str, chromium: Browser) -> None:
+def test_a_video_shows_its_first_frame_and_plays(page: str, chromium: Browser) -> None:
     chromium.look(1280)
     chromium.open(page)
     assert str(chromium.value("document.querySelector('video').poster")).startswith("data:image/png")

@@ -146,7 +146,7 @@ def test_different_numbers_of_runs_are_noted(
     wn = [str(path) for path in tmp_path.glob("*-wn-*")]
     _, out, _ = run([*wn, *SHORT], capsys, monkeypatch)
     assert "the games of wn have different numbers of runs (Breakout 2, Pong 1)" in out
-    assert "takes Pong as known exactly" in " ".join(out.split())
+    assert "treats Pong as exact" in " ".join(out.split())
     _, out, _ = run([str(tmp_path / "Breakout-*"), *SHORT], capsys, monkeypatch)
     assert "wn and standard have a single run against several on Breakout" in out
     assert "different numbers of runs" not in out
@@ -167,7 +167,7 @@ def test_what_cannot_be_compared_is_named_and_the_scores_stand(
     cases = [
         ([breakout, pong], "are not compared: their games differ: Pong (only wn), Breakout (only standard)"),
         ([breakout, other], "different protocols (noop max: 30 and 0)"),
-        ([breakout, copied], "are of one and the same run"),
+        ([breakout, copied], "are of the same run, which counts once"),
     ]
     for paths, message in cases:
         code, out, err = run([*map(str, paths), *SHORT], capsys, monkeypatch)

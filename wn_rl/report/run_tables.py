@@ -120,7 +120,7 @@ def warnings(rows: Sequence[GroupRow]) -> list[str]:
         if len(set(row.seeds)) < len(row.seeds):
             found.append(f"{where}: a seed occurs more than once, so not all of these runs are independent.")
         if unfinished := sum(not run.finished for run in row.runs):
-            found.append(f"{where}: {unfinished} of {len(row.runs)} runs are not finished.")
+            found.append(f"{where}: {unfinished} of {len(row.runs)} runs not finished.")
     for game in dict.fromkeys(row.game for row in rows):
         of_game = [row for row in rows if row.game == game]
         if len({len(row.runs) for row in of_game}) > 1:
