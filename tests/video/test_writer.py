@@ -124,7 +124,7 @@ def test_a_gif_of_known_colours_is_smaller(tmp_path: Path) -> None:
 def test_pictures_are_taken_one_at_a_time(tmp_path: Path) -> None:
     taken = 0
 
-    def moving_square() -> Iterator[Frame]:
+    def interrupted() -> Iterator[Frame]:
         nonlocal taken
         for picture in moving_square(500):
             taken += 1
@@ -134,7 +134,7 @@ def test_pictures_are_taken_one_at_a_time(tmp_path: Path) -> None:
     old = tmp_path / "video.mp4"
     old.write_bytes(b"an older video")
     with pytest.raises(WnRlError, match="the journal ends here"):
-        write_video(moving_square(), old)
+        write_video(interrupted(), old)
     assert taken == 500
     assert old.read_bytes() == b"an older video"
     assert list(tmp_path.iterdir()) == [old]
@@ -180,4 +180,4 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WnRlError, match="no picture"):
         write_video([], tmp_path / "video.mp4")
     with pytest.raises(ValueError, match="make no video"):
-        write_video([*moving_square(1), *frames(1, 30)], tmp_path / "video.mp4")
+        write_video([*moving_square(1), *moving_square(1, 30)], tmp_path / "video.mp4")
