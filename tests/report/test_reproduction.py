@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -20,13 +19,11 @@ from wn_rl.report import reproduction, reproduction_tables
 from wn_rl.report.experiment_grid import (
     BUDGETS,
     CONFIGURATIONS,
-    GAMES,
     OTHER_CONFIGURATIONS,
     SEEDS,
     Configuration,
     read_grid,
 )
-from wn_rl.report.published import nnabla_curve, public_curves
 from wn_rl.report.reproduction import differing, fill
 
 ROOT = Path(__file__).parents[2]
@@ -173,18 +170,6 @@ def test_equal_frames_by_hand(results: Path) -> None:
     assert rows_of(breakout, "dopamine DQN (RMSProp")[0][4] == ""  # nothing published at 4M
 
 
-@pytest.mark.parametrize("game", GAMES)
-def test_the_public_curve_in_full_agrees_with_its_summary(game: str) -> None:
-    full = nnabla_curve(game)
-    assert full is not None
-    assert full.frames.tolist() == [1e6 * number for number in range(1, 201)]
-    (short,) = (curve for curve in public_curves(game) if curve.source.startswith("nnabla"))
-    at = np.searchsorted(full.frames, short.frames)
-    for name in ("mean", "low", "high"):
-        np.testing.assert_allclose(getattr(full, name)[at], getattr(short, name), atol=0.006)
-    assert nnabla_curve("Pong") is None
-
-
 def test_the_grid_says_what_is_next(results: Path) -> None:
     grid = read_grid(results)
     following = grid.next_missing(BUDGETS[0])
@@ -306,10 +291,3 @@ def test_markers() -> None:
     ):
         with pytest.raises(WnRlError, match=message):
             fill(damaged, {"x": "", "y-z": ""})
-
-
-def test_the_data_of_the_public_runs_has_three_seeds_each() -> None:
-    with open(ROOT / "wn_rl" / "report" / "data" / "nnabla_rl_dqn.csv", newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    assert len(rows) == 4 * 3 * 200
-    assert {row["seed"] for row in rows} == {"1", "10", "100"}

@@ -6,12 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from wn_rl.errors import WnRlError
-from wn_rl.report import published
-from wn_rl.report.learning_curves import binned
 from wn_rl.report.run_data import find_runs, names_of, read_run, read_runs
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -123,38 +120,6 @@ def test_the_same_run_twice_is_no_second_seed(tmp_path: Path) -> None:
     runs, failures = read_runs([WN, tmp_path / "copy"])
     assert len(runs) == 1
     assert failures[0].message == f"{tmp_path / 'copy'} is the same run as {WN}: left out"
-
-
-def test_training_games_are_averaged_by_stretches_of_frames() -> None:
-    curve = binned(np.array([0.0, 9.0, 11.0, 35.0, 40.0]), np.array([2.0, 4.0, 7.0, 1.0, 2.0]), 40.0, 4)
-    assert curve is not None
-    assert curve.frames.tolist() == [5, 15, 35]
-    assert curve.values.tolist() == [3, 7, 1.5]
-    assert binned(np.empty(0), np.empty(0), 40.0, 4) is None
-    for longest in (2_000_004.0, 1_000_008.0, 200_000_016.0):  # the last game is no stretch of its own
-        curve = binned(np.array([longest * 0.999, longest]), np.array([1.0, 3.0]), longest, 40)
-        assert curve is not None
-        assert curve.values.tolist() == [2]
-
-
-def test_the_papers_curve_and_the_public_ones() -> None:
-    normal, wn = published.paper_curves()
-    # Row "1.0,123.5,154.3,179.0,277.8": one epoch is a million emulator frames, the score the middle of the line.
-    at = normal.frames.tolist().index(1e6)
-    assert (normal.low[at], normal.high[at], normal.mean[at]) == (123.5, 154.3, pytest.approx(138.9))
-    assert wn.mean[wn.frames.tolist().index(1e6)] == pytest.approx((179.0 + 277.8) / 2)
-    # The table's 1779 and 2179 are the peaks of these curves (reading error 10 points).
-    assert normal.high.max() == pytest.approx(1779, abs=15)
-    assert wn.high.max() == pytest.approx(2179, abs=15)
-    assert normal.frames[-1] <= 200e6
-    nnabla = published.public_curves("Breakout")[0]
-    assert nnabla.label.startswith("nnabla-rl")
-    assert (nnabla.frames[1], nnabla.mean[1], nnabla.low[1], nnabla.high[1]) == (2e6, 3.73, 1.29, 5.64)
-    assert published.public_curves("Tetris") == ()
-    for game in ("Breakout", "SpaceInvaders", "Seaquest", "Enduro", "Pong"):
-        for curve in published.public_curves(game):
-            assert (np.diff(curve.frames) > 0).all()
-            assert ((curve.low <= curve.mean) & (curve.mean <= curve.high)).all()
 
 
 def test_directories_are_searched_with_all_that_they_hold_and_what_was_found_is_said(tmp_path: Path) -> None:

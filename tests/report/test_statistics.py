@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from wn_rl.report.statistics import Curve, interval, meaning, over_seeds, t_quantile
+from wn_rl.report.statistics import Curve, binned, interval, meaning, over_seeds, t_quantile
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -122,3 +122,15 @@ def test_an_interval_moves_with_its_values_and_a_curve_has_that_of_its_points(va
     band = over_seeds([curve([0, 1], [value, 0]) for value in values])
     assert band.low is not None
     assert (band.mean[0], band.low[0]) == (pytest.approx(here.mean), pytest.approx(here.low))
+
+
+def test_values_are_averaged_in_bins_of_frames() -> None:
+    curve = binned(np.array([0.0, 9.0, 11.0, 35.0, 40.0]), np.array([2.0, 4.0, 7.0, 1.0, 2.0]), 40.0, 4)
+    assert curve is not None
+    assert curve.frames.tolist() == [5, 15, 35]
+    assert curve.values.tolist() == [3, 7, 1.5]
+    assert binned(np.empty(0), np.empty(0), 40.0, 4) is None
+    for longest in (2_000_004.0, 1_000_008.0, 200_000_016.0):  # the last episode is in the last bin
+        curve = binned(np.array([longest * 0.999, longest]), np.array([1.0, 3.0]), longest, 40)
+        assert curve is not None
+        assert curve.values.tolist() == [2]
