@@ -146,7 +146,7 @@ def test_the_page_carries_everything_and_a_browser_may_fetch_nothing(report: Pat
             assert address is None or address[:1] == "#" or address[:5] == "data:" or (report / address).is_file()
     assert "url(http" not in text
     assert "@import" not in text
-    assert "TensorBoard events, so Q-values, loss and gradients are not known" in shown.text
+    assert "TensorBoard events, so there are no Q-values, losses and gradients" in shown.text
     assert "var(--green)" in text
     assert "prefers-color-scheme: dark" in text
 
@@ -160,7 +160,7 @@ def test_each_figure_is_there_as_png_and_svg_beside_the_page(report: Path) -> No
         name.removesuffix(".png") for name in pictures if name.endswith(".png")
     }
     assert "figures/scores-Breakout.svg" in pictures
-    rows = [row for row in read_csv(report / "data" / "curves.csv") if row["quantity"] == "test_score"]
+    rows = [row for row in read_csv(report / "data" / "curves.csv") if row["quantity"] == "evaluation_return"]
     assert {row["band"] for row in rows} == {"95% Student's t interval over seeds"}
     last = [row for row in rows if row["output_init"] == "scaled"][-1]
     assert float(last["low"]) < float(last["mean"]) < float(last["high"])

@@ -177,7 +177,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "directory.mp4").mkdir()
     with pytest.raises(UsageError, match="is a directory"):
         write_video(moving_square(2), tmp_path / "directory.mp4")
-    with pytest.raises(WnRlError, match="no picture"):
+    with pytest.raises(WnRlError, match="no frame"):
         write_video([], tmp_path / "video.mp4")
     with pytest.raises(ValueError, match="make no video"):
         write_video([*moving_square(1), *moving_square(1, 30)], tmp_path / "video.mp4")
