@@ -117,7 +117,7 @@ void flat_backward(const NetworkShape *shape, const ForwardArgs *args, const Bac
 ALWAYS_INLINE void hidden_weight_step_template(const Precision precision, const NetworkShape *shape,
                                                const ForwardArgs *args, const BackwardArgs *back,
                                                const TrainedLayer *layer, int64_t first, float *rows,
-                                               const Adamax *adamax) {
+                                               const OptimizerStep *step) {
     const int64_t pair = pair_size(precision), groups = (args->batch + pair - 1) / pair;
     const int64_t flat = shape->flat, hidden = shape->hidden;
     const int32_t *saved = args->saved_input[shape->convolutions], *x = back->hidden_gradient_pairs + first;
@@ -128,8 +128,8 @@ ALWAYS_INLINE void hidden_weight_step_template(const Precision precision, const 
             for (int64_t i = k; i < k + 16 * vectors; i += 16) {
                 const int64_t at = (first + u) * flat + i;
                 __builtin_prefetch(layer->v + at, 1, 2);
-                __builtin_prefetch(layer->v_exp_avg + at, 1, 2);
-                __builtin_prefetch(layer->v_exp_inf + at, 1, 2);
+                __builtin_prefetch(layer->v_moment1 + at, 1, 2);
+                __builtin_prefetch(layer->v_moment2 + at, 1, 2);
             }
         }
         if (vectors == 3)
@@ -145,12 +145,12 @@ ALWAYS_INLINE void hidden_weight_step_template(const Precision precision, const 
             sum += precision == BFLOAT16 ? from_bfloat16(*(const uint16_t *)value) : *(const float *)value;
         }
         ((float *)layer->bias_gradient)[first + u] = sum;
-        step_and_pack_unit(layer, first + u, rows + u * flat, adamax);
+        step_and_pack_unit(layer, first + u, rows + u * flat, step);
     }
 }
 
 void hidden_weight_step(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
-                        const TrainedLayer *layer, int64_t first, float *rows, const Adamax *adamax) {
-    DISPATCH(shape->precision, hidden_weight_step_template, shape, args, back, layer, first, rows, adamax);
+                        const TrainedLayer *layer, int64_t first, float *rows, const OptimizerStep *step) {
+    DISPATCH(shape->precision, hidden_weight_step_template, shape, args, back, layer, first, rows, step);
 }
 #endif
