@@ -128,7 +128,7 @@ class CpuKernels(interface.Backend):
                 self.network.backward_computed()
                 self.optimizer.step_computed()
         else:
-            self.network.refresh()
+            self.network.refresh_for_training()
             self._update(batch, count)
 
     def _update(self, batch: Minibatch, count: int) -> None:
@@ -147,6 +147,7 @@ class CpuKernels(interface.Backend):
 
     def _update_with_loss_by_torch(self, batch: Minibatch) -> None:
         """Make one update: both forward passes, torch's loss of the Q-values, the backward pass and the step."""
+        self.network.prepare_training_pass()
         with torch.no_grad():
             next_q_values, q_values, saved = self.network.forward_both(self._packed_target(), batch)
         q_values.requires_grad_()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wn_rl.networks import QNetwork
+from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import DrawnMinibatch, Minibatch
 
 from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size
@@ -322,6 +323,10 @@ class KernelNetwork(PackedNetwork):
         flat = self.workspace.activations_for(len(self._q_gradient), True).flat
         rows = gradients.hidden.float().t() @ flat.float()
         gradient: Tensor = row_factor * rows
+        if layer.kind is WeightKind.SPECTRAL:
+            spectral = layer.module.parametrizations["weight"][0]  # type: ignore[index]
+            assert isinstance(spectral, SpectralNormalized)
+            gradient += v_factor * spectral.running_v
         if layer.kind in (WeightKind.NORM, WeightKind.NORM_EXP):
             assert isinstance(layer.v, nn.Parameter)
             gradient += v_factor * value_before(layer.v, row_factor, rows, v_factor)

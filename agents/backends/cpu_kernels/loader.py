@@ -122,12 +122,13 @@ def _declare(library: ctypes.CDLL) -> None:
     layers = ctypes.POINTER(TrainedLayerStruct)
     library.supports_precision.argtypes = (Integer,)
     library.supports_precision.restype = Integer
-    library.pack_layers.argtypes = (layers, Integer, Integer)
+    library.pack_layers.argtypes = library.prepare_training_pass.argtypes = (layers, Integer, Integer)
     library.step_layers.argtypes = (layers, Integer, Integer, Pointer, Integer, Pointer)
     library.step_tensor.argtypes = (*[Pointer] * 4, Integer, Integer, Pointer)
     library.pack_frames.argtypes = (Pointer, *[Integer] * 9, Pointer)
     for function in (
         library.pack_layers,
+        library.prepare_training_pass,
         library.step_layers,
         library.step_tensor,
         library.pack_frames,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wn_rl.networks import FirstConvolution, QNetwork
 from wn_rl.parameterizations.base import Parameterization, WeightParameterization, entry_of
 from wn_rl.parameterizations.projected import ProjectedWeights
+from wn_rl.parameterizations.spectral_norm import SpectralNormalization, SpectralNormalized
 from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization
 from wn_rl.replay import Minibatch
@@ -81,6 +82,8 @@ def weight_kind(layer: nn.Module) -> WeightKind | str:
         return WeightKind.NORM if entry.g == "direct" else WeightKind.NORM_EXP
     if type(entry) is ProjectedWeights:
         return WeightKind.UNIT if entry.g == "none" else WeightKind.UNIT_SCALED
+    if type(entry) is SpectralNormalization:
+        return WeightKind.SPECTRAL
     if not isinstance(entry, WeightParameterization):
         return f"its parameterization is '{entry.name}'"
     if type(entry).forward is not Parameterization.forward:
@@ -142,7 +145,9 @@ class PackedNetwork:
         self._versions: list[int] = []
         self._computed = {layer.module: layer for layer in self.layers if layer.kind is WeightKind.GIVEN}
         self._graphs: dict[nn.Module, Tensor] = {}
-        self._computed_for_training = False
+        self._spectral = any(layer.kind is WeightKind.SPECTRAL for layer in self.layers)
+        self._spectral_memory: list[Tensor | None] = []  # the structures hold its addresses only
+        self._packed_for_training = False
         self.computed_from = [
             parameter
             for module in self._computed
@@ -197,6 +202,14 @@ class PackedNetwork:
             "v_gradient": self.v_gradients[index],
         }
         addresses |= zip(("norm", "row_factor", "v_factor"), self._per_unit[index], strict=True)
+        if layer.kind is WeightKind.SPECTRAL:
+            computes = layer.module.parametrizations["weight"][0]  # type: ignore[index]
+            assert isinstance(computes, SpectralNormalized)
+            struct.iterations, struct.normalize_eps = computes.iterations, computes.eps
+            addresses |= {"left": computes.running_u, "right": computes.running_v, "c": computes.running_scale}
+            addresses |= {"product": torch.zeros(struct.units + struct.inputs), "sigma": torch.zeros(1)}
+            addresses["alignment"] = torch.zeros(struct.units)
+            self._spectral_memory += addresses.values()
         for name, tensor in (addresses | self._set_layout(struct, index, layer)).items():
             setattr(struct, name, None if tensor is None else tensor.data_ptr())
 
@@ -213,22 +226,33 @@ class PackedNetwork:
         }
 
     def refresh(self) -> None:
-        """Pack the weights again if somebody else has changed what is trained, or if torch computes one of them."""
+        """Pack the weights as acting takes them, if they were packed for training or somebody has changed them."""
         versions = [parameter._version for parameter in self._trained]
-        if versions != self._versions or self._computed_for_training:
+        if versions != self._versions or self._packed_for_training:
             self._compute_weights()
-            self._computed_for_training = False
+            self._packed_for_training = False
             self._pack(versions)
 
     def refresh_for_training(self) -> None:
-        """Have the weights of a training pass: those that torch computes with the graphs of their gradients."""
+        """Pack the weights as a training pass takes them, where torch computes them with the graph of their gradient.
+
+        Spectral normalization is left to whoever makes the pass: :meth:`update` in C, :meth:`forward_both` here.
+        """
         if not self._computed:
-            self.refresh()
+            versions = [parameter._version for parameter in self._trained]
+            if versions != self._versions:
+                self.refresh()
+            self._packed_for_training = self._spectral
             return
         with torch.enable_grad():
             self._compute_weights()
-        self._computed_for_training = True
+        self._packed_for_training = True
         self._pack([parameter._version for parameter in self._trained])
+
+    def prepare_training_pass(self) -> None:
+        """Make the steps of power iteration of spectral normalization, and pack the weights that depend on them."""
+        if self._spectral:
+            self.library.prepare_training_pass(self.structs, len(self.layers), torch.get_num_threads())
 
     def _compute_weights(self) -> None:
         for module, layer in self._computed.items():
@@ -389,6 +413,10 @@ class PackedNetwork:
                 layer.g.grad = g_gradient.view_as(layer.g).clone()
 
 
+UNSCALED = (WeightKind.UNIT, WeightKind.SPECTRAL)
+"""Parameterizations that train v alone."""
+
+
 def _trained_weight(module: nn.Module, kind: WeightKind) -> tuple[Tensor, nn.Parameter | None]:
     """Return v and g of a layer; where torch computes its weight, memory for it."""
     if kind is WeightKind.GIVEN:
@@ -399,6 +427,6 @@ def _trained_weight(module: nn.Module, kind: WeightKind) -> tuple[Tensor, nn.Par
         v, g = module.weight, None
     else:
         trained: Any = module.parametrizations["weight"]  # type: ignore[index]
-        v, g = (trained.original, None) if kind is WeightKind.UNIT else (trained.original1, trained.original0)
+        v, g = (trained.original, None) if kind in UNSCALED else (trained.original1, trained.original0)
     assert isinstance(v, nn.Parameter)
     return v, g

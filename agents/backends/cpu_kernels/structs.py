@@ -23,7 +23,8 @@ class WeightKind(enum.IntEnum):
     NORM_EXP = 2
     UNIT = 3
     UNIT_SCALED = 4
-    GIVEN = 5
+    SPECTRAL = 5
+    GIVEN = 6
 
 
 class OptimizerKind(enum.IntEnum):
@@ -58,6 +59,9 @@ class TrainedLayerStruct(ctypes.Structure):
         *_fields(Pointer, "packed_offset", "transposed_offset", "gradient_offset"),
         *_fields(Pointer, "v", "v_moment1", "v_moment2", "g", "g_moment1", "g_moment2"),
         *_fields(Pointer, "b", "b_moment1", "b_moment2", "g_gradient", "row_factor", "v_factor", "v_gradient", "norm"),
+        ("iterations", Integer),
+        ("normalize_eps", Float),
+        *_fields(Pointer, "left", "right", "c", "product", "alignment", "sigma"),
         *_fields(Pointer, "packed", "packed_bias", "transposed", "packed_gradient", "bias_gradient"),
     )
 

@@ -13,6 +13,8 @@ void output_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t 
 void output_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
                      const TrainedLayer *output, int64_t action);
 void hidden_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t n);
+void find_hidden_alignment(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
+                           const TrainedLayer *layer);
 void flat_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t first,
                    int64_t next, uint8_t *workspace);
 void hidden_weight_step(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,

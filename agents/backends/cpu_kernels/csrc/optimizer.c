@@ -7,6 +7,7 @@
 #include "optimizer.h"
 #include <math.h>
 #include "scalar.h"
+#include "spectral_norm.h"
 
 /* A value after one step; its moments are updated. With d the gradient and epsilon where torch has it:
  * Adamax (Kingma & Ba 2015, algorithm 2):
@@ -103,7 +104,7 @@ static inline void write_packed(void *packed, const int32_t *offset, int64_t sta
 
 /* The dot product of a and b, in lanes that do not wait for each other. Not inlined: the same instructions, so the same
  * rounding, after a step and after a resume. */
-static __attribute__((noinline)) float dot(const float *a, const float *b, int64_t count) {
+__attribute__((noinline)) float dot(const float *a, const float *b, int64_t count) {
     float lanes[LANES] = {0.0f}, sum = 0.0f;
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
@@ -132,6 +133,7 @@ __attribute__((noinline)) float packed_scale(const TrainedLayer *layer, int64_t 
             layer->norm[unit] = sqrtf(dot(v, v, inputs));
             return layer->input_scale * (unit_scale(layer, unit) / layer->norm[unit]);
         case WEIGHT_UNIT_SCALED: return layer->input_scale * layer->g[unit];
+        case WEIGHT_SPECTRAL: return layer->input_scale * (layer->c[unit] / *layer->sigma);
         default: return layer->input_scale;
     }
 }
@@ -158,6 +160,21 @@ static void pack_unit(const TrainedLayer *layer, int64_t unit) {
 void pack_layers(const TrainedLayer *layers, int64_t count, int64_t threads) {
 #pragma omp parallel num_threads(threads)
     for (int64_t l = 0; l < count; l++) {
+        if (layers[l].weight_kind == WEIGHT_SPECTRAL) find_singular_vectors(&layers[l], 0);
+#pragma omp for schedule(static) nowait
+        for (int64_t unit = 0; unit < layers[l].units; unit++) pack_unit(&layers[l], unit);
+    }
+}
+
+/* Before a training pass: the steps of power iteration, and the packed weights that depend on them. */
+void prepare_training_pass(const TrainedLayer *layers, int64_t count, int64_t threads) {
+    int64_t spectral = 0;
+    for (int64_t l = 0; l < count; l++) spectral += layers[l].weight_kind == WEIGHT_SPECTRAL;
+    if (!spectral) return;
+#pragma omp parallel num_threads(threads)
+    for (int64_t l = 0; l < count; l++) {
+        if (layers[l].weight_kind != WEIGHT_SPECTRAL) continue;
+        find_singular_vectors(&layers[l], 1);
 #pragma omp for schedule(static) nowait
         for (int64_t unit = 0; unit < layers[l].units; unit++) pack_unit(&layers[l], unit);
     }
@@ -175,7 +192,7 @@ static void project_unit(const TrainedLayer *layer, int64_t unit) {
  * becomes the gradient by v. With s = input_scale:
  * weight norm, equation 3 of Salimans & Kingma 2016: dg = s row.v / |v|;  dv = s g / |v| row - g dg / |v|^2 v
  *     (with exp(g) in place of g, whose own gradient is exp(g) dg);
- * w = g v: dg = s row.v;  dv = s g row;  otherwise dv = s row */
+ * w = g v: dg = s row.v;  dv = s g row;  spectral normalization: see spectral_norm.c;  otherwise dv = s row */
 void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const OptimizerStep *step) {
     const int64_t inputs = layer->inputs, kind = layer->weight_kind;
     const float scale = layer->input_scale;
@@ -198,9 +215,18 @@ void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const Optimi
         layer->g[unit] =
             step_one(layer->g[unit], g_gradient, layer->g_moment1 + unit, layer->g_moment2 + unit, step);
     }
+    if (kind == WEIGHT_SPECTRAL) {
+        row_factor = scale * (layer->c[unit] / *layer->sigma);
+        v_factor = -spectral_coefficient(layer) * layer->left[unit]; /* of `right` in place of v */
+#pragma omp simd
+        for (int64_t i = 0; i < inputs; i++) row[i] = row_factor * row[i] + v_factor * layer->right[i];
+    }
     layer->row_factor[unit] = row_factor;
     layer->v_factor[unit] = v_factor;
-    if (kind == WEIGHT_GIVEN) {
+    if (kind == WEIGHT_SPECTRAL) {
+        step_values(v, row, layer->v_moment1 + unit * inputs, layer->v_moment2 + unit * inputs, inputs, 1.0f, 0.0f,
+                    step);
+    } else if (kind == WEIGHT_GIVEN) {
 #pragma omp simd
         for (int64_t i = 0; i < inputs; i++) row[i] *= scale;
     } else {
@@ -223,15 +249,15 @@ void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const Optimi
     layer->b[unit] = step_one(layer->b[unit], b_gradient, layer->b_moment1 + unit, layer->b_moment2 + unit, step);
 }
 
-/* step_unit, then the unit's next packed weights; who gives the weights packs them too. */
+/* step_unit, then the unit's next packed weights, unless more must happen before they are known. */
 void step_and_pack_unit(const TrainedLayer *layer, int64_t unit, float *row, const OptimizerStep *step) {
     step_unit(layer, unit, row, step);
-    if (layer->weight_kind != WEIGHT_GIVEN) pack_unit(layer, unit);
+    if (layer->weight_kind < WEIGHT_SPECTRAL) pack_unit(layer, unit);
 }
 
-/* step_and_pack_unit with the gradient that lies in the layer; `row` (inputs) is overwritten:
+/* The gradient that lies in the layer, in the order of v:
  * for i: row[i] = packed_gradient[gradient_offset[i] + unit * gradient_unit_stride] */
-void gather_step_and_pack_unit(const TrainedLayer *layer, int64_t unit, float *row, const OptimizerStep *step) {
+static void gather_gradient(const TrainedLayer *layer, int64_t unit, float *row) {
     const int64_t inputs = layer->inputs;
     const int32_t *offset = layer->gradient_offset;
     if (layer->gradient_bfloat16) {
@@ -246,7 +272,21 @@ void gather_step_and_pack_unit(const TrainedLayer *layer, int64_t unit, float *r
         const float *gradient = (const float *)layer->packed_gradient + unit * layer->gradient_unit_stride;
         for (int64_t i = 0; i < inputs; i++) row[i] = gradient[offset ? offset[i] : i];
     }
+}
+
+/* step_and_pack_unit with the gradient that lies in the layer; `row` (inputs) is overwritten. */
+void gather_step_and_pack_unit(const TrainedLayer *layer, int64_t unit, float *row, const OptimizerStep *step) {
+    gather_gradient(layer, unit, row);
     step_and_pack_unit(layer, unit, row, step);
+}
+
+/* Fill `alignment` from the gradients that lie in the layer; called by all threads of a team. `row` is overwritten. */
+void find_alignment(const TrainedLayer *layer, float *row) {
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < layer->units; unit++) {
+        gather_gradient(layer, unit, row);
+        layer->alignment[unit] = packed_scale(layer, unit) * dot(row, layer->v + unit * layer->inputs, layer->inputs);
+    }
 }
 
 /* One step of every layer and the next packed weights; `rows` has max_inputs floats for each thread. */
@@ -256,6 +296,7 @@ void step_layers(const TrainedLayer *layers, int64_t count, int64_t threads, flo
     {
         float *row = rows + THREAD * max_inputs;
         for (int64_t l = 0; l < count; l++) {
+            if (layers[l].weight_kind == WEIGHT_SPECTRAL) find_alignment(&layers[l], row);
 #pragma omp for schedule(static) nowait
             for (int64_t unit = 0; unit < layers[l].units; unit++)
                 gather_step_and_pack_unit(&layers[l], unit, row, step);

@@ -24,7 +24,8 @@ typedef enum {
     WEIGHT_NORM_EXP = 2,    /* w = exp(g) v / |v| */
     WEIGHT_UNIT = 3,        /* w = v, and after each step v becomes v / |v| */
     WEIGHT_UNIT_SCALED = 4, /* w = g v, and after each step v becomes v / |v| */
-    WEIGHT_GIVEN = 5        /* w = v, which somebody else computes: only its gradient is written, v stays */
+    WEIGHT_SPECTRAL = 5,    /* w = c v / sigma, sigma = left' V right: spectral normalization, see spectral_norm.c */
+    WEIGHT_GIVEN = 6        /* w = v, which somebody else computes: only its gradient is written, v stays */
 } WeightKind;
 
 /* The optimizers, with what is kept of earlier gradients. */
@@ -67,6 +68,14 @@ typedef struct {
                                           * v, as v was before the step */
     void *v_gradient;                  /* (units, inputs), written; NULL: over packed_gradient, if there is one */
     float *norm;                       /* (units): |v| */
+    /* Of WEIGHT_SPECTRAL only: */
+    int64_t iterations;                /* steps of power iteration of a training pass */
+    float normalize_eps;               /* a vector that is shorter counts as of this length when it is normalized */
+    float *left, *right;               /* (units), (inputs): singular vectors, changed by power iteration */
+    const float *c;                    /* (units) */
+    float *product;                    /* (units + inputs): V right, and V' left */
+    float *alignment;                  /* (units): the sum over inputs of dL/dw * w */
+    float *sigma;                      /* (1) */
     void *packed, *packed_bias;        /* without packed_bias kernels read b */
     void *transposed;                  /* packed for the gradient by the layer's input; may be NULL */
     void *packed_gradient, *bias_gradient; /* by the packed weight and by b */

@@ -110,8 +110,12 @@ void network_backward_and_step(const NetworkShape *shape, const ForwardArgs *arg
         for (int64_t n = 0; n < args->batch; n += 2) hidden_backward(shape, args, back, n);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t k = 0; k < shape->flat; k += 32) flat_backward(shape, args, back, k, k + 32 * threads, mine);
+        if (hidden->weight_kind == WEIGHT_SPECTRAL) find_hidden_alignment(shape, args, back, hidden);
         work_off(shape, args, back, hidden, &queue, mine, step);
 #pragma omp barrier
+        for (int64_t l = 0; l < shape->convolutions + 2; l++)
+            if (layers[l].weight_kind == WEIGHT_SPECTRAL && &layers[l] != hidden)
+                find_alignment(&layers[l], (float *)mine);
         for (int64_t l = 0; l < shape->convolutions; l++) {
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t unit = 0; unit < layers[l].units; unit += 16)
@@ -139,6 +143,7 @@ static float update_once(const NetworkShape *shape, const ForwardArgs *passes, c
     const double start = seconds();
     if (replay) gather_transitions(replay, indices, passes[1].batch, loss);
     const double gathered = seconds();
+    prepare_training_pass(layers, shape->convolutions + 2, threads);
     network_forward(shape, passes, 2, workspace, threads);
     const float value = td_loss(loss, passes[1].batch, shape->actions, passes[1].q_values, passes[0].q_values);
     const double halfway = seconds();
