@@ -22,7 +22,7 @@ from tests.carried import Carried, carried
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.networks import FirstConvolution, QNetworkSpec, build_q_network
-from wn_rl.parameterizations import WeightParameterization, register
+from wn_rl.parameterizations import WeightParameterization, registry
 from wn_rl.parameterizations.base import Units
 from wn_rl.replay import Minibatch, Replay
 from wn_rl.training import TrainingLoop
@@ -145,7 +145,6 @@ def test_compiled_packing_is_the_written_one(precision: torch.dtype, convolution
 # --- updates ----------------------------------------------------------------------------------------------------
 
 
-@register("centred")
 @dataclass(frozen=True)
 class Centred(WeightParameterization):
     """w = v - mean(v) of each unit: what a user may have written. In training the mean counts a little more."""
@@ -168,6 +167,12 @@ class MinusMean(nn.Module):
 
     def right_inverse(self, w: Tensor) -> Tensor:
         return w.clone()
+
+
+@pytest.fixture(autouse=True)
+def _centred_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # others list all that is registered
+    registry.register("centred")(Centred)
 
 
 HIDDEN = ("hidden", "convolutions.1")

@@ -267,13 +267,14 @@ def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, rewar
         batch = drawn(number)
         with torch.no_grad():
             direction_and_scale(agent.q_network.output)[1].mul_(5.0)  # errors on both sides of 1
+            compiled.refresh()
             next_q_values, q_values, _ = compiled.forward_both(agent._packed_target(), batch)
         leaf = q_values.clone().requires_grad_(True)
         losses, error, value = agent.td_loss_of(batch, leaf, next_q_values)
         loss = losses.sum() if reduction == "sum" else losses.mean()
         loss.backward()  # type: ignore[no-untyped-call]
         steps = agent.optimizer.next_steps(1)
-        _, found = compiled.update(agent._packed_target(), batch, agent._loss, *steps)
+        _, found = compiled.update(agent._packed_target(), batch, agent._loss, steps)
         assert compiled._prepared is not None
         torch.testing.assert_close(compiled._prepared.q_gradient, leaf.grad, rtol=1e-6, atol=0)
         assert found == pytest.approx(float(loss.detach()), rel=1e-5)
