@@ -48,7 +48,7 @@ class EvaluateArguments:
     fire_reset: bool | None = None
     """Press FIRE at the start of an episode; overrides the protocol."""
     action_set: Literal["minimal", "full", "checkpoint"] | None = None
-    """Overrides the protocol; checkpoint: the action set of the training."""
+    """minimal, full (18 actions), or checkpoint (that of the training); overrides the protocol."""
     seed: Count = 0
     """Seed of the emulators and of the random actions."""
     num_envs: Count = 0
