@@ -334,7 +334,7 @@ def _diagnostics(content: Content) -> str:
         of_game = [figure for figure in content.diagnostics if figure.game == game]
         parts.append(f"<h3>{_escape(game)}</h3>\n{_figures(of_game, 'figures small')}")
     intro = "Lines are means over seeds, bands as in the learning curves. "
-    intro += f"Curves with more points are downsampled to {FINE_BINS} points by averaging neighbours."
+    intro += f"Curves with more than {FINE_BINS} points are downsampled to {FINE_BINS} by averaging neighbours."
     if len(content.without_events) == len(content.runs):
         intro += (
             " These run directories hold no readable TensorBoard events, so there are no Q-values, losses and "
