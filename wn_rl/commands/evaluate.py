@@ -12,7 +12,7 @@ import tyro
 
 from wn_rl import cli
 from wn_rl.atari.games import find_game
-from wn_rl.config import Count, Options, TrainConfig, import_parameterization
+from wn_rl.config import Count, Options, TrainConfig, import_network, import_parameterization
 from wn_rl.errors import UsageError
 from wn_rl.evaluation import protocols
 
@@ -65,6 +65,9 @@ class EvaluateArguments:
     file does not name it, e.g. wn."""
     param_options: Options = field(default_factory=dict)
     """Its options, for a Stable-Baselines3 file."""
+    network: str | None = None
+    """module:Name of the network, where it is your own: a checkpoint names it, but its module is imported only when it
+    stands here."""
     by: str = "param"
     """Configuration key whose values are compared where several checkpoints are scored or runs are drawn."""
     json: str | None = None
@@ -120,6 +123,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
+    if wanted.network is not None:
+        import_network(wanted.network)
     from wn_rl.evaluation import policies as trained  # late: --help and wrong words need no torch
     from wn_rl.evaluation import scoring
     from wn_rl.report import batch, comparison
