@@ -14,9 +14,8 @@ from typing import Literal
 
 import torch
 
-from wn_rl.config import TrainConfig, is_auto, validate
+from wn_rl.config import TrainConfig, is_auto, network_spec, validate
 from wn_rl.errors import UsageError, WnRlError
-from wn_rl.networks import QNetworkSpec
 
 LIBRARY_BYTES = 800_000_000
 """Host memory of a run before its own data: Python, torch, ale-py (a run of `quick` was seen to take 1.1 GB)."""
@@ -241,7 +240,7 @@ def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:
     else:
         can = config.optimizer == "adamax" and _found("CXX", "g++", "clang++")
         needs = "on a CPU it needs --optimizer adamax and a C++ compiler"
-        pays = QNetworkSpec(1, hidden_units=config.hidden_units).count_parameters() >= WORTH_COMPILING
+        pays = network_spec(config, 1).count_parameters() >= WORTH_COMPILING
     if config.compile == "on" and not can:
         raise UsageError(f"--compile on: {needs}; use --compile auto")
     return "on" if config.compile == "on" or (config.compile == "auto" and can and pays) else "off"

@@ -12,7 +12,7 @@ import tyro
 
 from wn_rl import cli
 from wn_rl.atari.games import find_game
-from wn_rl.config import Count, Options, TrainConfig, import_parameterization
+from wn_rl.config import Count, Options, TrainConfig, import_network, import_parameterization
 from wn_rl.errors import UsageError
 from wn_rl.evaluation import protocols
 
@@ -64,6 +64,8 @@ class EvaluateArguments:
     here. For a Stable-Baselines3 file: the parameterization of its training, e.g. wn, if the file does not store it."""
     param_options: Options = field(default_factory=dict)
     """Options of that parameterization, for a Stable-Baselines3 file."""
+    network: str | None = None
+    """module:Name of your own network: a checkpoint names it, but its module is imported only if it is given here."""
     by: str = "param"
     """Configuration key that defines the groups when several checkpoints are scored or runs are reported."""
     json: str | None = None
@@ -120,8 +122,16 @@ def main(arguments: Sequence[str]) -> int:
         )
     if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
+<<<<<<< HEAD
     from wn_rl.evaluation import comparison, scoring  # late: --help and usage errors need no torch
     from wn_rl.evaluation import policies as trained
+=======
+    if wanted.network is not None:
+        import_network(wanted.network)
+    from wn_rl.evaluation import policies as trained  # late: --help and wrong words need no torch
+    from wn_rl.evaluation import scoring
+    from wn_rl.report import batch, comparison
+>>>>>>> h-network
 
     comparison.check_key(wanted.by)
     trained.check_param(wanted.param, wanted.param_options)

@@ -22,7 +22,7 @@ from wn_rl.errors import UsageError, WnRlError, one_line
 from wn_rl.evaluation import policies as trained
 from wn_rl.evaluation.policies import Trained
 from wn_rl.evaluation.scoring import How
-from wn_rl.networks import QNetwork
+from wn_rl.networks import Network, QNetwork
 from wn_rl.parameterizations import fold
 from wn_rl.parameterizations.api import treated_layers
 
@@ -57,7 +57,7 @@ def export_command(paths: Sequence[Path], how: How, kind: Format, out: str) -> i
     return 0
 
 
-def foldable(network: QNetwork) -> bool:
+def foldable(network: Network) -> bool:
     """Return whether every parameterized layer of the network can be folded into a plain weight and bias."""
     return all(entry.foldable for _, entry in treated_layers(network).values())
 
@@ -81,6 +81,11 @@ def export(found: Trained, kind: Format, out: Path) -> float:
         WnRlError: a package is missing, the parameterization cannot be folded, the export does not agree with the
             network, or the file cannot be written.
     """
+    if kind == "sb3" and type(found.network) is not QNetwork:
+        raise WnRlError(
+            f"{found.path}: a Stable-Baselines3 file holds no network '{found.network.spec.network}', only that of its "
+            "CnnPolicy; --export torch or onnx keeps any"
+        )
     observations = _observations(found)
     with torch.no_grad():
         expected = found.network(observations).numpy()
@@ -93,7 +98,7 @@ def export(found: Trained, kind: Format, out: Path) -> float:
             "nothing else; --export torch or onnx keeps its layers"
         )
     make = {"sb3": _sb3, "torch": _torch, "onnx": _onnx}[kind]
-    with _quiet():
+    with _quiet(), _own_network_told(found):
         data, q_values = make(network.eval(), found)
         got = q_values(observations)
     difference = float(np.abs(got - expected).max())
@@ -103,6 +108,22 @@ def export(found: Trained, kind: Format, out: Path) -> float:
         )
     _write(out, data)
     return difference
+
+
+@contextlib.contextmanager
+def _own_network_told(found: Trained) -> Iterator[None]:
+    """Let what torch says against a network of somebody's own be one line."""
+    try:
+        yield
+    except WnRlError:
+        raise
+    except Exception as error:
+        if type(found.network) is QNetwork:
+            raise
+        raise WnRlError(
+            f"{found.path}: the network '{found.network.spec.network}' cannot be exported: {type(error).__name__}: "
+            f"{one_line(error)[:300]}"
+        ) from None
 
 
 def _other_actions(got: NDArray[np.float32], expected: NDArray[np.float32]) -> bool:
@@ -126,7 +147,7 @@ def _observations(found: Trained) -> Tensor:
     return torch.from_numpy(np.concatenate(observations))
 
 
-def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
+def _sb3(network: Network, found: Trained) -> tuple[bytes, QValues]:
     try:
         import gymnasium
         from stable_baselines3 import DQN
@@ -184,14 +205,14 @@ def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
     return data, q_values
 
 
-def _program(network: QNetwork) -> torch.export.ExportedProgram:
+def _program(network: Network) -> torch.export.ExportedProgram:
     example = torch.zeros((2, *network.spec.observation_shape), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     with torch.no_grad():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
 
 
-def _torch(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
+def _torch(network: Network, found: Trained) -> tuple[bytes, QValues]:
     stream = io.BytesIO()
     torch.export.save(_program(network), stream)
     loaded = torch.export.load(io.BytesIO(stream.getvalue())).module()
@@ -204,7 +225,7 @@ def _torch(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
     return stream.getvalue(), q_values
 
 
-def _onnx(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
+def _onnx(network: Network, found: Trained) -> tuple[bytes, QValues]:
     try:
         importlib.import_module("onnxscript")  # torch.onnx needs it
         onnxruntime: Any = importlib.import_module("onnxruntime")

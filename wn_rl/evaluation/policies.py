@@ -17,7 +17,7 @@ from wn_rl.atari.env import FRAME_SKIP, FULL_ACTION_SET, minimal_actions
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError, UsageError, one_line
-from wn_rl.networks import QNetwork, build_q_network
+from wn_rl.networks import Network, build_q_network
 from wn_rl.runs import checkpoint
 from wn_rl.sb3 import zip_file as sb3_zip
 
@@ -42,7 +42,7 @@ class Trained:
 
     path: Path
     kind: str
-    network: QNetwork
+    network: Network
     game: str
     param: str
     full_action_set: bool
@@ -151,7 +151,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return state.st_ino, state.st_mtime_ns
 
 
-def copy_network(network: QNetwork) -> QNetwork:
+def copy_network(network: Network) -> Network:
     """Return a copy of a network with weights of its own, in evaluation mode."""
     copy = build_q_network(network.spec, seed=0)
     copy.load_state_dict(network.state_dict())
@@ -174,7 +174,7 @@ def check_param(param: str | None, options: Mapping[str, Any]) -> None:
         raise UsageError(f"--param {param}: {one_line(error)}") from None
 
 
-def greedy(network: QNetwork, device: torch.device | str) -> Any:  # noqa: ANN401 - an evaluation.Policy
+def greedy(network: Network, device: torch.device | str) -> Any:  # noqa: ANN401 - an evaluation.Policy
     """Return the network's greedy policy on ``device``; see :class:`wn_rl.evaluation.episodes.Policy`."""
     network = network.to(device)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wn_rl import networks, parameterizations
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, is_auto, validate
 from wn_rl.errors import CheckpointError, UsageError
@@ -67,11 +69,18 @@ def _canonical(config: TrainConfig, key: str, value: Any) -> Any:  # noqa: ANN40
         return config.num_envs  # what was chosen for this run
     if key == "game":
         return find_game(value).name
-    if key == "param_options":
-        try:
+    try:
+        if key == "param_options":
             return resolve(config.param, value).options()
-        except ValueError as error:
-            raise UsageError(f"param_options: {error}") from None
+        if key == "network_options":
+            return networks.options(networks.get(config.network), value)
+    except ValueError as error:
+        raise UsageError(f"{key}: {error}") from None
+    if key in ("param", "network"):
+        get: Callable[[str], object] = parameterizations.get if key == "param" else networks.get
+        with contextlib.suppress(KeyError):
+            if get(value) is get(getattr(config, key)):
+                return getattr(config, key)
     return value
 
 

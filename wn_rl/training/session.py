@@ -13,7 +13,7 @@ import torch
 
 from wn_rl import diagnostics
 from wn_rl.atari.env import FRAME_SKIP
-from wn_rl.config import TrainConfig, is_auto, to_yaml
+from wn_rl.config import TrainConfig, is_auto, network_spec, to_yaml
 from wn_rl.errors import NonFiniteLossError, UsageError, WnRlError
 from wn_rl.evaluation.episodes import EvaluationInterrupted, EvaluationResult
 from wn_rl.layout import command, import_agent
@@ -31,7 +31,7 @@ from wn_rl.machine import (
     resolve_device,
     set_float32_precision,
 )
-from wn_rl.networks import MAX_ACTIONS, QNetworkSpec
+from wn_rl.networks import MAX_ACTIONS
 from wn_rl.replay import Replay
 from wn_rl.runs import checkpoint
 from wn_rl.runs.directory import RunDirectory, versions
@@ -96,7 +96,7 @@ def train(
     memory = plan_memory(
         config,
         Replay.expected_bytes(config.replay_capacity, config.num_envs),
-        QNetworkSpec(MAX_ACTIONS, hidden_units=config.hidden_units).count_parameters(),
+        network_spec(config, MAX_ACTIONS).count_parameters(),
     )
     device = torch.device(config.device)
     if device.type == "cuda":
