@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from typing import Any
 
 from tests.traces.recording import EXPECTED, RUNS, first_difference, record_named, shortened, where_recorded
+
+
+def readable(traces: dict[str, Any]) -> str:
+    """Return JSON, a line for each list of numbers and for each object of numbers."""
+    text = json.dumps(traces, indent=1, ensure_ascii=False)
+    number = r"-?[\d.e+-]+"
+    member = rf'"[\w,]+": {number}'
+    for inner in (rf"\[\s*({number}(?:,\s*{number})*)\s*\]", rf"{{\s*({member}(?:,\s*{member})*)\s*}}"):
+        text = re.sub(inner, lambda match: match[0][0] + re.sub(r"\s+", " ", match[1]) + match[0][-1], text)
+    return text
 
 
 def main(words: list[str]) -> int:
@@ -15,10 +27,10 @@ def main(words: list[str]) -> int:
         return 2
     found = {name: shortened(record_named(name)) for name in RUNS}
     if words:
-        EXPECTED.write_text(json.dumps({"recorded with": where_recorded(), "runs": found}, indent=1) + "\n", "utf-8")
+        EXPECTED.write_text(readable({"recorded with": where_recorded(), "runs": found}) + "\n", encoding="utf-8")
         print(f"wrote {EXPECTED}")
         return 0
-    told = first_difference(found, json.loads(EXPECTED.read_text("utf-8"))["runs"])
+    told = first_difference(found, json.loads(EXPECTED.read_text(encoding="utf-8"))["runs"])
     print(told or f"{len(found)} runs are as recorded")
     return bool(told)
 

@@ -37,8 +37,9 @@ def derive(config: TrainConfig, scores: Sequence[float]) -> Trace:
     """
     n, clock = config.num_envs, 0
     env = make_atari(config.game, n, num_threads=1, **environment_options(config))
-    observations = env.reset(seed=emulator_seeds(config.seed, n, 0, 0))[0].copy()
-    lives, playing, seed_labels = env._lives.copy(), [True] * n, [0] * n
+    observations, info = env.reset(seed=emulator_seeds(config.seed, n, 0, 0))
+    observations, lives = observations.copy(), info["lives"].copy()
+    playing, seed_labels = [True] * n, [0] * n
     returns, lengths = [0.0] * n, [0] * n
     generator = torch.Generator().manual_seed(config.seed)
     rows: list[list[Transition]] = []
@@ -53,7 +54,7 @@ def derive(config: TrainConfig, scores: Sequence[float]) -> Trace:
     events: list[str] = []
     trace: Trace = {"events": events, "epsilon": epsilon, "action log": [], "minibatches": [], "episodes.csv": []}
     frames: dict[str, Any] = {"acted on": [], "initialized from": [], "learned from": []}
-    scalars: dict[str, list[list[float]]] = {}
+    scalars: dict[str, dict[int, float]] = {}
 
     def note(event: str) -> None:
         events.append(f"{event} at agent step {clock:,}")
@@ -86,7 +87,7 @@ def derive(config: TrainConfig, scores: Sequence[float]) -> Trace:
             values["max_q_held_out"] = 1 + updates
             values["gradient_norm"] = updates - copied_at
         for name, value in values.items():
-            scalars.setdefault(f"train/{name}", []).append([4 * clock, rounded(value)])
+            scalars.setdefault(f"train/{name}", {})[4 * clock] = rounded(value)
         since_log.clear()
         ended_since_log.clear()
         updates_since_log, logged_at = 0, clock

@@ -59,34 +59,35 @@ ALL_RUNS: dict[str, Any] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "Breakout, 1 emulator": {"game": "Breakout", "num_envs": 1, "frames": 1440},
-    "Breakout, 2 emulators, sticky actions, a lost life is no terminal": {
+    "Breakout, 8 emulators": {
         "game": "Breakout",
-        "num_envs": 2,
-        "frames": 2800,
-        "sticky_actions": 0.25,
-        "reseed_period": 150,
-        "life_loss_terminal": False,
-        "max_frames_per_episode": 480,
-        "evaluation_period": 240,
-    },
-    "Space Invaders, 8 emulators, all actions, truncated episodes": {
-        "game": "SpaceInvaders",
         "num_envs": 8,
-        "frames": 4000,
-        "full_action_set": True,
+        "frames": 4800,
         "target_period": 30,
         "replay_capacity": 330,
-        "max_frames_per_episode": 300,
-        "evaluation_period": 400,
+        "evaluation_period": 800,
+        "checkpoint_period": 350,
+        "log_period": 250,
     },
-    "Pong, 2 emulators, sticky actions, FIRE at the start, an update at every agent step": {
+    "Asterix, 2 emulators, sticky and all actions, truncated episodes, a lost life is no terminal": {
+        "game": "Asterix",
+        "num_envs": 2,
+        "frames": 1800,
+        "sticky_actions": 0.25,
+        "full_action_set": True,
+        "reseed_period": 300,
+        "life_loss_terminal": False,
+        "max_frames_per_episode": 360,
+        "evaluation_period": 240,
+    },
+    "Pong, 2 emulators, FIRE at the start, an update at every agent step": {
         "game": "Pong",
         "num_envs": 2,
         "frames": 1000,
-        "sticky_actions": 0.1,
         "fire_reset": True,
         "update_period": 1,
         "target_period": 7,
+        "replay_capacity": 160,
         "max_frames_per_episode": 360,
     },
 }
@@ -308,7 +309,7 @@ def record(config: TrainConfig, directory: Path) -> Trace:
     rows = read_history(files.journal, config.num_envs, config.reseed_period if config.sticky_actions else 0, mark).rows
     summary = json.loads(files.summary.read_text(encoding="utf-8"))
     scalars = {
-        tag: [[int(x), rounded(y)] for x, y in zip(curve.frames, curve.values, strict=True)]
+        tag: {int(x): rounded(y) for x, y in zip(curve.frames, curve.values, strict=True)}
         for tag, curve in sorted(read_scalars(directory).items())
         if tag.startswith(("train/", "evaluation/", "summary/")) or tag == OVERESTIMATION
     }
@@ -349,7 +350,7 @@ def record_named(name: str) -> Trace:
         return record(configured(name), Path(scratch) / "run")
 
 
-# --- a few pages instead of many ----------------------------------------------------------------------------------
+# --- what is kept ----------------------------------------------------------------------------------
 
 
 def shortened(trace: Trace) -> Trace:
@@ -358,7 +359,7 @@ def shortened(trace: Trace) -> Trace:
     found["events"] = list(vector_steps(trace["events"]))
     epsilon, last = trace["epsilon"], max(trace["epsilon"])
     found["epsilon"] = {"sha256": sha_of(epsilon)} | {
-        f"{step:,}": epsilon[step] for step in sorted({1, *range(30, last, 30), last})
+        f"{step:,}": epsilon[step] for step in (1, *range(30, 241, 30), last)
     }
     rows = trace["action log"]
     found["action log"] = {
