@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -273,6 +274,34 @@ def _found(variable: str, *commands: str) -> bool:
 def cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_others(seconds: float = 0.1) -> float:
+    """Return how many of :func:`cores` other processes use, looking for so long; 0.0 where the system does not tell.
+
+    This process must do nothing meanwhile.
+    """
+    before = _busy_and_all()
+    time.sleep(seconds)
+    after = _busy_and_all()
+    busy, whole = after[0] - before[0], after[1] - before[1]
+    return cores() * busy / whole if whole > 0 else 0.0
+
+
+def _busy_and_all() -> tuple[int, int]:
+    """Return the clock ticks in which the cores that this process may use were busy, and all of their ticks."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    busy = whole = 0
+    try:
+        for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
+            name, *words = line.split()
+            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in usable:
+                ticks = [int(word) for word in words[:8]]  # user, nice, system, idle, iowait, irq, softirq, steal
+                whole += sum(ticks)
+                busy += sum(ticks) - ticks[3] - ticks[4]
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+    return busy, whole
 
 
 def keep_freed_memory() -> bool:

@@ -97,6 +97,8 @@ def choose(
         return replace(as_it_is, precision=only.precision)
     taken = decide(measured.seconds)
     when = "timed before" if before else f"timed in {measured.took:.1f} s"
+    if measured.busy:
+        when += " as CPU time of one thread, since other processes need the cores, and not kept"
     return Choice(taken.backend, taken.precision, f"{_why(taken, measured.seconds)}; {when}")
 
 
@@ -154,7 +156,7 @@ def _measured(
     if key is not None and (known := timing_cache.read(key)):
         return Measured(tuple(known), known, {}, 0.0), True
     measured = measure(config, make_agent, num_actions, precisions)
-    if key is not None and measured.seconds:
+    if key is not None and measured.seconds and not measured.busy:
         timing_cache.write(key, measured.seconds)
     return measured, False
 

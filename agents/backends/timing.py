@@ -19,7 +19,7 @@ import torch
 
 from wn_rl.config import BackendName, TrainConfig
 from wn_rl.errors import one_line
-from wn_rl.machine import Precision
+from wn_rl.machine import Precision, cores, cores_of_others
 from wn_rl.replay import Replay
 from wn_rl.training import Agent
 from wn_rl.training.run import MakeAgent
@@ -28,13 +28,13 @@ from . import BACKENDS, why_not
 from .eager import Eager
 from .interface import Backend
 
-SECONDS = 1.0
-"""Wall time in which all candidates are timed, after one warm-up of each."""
+SECONDS = 0.8
+"""Wall time of the rounds in which the candidates are timed, in turn."""
 MOST_ROUNDS = 20
 """Rounds after which more would change nothing."""
-HOPELESS = 1.6
-"""A candidate that takes so many times as long as the fastest after :data:`FIRST_ROUNDS` is timed no more."""
-FIRST_ROUNDS = 2
+HOPELESS = 2.0
+"""A candidate that takes so many times as long as the fastest for :data:`FIRST_UPDATES` single updates is out."""
+FIRST_UPDATES = 2
 STORED = 1024
 """Transitions in the synthetic replay, 7 MB."""
 BLACK_ROWS = slice(40, 80)
@@ -44,6 +44,8 @@ INITIALIZED_FROM = 64
 """Observations for the data-dependent initialization."""
 MOST_TOGETHER = 8
 """Updates that are asked for in one call, at most; more would only take longer."""
+ROOM = 0.25
+"""Cores that other processes may use beside the threads of this one without being noticed."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,22 @@ class Measured:
         seconds: per update, with its share of acting; empty where there is but one candidate.
         problems: why other candidates are none, by name.
         took: wall seconds, the building of the agents included.
+        busy: whether other processes needed the cores, so that these are seconds of one thread's CPU time.
     """
 
     candidates: tuple[Candidate, ...]
     seconds: Mapping[Candidate, float]
     problems: Mapping[str, str]
     took: float
+    busy: bool = False
 
 
 def measure(config: TrainConfig, make_agent: MakeAgent, num_actions: int, precisions: Sequence[Precision]) -> Measured:
     """Time every backend that the configuration leaves open with each of ``precisions``.
 
     Only copies of the agents that ``make_agent`` returns are worked with. A candidate whose work fails, or whose agent
-    cannot be copied, is none.
+    cannot be copied, is none. While other processes need the cores, threads that wait for each other say nothing: then
+    it is the CPU time of a single thread that counts.
 
     Args:
         config: resolved for this machine; ``backend`` names one or is ``auto``.
@@ -89,14 +94,22 @@ def measure(config: TrainConfig, make_agent: MakeAgent, num_actions: int, precis
         precisions: the most exact first.
     """
     started = time.perf_counter()
+    busy = cores_of_others() + torch.get_num_threads() > cores() + ROOM
     with unchanged_process_state():
-        candidates, seconds, problems = _measured(config, make_agent, num_actions, precisions)
+        if busy:
+            torch.set_num_threads(1)
+        clock = time.process_time if busy else time.perf_counter
+        candidates, seconds, problems = _measured(config, make_agent, num_actions, precisions, clock)
     gc.collect()  # agents refer to themselves
-    return Measured(candidates, seconds, problems, time.perf_counter() - started)
+    return Measured(candidates, seconds, problems, time.perf_counter() - started, busy)
 
 
 def _measured(
-    config: TrainConfig, make_agent: MakeAgent, num_actions: int, precisions: Sequence[Precision]
+    config: TrainConfig,
+    make_agent: MakeAgent,
+    num_actions: int,
+    precisions: Sequence[Precision],
+    clock: Callable[[], float],
 ) -> tuple[tuple[Candidate, ...], dict[Candidate, float], dict[str, str]]:
     replay = synthetic_replay(config.num_envs, num_actions)
     problems: dict[str, str] = {}
@@ -114,35 +127,37 @@ def _measured(
                 found.append((candidate, kind, agent))
     if len(found) <= 1:
         return tuple(candidate for candidate, _, _ in found), {}, problems
-    trials: dict[Candidate, Callable[[], float]] = {}
+    trials: dict[Candidate, Callable[[int], float]] = {}
     for candidate, kind, agent in found:
-        trial = _trial(kind, agent, replay)
+        trial = _trial(kind, agent, replay, clock)
         if isinstance(trial, str):
             problems[str(candidate)] = trial
         else:
             trials[candidate] = trial
-    seconds = best_times(trials, problems)
+    together = min(max(config.num_envs // config.update_period, 1), MOST_TOGETHER)
+    seconds = best_times(trials, problems, together=together)
     return tuple(seconds), seconds, problems
 
 
-def _trial(kind: type[Backend], agent: Agent, replay: Replay) -> Trial | str:
+def _trial(kind: type[Backend], agent: Agent, replay: Replay, clock: Callable[[], float]) -> Trial | str:
     """Return the trial of a backend on a copy of the agent, or why there can be none."""
     try:
-        return Trial(kind, copy.deepcopy(agent), replay)
+        return Trial(kind, copy.deepcopy(agent), replay, clock)
     except Exception as error:  # noqa: BLE001 - an agent of a user's own may raise anything
         return one_line(error)[:200]
 
 
 class Trial:
-    """What is timed of one candidate: acting for all emulators, and the updates that one vector step owes."""
+    """What is timed of one candidate: acting for all emulators, and updates."""
 
-    def __init__(self, kind: type[Backend], agent: Agent, replay: Replay) -> None:
+    def __init__(self, kind: type[Backend], agent: Agent, replay: Replay, clock: Callable[[], float]) -> None:
         """Prepare the agent, which nobody else uses, for updates.
 
         Args:
             kind: of the backend.
             agent: before its first update.
             replay: holds something.
+            clock: in seconds.
         """
         config = agent.config
         if kind is Eager:  # torch.compile would take longer than all else together
@@ -150,71 +165,72 @@ class Trial:
         self._backend = kind(agent, replay)
         self._backend.initialize(replay.sample(INITIALIZED_FROM).observations)
         self._device = agent.device
+        self._clock = clock
         self._epsilon = np.full(config.num_envs, 0.1, np.float32)
-        self._updates = min(max(config.num_envs // config.update_period, 1), MOST_TOGETHER)
         self._vector_steps_per_update = config.update_period / config.num_envs
 
-    def __call__(self) -> float:
-        """Return the seconds of an update with its share of acting."""
+    def __call__(self, updates: int) -> float:
+        """Return the seconds of an update with its share of acting, where so many are asked for in a call."""
         started = self._now()
         self._backend.act(self._epsilon)
         acted = self._now()
-        self._backend.update(self._updates)
+        self._backend.update(updates)
         updated = self._now()
-        # A policy that hardly learns would be all acting, which then decides.
-        return (updated - acted) / self._updates + (acted - started) * self._vector_steps_per_update
+        return (updated - acted) / updates + (acted - started) * self._vector_steps_per_update
 
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._clock()
 
 
 def best_times(
-    trials: Mapping[Candidate, Callable[[], float]],
+    trials: Mapping[Candidate, Callable[[int], float]],
     problems: dict[str, str],
     *,
-    seconds: float = SECONDS,
+    together: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Candidate, float]:
     """Return the least that each trial returned, over rounds in which each is called once.
 
     The least, because whatever else the machine does only ever adds to a time; in turn, so that a busy moment meets
-    all of them.
+    all of them. Each is called once to warm up, then a few times for single updates, which shows what is hopeless.
 
     Args:
-        trials: each returns the seconds of its work, and is called once before to warm up.
+        trials: given how many updates to make in a call, each returns the seconds of one.
         problems: a trial that raises is left out, and why is noted here.
-        seconds: no round begins that would end after so long.
-        clock: in seconds.
+        together: updates that the loop asks for in a call.
+        clock: of the wall, in seconds: no round begins that would end after :data:`SECONDS`.
     """
-    best: dict[Candidate, float] = {}
 
-    def call(candidate: Candidate) -> float | None:
+    def call(candidate: Candidate, updates: int) -> float:
+        """Return the seconds; infinite where the trial failed."""
         try:
-            took = trials[candidate]()
+            took = trials[candidate](updates)
             if not (math.isfinite(took) and took > 0.0):
                 raise ValueError(f"timed as {took}")
         except Exception as error:  # noqa: BLE001 - an agent of a user's own may raise anything
             problems[str(candidate)] = one_line(error)[:200]
-            best.pop(candidate, None)
-            return None
+            return math.inf
         return took
 
-    running = [candidate for candidate in trials if call(candidate) is not None]
+    warm = [candidate for candidate in trials if call(candidate, 1) < math.inf]
+    singles = {candidate: [call(candidate, 1) for _ in range(FIRST_UPDATES)] for candidate in warm}
+    best = {candidate: min(times) for candidate, times in singles.items() if max(times) < math.inf}
+    running = [candidate for candidate in best if best[candidate] <= HOPELESS * min(best.values())]
+    rounds: dict[Candidate, list[float]] = {candidate: [] for candidate in running}
     started = clock()
     for turn in range(1, MOST_ROUNDS + 1):
         for candidate in running if turn % 2 else reversed(running):
-            took = call(candidate)
-            if took is not None:
-                best[candidate] = min(took, best.get(candidate, math.inf))
-        running = [candidate for candidate in running if candidate in best]
-        if turn == FIRST_ROUNDS and best:
-            limit = HOPELESS * min(best.values())
-            running = [candidate for candidate in running if best[candidate] <= limit]
-        if (clock() - started) * (turn + 1) / turn > seconds:
+            rounds[candidate].append(call(candidate, together))
+        if (clock() - started) * (turn + 1) / turn > SECONDS:
             break
-    return {candidate: best[candidate] for candidate in trials if candidate in best}
+    for candidate, times in rounds.items():  # not compared with single updates, which are slower
+        if max(times) < math.inf:
+            best[candidate] = min(times)
+        else:
+            del best[candidate]
+    return best
 
 
 def synthetic_replay(num_envs: int, num_actions: int) -> Replay:
