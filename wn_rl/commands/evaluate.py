@@ -122,16 +122,10 @@ def main(arguments: Sequence[str]) -> int:
         )
     if wanted.param is not None and ":" in wanted.param:
         import_parameterization(wanted.param)
-<<<<<<< HEAD
-    from wn_rl.evaluation import comparison, scoring  # late: --help and usage errors need no torch
-    from wn_rl.evaluation import policies as trained
-=======
     if wanted.network is not None:
         import_network(wanted.network)
-    from wn_rl.evaluation import policies as trained  # late: --help and wrong words need no torch
-    from wn_rl.evaluation import scoring
-    from wn_rl.report import batch, comparison
->>>>>>> h-network
+    from wn_rl.evaluation import comparison, scoring  # late: --help and usage errors need no torch
+    from wn_rl.evaluation import policies as trained
 
     comparison.check_key(wanted.by)
     trained.check_param(wanted.param, wanted.param_options)
