@@ -80,7 +80,7 @@ class Checkpoint:
         agent_steps: at which it was saved.
         training: state of agent, replay and loop, or empty where only the weights were read.
         path: where it was read from.
-        versions: of this project and of the packages with which it was written.
+        versions: of this project and of the packages with which it was written, and the ``processor`` on which.
         notice: one line to tell the user where a damaged checkpoint was passed over for the one before it, or None.
     """
 

@@ -45,7 +45,8 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
     if moved:  # what was decided for another device says nothing about this one
         changes = {"compile": "auto", "backend": "auto"} | changes
     config = replace(saved.config, **changes)
-    if chosen := {key for key in changes if getattr(saved.config, key) != changes[key] and key not in ("device",)}:
+    differs = {key for key in changes if getattr(saved.config, key) != changes[key] and changes[key] != "auto"}
+    if chosen := differs - {"device"}:
         config = replace(config, chosen=tuple(sorted({*saved.config.chosen, *chosen})))
     validate(config)
     return config, saved

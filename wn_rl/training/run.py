@@ -25,6 +25,7 @@ from wn_rl.evaluation.episodes import (
     environment_options,
     evaluate,
 )
+from wn_rl.machine import processor
 from wn_rl.replay import Replay
 from wn_rl.replay.host import HostReplay
 from wn_rl.runs import checkpoint
@@ -133,7 +134,7 @@ class Run:
                     "held_out": _packed(self.held_out),
                 },
             },
-            versions=versions(),
+            versions=versions() | {"processor": processor(self.device)},
             keep_previous=path == self.directory.latest,
         )
 
