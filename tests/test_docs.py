@@ -11,7 +11,7 @@ import pytest
 from wn_rl.evaluation.protocols import PROTOCOLS
 from wn_rl.parameterizations import get, names, registry
 from wn_rl.parameterizations.base import make
-from wn_rl.report.table import CSV_COLUMNS
+from wn_rl.report.score_tables import CSV_COLUMNS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PARAMETERIZATIONS = (DOCS / "parameterizations.md").read_text(encoding="utf-8")
