@@ -225,7 +225,7 @@ class ScriptedAgent:
         self.q_network = build_q_network(spec, seed=0)
         self.num_actions = num_actions
         self.updates = self.updates_at_copy = self.acted = self.asked = 0
-        self._unread: list[Minibatch] = []
+        self._unread: list[Tensor] = []
 
     def act(self, observations: Tensor, epsilon: NDArray[np.float32]) -> Tensor:
         self.recorder.acts(observations, epsilon)
@@ -245,11 +245,7 @@ class ScriptedAgent:
 
     def update(self, batch: Minibatch) -> None:
         self.recorder.updates(batch)
-        self._unread.append(
-            Minibatch(
-                batch.observations[:0], batch.actions, batch.rewards, batch.next_observations[:0], batch.terminals
-            )
-        )
+        self._unread.append(torch.stack([batch.rewards, batch.terminals, batch.actions]).double())
         self.updates += 1
 
     def copy_target(self) -> None:
@@ -270,11 +266,7 @@ class ScriptedAgent:
         unread, self._unread = self._unread, []
         if not unread:
             return Statistics(0, math.nan, math.nan, math.nan)
-        means = [
-            float(torch.cat([getattr(batch, name) for batch in unread]).double().mean())
-            for name in ("rewards", "terminals", "actions")
-        ]
-        return Statistics(len(unread), *means)
+        return Statistics(len(unread), *torch.cat(unread, 1).mean(1).tolist())
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "acted": self.acted, "asked": self.asked}
@@ -355,8 +347,8 @@ def record_named(name: str) -> Trace:
 
 def shortened(trace: Trace) -> Trace:
     """Return a trace as it is kept: long lists as their hash and a few values that a reader can check."""
-    found = dict(trace)
-    found["events"] = list(vector_steps(trace["events"]))
+    found = {"vector steps": list(vector_steps(trace["events"]))} | trace
+    del found["events"]
     epsilon, last = trace["epsilon"], max(trace["epsilon"])
     found["epsilon"] = {"sha256": sha_of(epsilon)} | {
         f"{step:,}": epsilon[step] for step in (1, *range(30, 241, 30), last)
@@ -441,7 +433,8 @@ def first_difference(found: Any, expected: Any, place: str = "") -> str:
                 return told
         return ""
     if isinstance(found, list) and isinstance(expected, list):
-        one = {"events": "event", "action log": "action log, vector step"}.get(place, f"{place}, number")
+        names = {"events": "event", "vector steps": "vector steps, line", "action log": "action log, vector step"}
+        one = names.get(place, f"{place}, number")
         for index, (ours, theirs) in enumerate(zip(found, expected, strict=False)):
             if told := first_difference(ours, theirs, f"{one} {index:,}"):
                 return told
