@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from wn_rl.report.scalars import read_scalars
 
 from agents.backends import make_backend
 from wn_rl.atari.action_log import Mark, read_history
@@ -29,6 +28,7 @@ from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.diagnostics import OVERESTIMATION
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.replay import Minibatch, Replay
+from wn_rl.report.run_data import read_scalars
 from wn_rl.runs import checkpoint
 from wn_rl.runs.directory import RunDirectory, read_rows
 from wn_rl.training import Agent, Statistics
