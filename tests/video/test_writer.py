@@ -179,5 +179,5 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         write_video(moving_square(2), tmp_path / "directory.mp4")
     with pytest.raises(WnRlError, match="no frame"):
         write_video([], tmp_path / "video.mp4")
-    with pytest.raises(ValueError, match="make no video"):
+    with pytest.raises(ValueError, match="cannot be in one video"):
         write_video([*moving_square(1), *moving_square(1, 30)], tmp_path / "video.mp4")

@@ -203,7 +203,15 @@ def print_scores(scores: Sequence[Score]) -> None:
     for name in columns:
         words = name in ("game", "param", "protocol", "checkpoint")
         whole = name != "checkpoint" and name != "protocol"
-        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=whole)
+        # Two lines, so that long names leave room for the checkpoint's path.
+        head = (
+            name.replace("-", "-\n")
+            if name == "human-normalized"
+            else name.replace(" ", "\n")
+            if name in SOURCES
+            else name
+        )
+        table.add_column(head, justify="left" if words else "right", overflow="fold", no_wrap=whole)
     for score in scores:
         trained, result, human = score.trained, score.result, score.human_normalized
         published = PUBLISHED.get(trained.game)
