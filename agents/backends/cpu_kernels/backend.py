@@ -35,8 +35,9 @@ LOSS = ("td_loss_of", "reduce")
 class CpuKernels(interface.Backend):
     """Acts and updates by C kernels on packed copies of the weights.
 
-    Where the processor has vectors of 512 bits the updates that a vector step owes are one call, from the minibatches'
-    indices to the next weights; an agent's own :meth:`~agents.dqn.DQN.td_loss_of` is computed by torch in between.
+    Where the kernels have the processor's vectors (``csrc/simd.h``) the updates that a vector step owes are one call,
+    from the minibatches' indices to the next weights; an agent's own :meth:`~agents.dqn.DQN.td_loss_of` is computed by
+    torch in between.
     """
 
     name = "cpu_kernels"

@@ -1,4 +1,4 @@
-"""The whole update in one call of C, for processors with vectors of 512 bits; others take torch's operations.
+"""The whole update in one call of C: float32 on processors with AVX-512, AVX2, SSE2 or NEON, bfloat16 with AVX512-BF16.
 
 The same arithmetic as :class:`.packed_network.PackedNetwork`'s with float32 where that rounds to bfloat16 between two
 operations: sums, biases, the hidden layer and all gradients of weights. ``csrc/structs.h`` defines the layouts.

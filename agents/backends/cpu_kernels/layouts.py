@@ -45,7 +45,7 @@ def conv_shapes(network: QNetwork) -> list[ConvShape]:
 def unsupported(network: QNetwork, library: ctypes.CDLL, precision: torch.dtype) -> str:
     """Return why the kernels cannot compute ``network``, an empty text if they can."""
     if not loader.supports(library, precision):
-        return f"the processor has no vectors of 512 bits for {str(precision).removeprefix('torch.')}"
+        return f"the kernels have no vectors of this processor's for {str(precision).removeprefix('torch.')}"
     shapes = conv_shapes(network)
     if not 1 <= len(shapes) <= MAX_CONVOLUTIONS:
         return f"it has {len(shapes)} convolutions"

@@ -28,6 +28,7 @@ static inline void prefetch_frames(FramePrefetch *ahead) {
     }
 }
 
+#if VECTOR_LANES == 16
 /* pack_block_row for blocks of 4 x 4 pixels and frames by fours: a block's line of pixels is a word, and 16 lines of 16
  * blocks are transposed. Returns the mask of nonzero blocks. */
 ALWAYS_INLINE uint64_t pack_block_row_4x4(const Precision precision, const uint8_t *const *frames, int64_t start,
@@ -37,18 +38,18 @@ ALWAYS_INLINE uint64_t pack_block_row_4x4(const Precision precision, const uint8
     for (int64_t f = 0; f < count; f += 4) {
         for (int64_t x = 0; x < blocks; x += 16) {
             const int64_t left = blocks - x < 16 ? blocks - x : 16;
-            __m512 block[16];
+            Floats block[16][1];
             UNROLL for (int i = 0; i < 16; i++) {
                 const uint8_t *line = frames[f + i / 4] + start + i % 4 * width + 4 * x;
-                block[i] = _mm512_maskz_loadu_ps((__mmask16)((1 << left) - 1), line);
+                block[i][0] = _mm512_maskz_loadu_ps((__mmask16)((1 << left) - 1), line);
             }
             transpose_16x16(block);
             for (int64_t j = 0; j < left; j++) {
                 void *out = element_at(precision, packed, (x + j) * channels + f * 16);
                 uint8_t pixels[64];
-                const __m512i words = _mm512_castps_si512(block[j]);
+                const __m512i words = (__m512i)block[j][0];
                 nonzero |= (uint64_t)(_mm512_test_epi32_mask(words, words) != 0) << (x + j);
-                _mm512_storeu_ps(pixels, block[j]);
+                store_floats(pixels, block[j][0]);
                 for (int i = 0; i < 64; i += 16) {
                     const __m512i values = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(pixels + i)));
                     store_elements(precision, element_at(precision, out, i), _mm512_cvtepi32_ps(values));
@@ -58,24 +59,24 @@ ALWAYS_INLINE uint64_t pack_block_row_4x4(const Precision precision, const uint8
     }
     return nonzero;
 }
-
-ALWAYS_INLINE __m512i load_bfloat16_words(const uint16_t *values) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
-}
+#endif
 
 /* Save the blocks of a row that `nonzero` has as words, of one observation or of a pair. */
 ALWAYS_INLINE void save_nonzero_blocks(const Precision precision, uint64_t nonzero, int64_t channels, const void *in,
                                        const void *second, int32_t *words) {
     for (; nonzero; nonzero &= nonzero - 1) {
         const int64_t start = __builtin_ctzll(nonzero) * channels;
-        for (int64_t i = start; i < start + channels; i += 16) {
+        for (int64_t i = start; i < start + channels; i += VECTOR_LANES) {
+#ifdef __AVX512BF16__
             if (precision == BFLOAT16) {
                 __m512i high = _mm512_setzero_si512();
                 if (second) high = load_bfloat16_words((const uint16_t *)second + i);
                 _mm512_storeu_si512(words + i, pair_words(load_bfloat16_words((const uint16_t *)in + i), high));
-            } else {
-                _mm512_storeu_ps(words + i, _mm512_loadu_ps((const float *)in + i));
+                continue;
             }
+#endif
+            (void)second;
+            store_words(words + i, load_words((const int32_t *)in + i));
         }
     }
 }
@@ -99,10 +100,12 @@ ALWAYS_INLINE void conv_positions_template(const Precision precision, const int 
     }
 }
 
-/* For 64, 32 and 16 output channels. Functions of their own: within a larger one gcc may run out of registers. */
+/* For 64, 32 and 16 output channels; only vectors of 512 bits have registers for more than 16. Functions of their own:
+ * within a larger one gcc may run out of registers. */
 #define POSITIONS                                                                                                    \
     const Precision precision, const PositionList *list, int64_t rows, int64_t row_stride, int64_t row_words,        \
         const int32_t *weight, int64_t channels, int64_t first, FramePrefetch *ahead
+#if VECTOR_LANES == 16
 static NOINLINE void conv_positions_64(POSITIONS) {
     DISPATCH(precision, conv_positions_template, 6, 4, list, rows, row_stride, row_words, weight, channels, first,
              ahead);
@@ -111,9 +114,10 @@ static NOINLINE void conv_positions_32(POSITIONS) {
     DISPATCH(precision, conv_positions_template, 10, 2, list, rows, row_stride, row_words, weight, channels, first,
              ahead);
 }
+#endif
 static NOINLINE void conv_positions_16(POSITIONS) {
-    DISPATCH(precision, conv_positions_template, 12, 1, list, rows, row_stride, row_words, weight, channels, first,
-             ahead);
+    DISPATCH(precision, conv_positions_template, TILE_POSITIONS, VECTORS, list, rows, row_stride, row_words, weight,
+             channels, first, ahead);
 }
 #undef POSITIONS
 
@@ -131,16 +135,18 @@ ALWAYS_INLINE void pack_observation(const Precision precision, const NetworkShap
     const int64_t block = shape->block, width = conv->in_width * block;
     for (int64_t y = 0; y < conv->in_height; y++) {
         void *row = element_at(precision, packed, y * conv->in_width * conv->in_channels);
+#if VECTOR_LANES == 16
         if (block == 4 && shape->frames % 4 == 0) {
             nonzero[y] = pack_block_row_4x4(precision, frames, 4 * y * width, shape->frames, width, row);
-        } else {
-            pack_block_row(frames, y * block * width, shape->frames, width, block, precision == BFLOAT16, row);
-            nonzero[y] = find_nonzero_blocks(precision, row, conv->in_width, conv->in_channels);
+            continue;
         }
-#ifdef VISIT_ZERO_BLOCKS
-        nonzero[y] = first_bits(conv->in_width);
 #endif
+        pack_block_row(frames, y * block * width, shape->frames, width, block, precision == BFLOAT16, row);
+        nonzero[y] = find_nonzero_blocks(precision, row, conv->in_width, conv->in_channels);
     }
+#ifdef VISIT_ZERO_BLOCKS
+    for (int64_t y = 0; y < conv->in_height; y++) nonzero[y] = first_bits(conv->in_width);
+#endif
 }
 
 /* Save the first layer's input for the backward pass. `pair`: whether there is a second observation. */
@@ -169,21 +175,19 @@ ALWAYS_INLINE void bias_relu(const Precision precision, const ConvShape *conv, c
                              int32_t *saved_second) {
     const int64_t positions = conv->out_height * conv->out_width, channels = conv->out_channels;
     for (int64_t p = 0; p < positions; p++) {
-        for (int64_t u = 0; u < channels; u += 16) {
+        for (int64_t u = 0; u < channels; u += VECTOR_LANES) {
             const int64_t i = p * channels + u;
-            const __m512 bias = _mm512_loadu_ps(conv_bias + u), zero = _mm512_setzero_ps();
-            /* In this order of arguments NaN stays NaN; adding zero makes -0 to +0. */
-            __m512 a = _mm512_add_ps(_mm512_max_ps(zero, _mm512_add_ps(_mm512_loadu_ps(sums + i), bias)), zero);
-            __m512 b = _mm512_add_ps(_mm512_max_ps(zero, _mm512_add_ps(_mm512_loadu_ps(sums_second + i), bias)), zero);
+            const Floats bias = load_floats(conv_bias + u);
+            const Floats a = relu(load_floats(sums + i) + bias), b = relu(load_floats(sums_second + i) + bias);
             if (!last) {
                 store_elements(precision, element_at(precision, out, i), a);
                 store_elements(precision, element_at(precision, out_second, i), b);
                 if (saved)
                     store_observations(precision, saved + i, saved_second ? saved_second + i : NULL, a,
-                                       pair ? b : zero);
+                                       pair ? b : zeros());
             } else {
-                _mm512_storeu_ps(sums + i, a);
-                _mm512_storeu_ps(sums_second + i, b);
+                store_floats(sums + i, a);
+                store_floats(sums_second + i, b);
             }
         }
     }
@@ -249,10 +253,12 @@ ALWAYS_INLINE void conv_forward_template(const Precision precision, const Networ
         FramePrefetch *prefetch = l ? NULL : &ahead;
         ahead.share = 2 * shape->frames * frame_bytes / 64 / (list.count / 12 + 1) + 1;
         int64_t u = 0;
+#if VECTOR_LANES == 16
         for (; u + 64 <= channels; u += 64)
             conv_positions_64(precision, &list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
         for (; u + 32 <= channels; u += 32)
             conv_positions_32(precision, &list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
+#endif
         for (; u < channels; u += 16)
             conv_positions_16(precision, &list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
         copy_zero_positions(conv, nonzero[0], sums);

@@ -90,7 +90,7 @@ static void work_off(const NetworkShape *shape, const ForwardArgs *args, const B
         } else if (!LEFT(next_weight, weights)) {
             return;
         } else {
-            _mm_pause(); /* another thread is still at the last gradient by an input */
+            spin_pause(); /* another thread is still at the last gradient by an input */
         }
     }
 }

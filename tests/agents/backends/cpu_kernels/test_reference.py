@@ -23,19 +23,17 @@ from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cpu_kernels.packed_network import channels_last
 from agents.backends.cpu_kernels.structs import ReplayStorage, TDLossArgs, WeightKind
 from tests.kernel_networks import fused_adamax, mostly_black, networks
-from tests.vectors import needs_passes
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold
 from wn_rl.replay import Minibatch
 
 pytestmark = pytest.mark.skipif(loader.compiler() is None, reason="needs a C compiler")
-PRECISIONS = [pytest.param(getattr(torch, name), marks=needs_passes(name), id=name) for name in ("float32", "bfloat16")]
 STEP_SIZE, BETAS, EPS = 0.01, (0.9, 0.99), 0.05
 """So large an ε that a step is no sign of a gradient, which rounding may change."""
 
 
 @pytest.fixture(scope="module")
-def reference() -> ctypes.CDLL:
+def reference(precision: torch.dtype) -> ctypes.CDLL:
     library = loader.build((loader.REFERENCE,))
     assert not isinstance(library, str), library
     return library
@@ -80,7 +78,6 @@ def assert_stage(name: str, found: Tensor, expected: Tensor, precision: torch.dt
     assert bool(((found - expected).abs() <= relative * expected.abs() + absolute * scale).all()), name
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @given(spec=networks(), batch=st.integers(1, 9), seed=st.integers(0, 1000), lit=st.sampled_from([1.0, 0.3, 0.05]))
 @settings(deadline=None, max_examples=25)
 def test_each_stage_of_an_update_is_its_plain_loop(
@@ -252,8 +249,6 @@ def step_by_autograd(kind: WeightKind, v: Tensor, g: Tensor | None, gradient: Te
 def test_td_loss_is_its_plain_loop(
     reference: ctypes.CDLL, batch: int, actions: int, seed: int, mean: bool, reward_clip: float
 ) -> None:
-    if not loader.supports(loader.load(), torch.float32):  # type: ignore[arg-type]
-        pytest.skip("no vectors of 512 bits")
     generator = torch.Generator().manual_seed(seed)
     q_values, next_q_values = 2 * torch.randn(2, batch, actions, generator=generator)
     taken = torch.randint(actions, (batch,), generator=generator)
