@@ -29,7 +29,7 @@ class FusedAdamax(CompiledAdamax):
     def _pass_addresses(self) -> None:
         """Tell the C structures where the moments are."""
         for struct, layer in zip(self._packed_network.structs, self._packed_network.layers, strict=True):
-            for name in ("v", "g", "b"):
+            for name in ("v", "g", "b", "gain"):
                 parameter = getattr(layer, name)
                 if parameter is None:
                     continue

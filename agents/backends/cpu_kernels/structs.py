@@ -30,13 +30,14 @@ class TrainedLayerStruct(ctypes.Structure):
 
     _fields_ = (
         *_fields(Integer, "units", "inputs", "weight_normalized"),
-        *_fields(Integer, "packed_bfloat16", "gradient_bfloat16", "v_gradient_bfloat16"),
+        *_fields(Integer, "packed_bfloat16", "gradient_bfloat16", "bias_gradient_bfloat16", "v_gradient_bfloat16"),
         *_fields(Integer, "packed_unit_stride", "gradient_unit_stride", "transposed_unit_stride", "transposed_pair"),
         ("input_scale", Float),
         *_fields(Pointer, "packed_offset", "transposed_offset", "gradient_offset"),
         *_fields(Pointer, "v", "v_exp_avg", "v_exp_inf", "g", "g_exp_avg", "g_exp_inf"),
-        *_fields(Pointer, "b", "b_exp_avg", "b_exp_inf", "g_gradient", "v_gradient", "norm"),
-        *_fields(Pointer, "packed", "packed_bias", "transposed", "packed_gradient", "bias_gradient"),
+        *_fields(Pointer, "b", "b_exp_avg", "b_exp_inf", "gain", "gain_exp_avg", "gain_exp_inf"),
+        *_fields(Pointer, "g_gradient", "v_gradient", "norm", "packed", "packed_bias", "transposed"),
+        *_fields(Pointer, "packed_gradient", "bias_gradient", "gain_gradient"),
     )
 
 
@@ -59,12 +60,26 @@ class NetworkShape(ctypes.Structure):
     )
 
 
+class NormalizationStruct(ctypes.Structure):
+    """``Normalization``: how a layer's sums are normalized, and what the passes over a minibatch keep of it."""
+
+    _fields_ = (
+        *_fields(Integer, "over", "units", "positions", "mean_only"),
+        *_fields(Float, "eps", "rate"),
+        *_fields(Pointer, "gain", "bias", "running_mean", "running_var", "sums", "mean", "scale", "variance"),
+        *_fields(Pointer, "observation_mean", "observation_square", "nonzero"),
+        *_fields(Pointer, "gradient", "bias_parts", "gain_parts", "bias_gradient", "gain_gradient"),
+    )
+
+
 class ForwardArgs(ctypes.Structure):
     """One network's forward pass over a batch of observations."""
 
     _fields_ = (
         *_fields(Pointers, "conv_weight", "conv_bias"),
-        *_fields(Pointer, "hidden_weight", "hidden_bias", "output_weight", "output_bias", "frames", "frame_indices"),
+        *_fields(Pointer, "hidden_weight", "hidden_bias", "output_weight", "output_bias"),
+        ("normalization", Pointer * (MAX_CONVOLUTIONS + 2)),
+        *_fields(Pointer, "frames", "frame_indices"),
         *_fields(Integer, "frame_index_stride", "batch"),
         ("saved_input", Pointer * (MAX_CONVOLUTIONS + 1)),
         *_fields(Pointer, "nonzero_blocks", "flat", "hidden", "q_values"),
@@ -100,5 +115,13 @@ class TDLossArgs(ctypes.Structure):
     )
 
 
-STRUCTS = (TrainedLayerStruct, NetworkShape, ForwardArgs, BackwardArgs, ReplayStorage, TDLossArgs)
+STRUCTS = (
+    TrainedLayerStruct,
+    NetworkShape,
+    ForwardArgs,
+    BackwardArgs,
+    ReplayStorage,
+    TDLossArgs,
+    NormalizationStruct,
+)
 """In the order of the C function ``struct_sizes``."""

@@ -94,7 +94,7 @@ void pack_layers(const TrainedLayer *layers, int64_t count, int64_t threads) {
     }
 }
 
-/* Make the Adamax step of one unit's v, g and b. `row` (inputs) is the gradient by the packed weight, in the order
+/* Make the Adamax step of one unit's v, g, b and gain. `row` (inputs) is the gradient by the packed weight, in the order
  * of v; it becomes the gradient by v. With s = input_scale and weight norm, equation 3 of Salimans & Kingma 2016:
  * dg = s row.v / |v|;  dv = s g / |v| row - g dg / |v|^2 v;  otherwise dv = s row */
 void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const Adamax *given) {
@@ -128,9 +128,12 @@ void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const Adamax
             memcpy((float *)v_gradient + unit * inputs, row, inputs * sizeof(float));
         }
     }
-    float b_gradient = layer->gradient_bfloat16 ? from_bfloat16(((const uint16_t *)layer->bias_gradient)[unit])
+    float b_gradient = layer->bias_gradient_bfloat16 ? from_bfloat16(((const uint16_t *)layer->bias_gradient)[unit])
                                                 : ((const float *)layer->bias_gradient)[unit];
     layer->b[unit] = adamax_step(layer->b[unit], b_gradient, layer->b_exp_avg + unit, layer->b_exp_inf + unit, adamax);
+    if (layer->gain)
+        layer->gain[unit] = adamax_step(layer->gain[unit], layer->gain_gradient[unit], layer->gain_exp_avg + unit,
+                                        layer->gain_exp_inf + unit, adamax);
 }
 
 /* step_unit, then the unit's next packed weights. */
