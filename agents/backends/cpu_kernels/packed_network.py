@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from wn_rl.networks import FirstConvolution, QNetwork
 from wn_rl.parameterizations.base import Normalization, bias_of, entry_of, normalize_output
@@ -142,15 +143,13 @@ def _normalize(normalization: Normalization, t: Tensor, saved: SavedPass | None)
     if saved is None:
         normalized: Tensor = normalization(t.float())
         return normalized.to(t.dtype)
-    before = [(buffer, buffer.clone()) for buffer in normalization.buffers()]
+    new = {name: buffer.clone() for name, buffer in normalization.named_buffers()}
+    saved.statistics.extend((buffer, new[name]) for name, buffer in normalization.named_buffers())
     normalization.train()
     sums = t.float().requires_grad_()
     with torch.enable_grad():
-        y: Tensor = normalization(sums)
+        y: Tensor = functional_call(normalization, new, (sums,))
     normalization.eval()
-    for buffer, old in before:
-        saved.statistics.append((buffer, buffer.clone()))
-        buffer.copy_(old)
     saved.normalized.append((sums, y))
     return y.detach().to(t.dtype, copy=True)
 
