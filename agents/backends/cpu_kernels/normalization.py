@@ -1,4 +1,4 @@
-"""Normalizations behind a network's layers, as the kernels take them: structures and the memory of a minibatch."""
+"""Normalizations behind a network's layers: as the kernels take them, and by torch's operations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from wn_rl.networks import QNetwork
 from wn_rl.parameterizations.base import Normalization
@@ -61,6 +62,46 @@ def make_struct(normalization: Normalization, positions: int, training: bool) ->
     for name, tensor in tensors.items():
         setattr(struct, name, None if tensor is None else tensor.data_ptr())
     return struct
+
+
+@dataclass
+class SavedPass:
+    """What a forward pass by torch's operations saves for the backward pass and the step.
+
+    Attributes:
+        inputs: of each layer.
+        normalized: of each layer that is normalized, its sums and what they became, with their graph.
+        statistics: running statistics, and what they become with the step.
+    """
+
+    inputs: list[Tensor]
+    normalized: list[tuple[Tensor, Tensor]]
+    statistics: list[tuple[Tensor, Tensor]]
+
+
+def normalized(normalization: Normalization, t: Tensor, saved: SavedPass | None) -> Tensor:
+    """Return a layer's normalized output, bias included, in the dtype of ``t``; to be ``saved``, in training mode."""
+    if saved is None:
+        output: Tensor = normalization(t.float())
+        return output.to(t.dtype)
+    new = {name: buffer.clone() for name, buffer in normalization.named_buffers()}
+    saved.statistics.extend((buffer, new[name]) for name, buffer in normalization.named_buffers())
+    normalization.train()
+    sums = t.float().requires_grad_()
+    with torch.enable_grad():
+        y: Tensor = functional_call(normalization, new, (sums,))
+    normalization.eval()
+    saved.normalized.append((sums, y))
+    return y.detach().to(t.dtype, copy=True)
+
+
+def normalization_backward(
+    normalization: Normalization, t: Tensor, y: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients by a layer's sums t, by the bias and, if there is one, by γ, from that by y."""
+    wanted = [t, normalization.bias, gain_of(normalization)]
+    dt, bias, *gain = torch.autograd.grad(y, [tensor for tensor in wanted if tensor is not None], dy.float())
+    return dt, bias, gain[0] if gain else None
 
 
 @dataclass

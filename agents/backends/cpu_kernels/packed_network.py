@@ -4,34 +4,28 @@ What is trained stays in float32 where the network has it. Beside it lies a *pac
 precision and in the order in which the CPU computes fastest: convolutions channels last, the first one on blocks of
 pixels (:class:`wn_rl.networks.FirstConvolution`) with the division by 255 in its weights. One C function per update
 takes the packed weights' gradients, turns them into those of what is trained (v and g of weight normalization), makes
-the Adamax step and writes the next packed weights.
+the optimizer's step and writes the next packed weights. A weight whose parameterization the C function does not know is
+computed, and its gradient taken further, by torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from wn_rl.networks import FirstConvolution, QNetwork
-from wn_rl.parameterizations.base import Normalization, bias_of, entry_of, normalize_output
-from wn_rl.parameterizations.batch_norm import (
-    BatchNormalization,
-    MeanOnlyBatchNormalization,
-    WeightNormalizationWithMeanOnly,
-)
-from wn_rl.parameterizations.layer_norm import LayerNormalization
-from wn_rl.parameterizations.standard import Standard
-from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
+from wn_rl.parameterizations.base import Normalization, bias_of, normalize_output
+from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import Minibatch
 
-from .normalization import gain_of, normalization_of
-from .structs import TrainedLayerStruct
+from .normalization import SavedPass, normalization_backward, normalization_of, normalized
+from .structs import OptimizerStep, TrainedLayerStruct, WeightKind
+from .trained_layers import TrainedLayer, trained_weight, weight_kind
 
 aten = torch.ops.aten
 
@@ -51,59 +45,12 @@ class PackedWeights:
     normalizations: list[Normalization | None]
 
 
-@dataclass
-class TrainedLayer:
-    """A layer of the network with what is trained.
-
-    Attributes:
-        module: the layer.
-        v: the direction; w itself where ``g`` is None.
-        g: the scale of weight normalization.
-        b: the bias.
-        normalization: what normalizes the layer's output and holds the bias, if anything does.
-        offsets: int32, (inputs,): where each of a unit's inputs lies in its packed weight; None: in their order.
-        input_scale: by which w is multiplied when it is packed.
-        bfloat16: whether the packed weight is.
-        weight_gradient: by the packed weight, after a backward pass.
-        bias_gradient: by the bias.
-    """
-
-    module: nn.Module
-    v: nn.Parameter
-    g: nn.Parameter | None
-    b: nn.Parameter
-    normalization: Normalization | None
-    offsets: Tensor | None
-    input_scale: float
-    bfloat16: bool
-    weight_gradient: Tensor | None = None
-    bias_gradient: Tensor | None = None
-
-    @property
-    def gain(self) -> nn.Parameter | None:
-        """γ of the normalization."""
-        return gain_of(self.normalization)
-
-
-TREATED = (
-    Standard,
-    WeightNormalization,
-    LayerNormalization,
-    BatchNormalization,
-    MeanOnlyBatchNormalization,
-    WeightNormalizationWithMeanOnly,
-)
-"""Parameterizations of a layer that can be trained on packed weights; of weight normalization with g itself trained."""
-
-
 def unsupported(network: QNetwork) -> str:
     """Return why ``network`` cannot be trained on packed weights, an empty text if it can."""
     layers = [*network.convolutions, network.hidden, network.output]
     for layer in layers:
-        entry = entry_of(layer)
-        logarithmic = isinstance(entry, WeightNormalization) and entry.g != "direct"
-        if entry is not None and (type(entry) not in TREATED or logarithmic):
-            return f"its parameterization is '{entry.name}'"
+        if isinstance(problem := weight_kind(layer), str):
+            return problem
         own_hooks = [hook for hook in layer._forward_hooks.values() if hook is not normalize_output]
         if own_hooks or layer._forward_pre_hooks:
             return "a layer has hooks"
@@ -121,37 +68,6 @@ def channels_last(module: nn.Conv2d, weight: Tensor) -> Tensor:
     if not isinstance(module, FirstConvolution):
         return weight.permute(0, 2, 3, 1)
     return module.blocks(weight)
-
-
-@dataclass
-class SavedPass:
-    """What a forward pass saves for the backward pass and the step.
-
-    Attributes:
-        inputs: of each layer.
-        normalized: of each layer that is normalized, its sums and what they became, with their graph.
-        statistics: running statistics, and what they become with the step.
-    """
-
-    inputs: list[Tensor]
-    normalized: list[tuple[Tensor, Tensor]]
-    statistics: list[tuple[Tensor, Tensor]]
-
-
-def _normalize(normalization: Normalization, t: Tensor, saved: SavedPass | None) -> Tensor:
-    """Return a layer's normalized output, bias included, in the dtype of ``t``; to be ``saved``, in training mode."""
-    if saved is None:
-        normalized: Tensor = normalization(t.float())
-        return normalized.to(t.dtype)
-    new = {name: buffer.clone() for name, buffer in normalization.named_buffers()}
-    saved.statistics.extend((buffer, new[name]) for name, buffer in normalization.named_buffers())
-    normalization.train()
-    sums = t.float().requires_grad_()
-    with torch.enable_grad():
-        y: Tensor = functional_call(normalization, new, (sums,))
-    normalization.eval()
-    saved.normalized.append((sums, y))
-    return y.detach().to(t.dtype, copy=True)
 
 
 class PackedNetwork:
@@ -180,9 +96,19 @@ class PackedNetwork:
         self.g_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
         self.gain_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
         self._allocate()
-        self._norms = [torch.zeros(len(layer.v)) for layer in self.layers]
-        self._trained = [p for layer in self.layers for p in (layer.v, layer.g, layer.b) if p is not None]
+        self._per_unit = [torch.zeros(3, len(layer.v)) for layer in self.layers]  # norm, row_factor, v_factor
+        self._trained = list(network.parameters())
         self._versions: list[int] = []
+        self._computed = {layer.module: layer for layer in self.layers if layer.kind is WeightKind.GIVEN}
+        self._graphs: dict[nn.Module, Tensor] = {}
+        self._spectral = any(layer.kind is WeightKind.SPECTRAL for layer in self.layers)
+        self._spectral_memory: list[Tensor | None] = []  # the structures hold its addresses only
+        self._packed_for_training = False
+        self.computed_from = [
+            parameter
+            for module in self._computed
+            for parameter in module.parametrizations["weight"].parameters()  # type: ignore[index,union-attr]
+        ]
         for index, layer in enumerate(self.layers):
             self._fill_struct(self.structs[index], index, layer)
 
@@ -194,18 +120,17 @@ class PackedNetwork:
         self.packed = PackedWeights([self._empty_weight(layer) for layer in self.layers], [], normalizations)
         self.packed.biases = [torch.empty(len(weight), dtype=weight.dtype) for weight in self.packed.weights]
         # A gradient in another order than v needs memory of its own.
-        self.v_gradients = [None if layer.offsets is None else torch.zeros_like(layer.v) for layer in self.layers]
+        self.v_gradients = [
+            None if layer.offsets is None and layer.kind is not WeightKind.GIVEN else torch.zeros_like(layer.v)
+            for layer in self.layers
+        ]
 
     def _layer(self, module: nn.Module) -> TrainedLayer:
-        g: Tensor | None = None
-        if isinstance(entry_of(module), WeightNormalization | WeightNormalizationWithMeanOnly):
-            v, g = direction_and_scale(module)
-        else:
-            v = module.weight  # type: ignore[assignment]
+        kind = weight_kind(module)
+        assert isinstance(kind, WeightKind)
+        v, g = trained_weight(module, kind)
         b = bias_of(module)
-        assert isinstance(v, nn.Parameter)
         assert isinstance(b, nn.Parameter)
-        assert g is None or isinstance(g, nn.Parameter)
         offsets = None
         if isinstance(module, nn.Conv2d):
             inputs = torch.arange(v[0].numel()).view(1, *v.shape[1:])
@@ -214,7 +139,7 @@ class PackedNetwork:
             offsets[order] = torch.arange(len(order), dtype=torch.int32)
         scale = 1 / 255 if isinstance(module, FirstConvolution) else 1.0
         bfloat16 = module is not self.network.output and self.precision is torch.bfloat16
-        return TrainedLayer(module, v, g, b, normalization_of(module), offsets, scale, bfloat16)
+        return TrainedLayer(module, kind, v, g, b, normalization_of(module), offsets, scale, bfloat16)
 
     def _empty_weight(self, layer: TrainedLayer) -> Tensor:
         """Return memory for a packed weight."""
@@ -225,7 +150,7 @@ class PackedNetwork:
 
     def _fill_struct(self, struct: Any, index: int, layer: TrainedLayer) -> None:  # noqa: ANN401 - ctypes sets its fields
         struct.units, struct.inputs = len(layer.v), layer.v[0].numel()
-        struct.weight_normalized, struct.packed_bfloat16 = layer.g is not None, layer.bfloat16
+        struct.weight_kind, struct.packed_bfloat16 = layer.kind, layer.bfloat16
         struct.input_scale = layer.input_scale
         addresses = {
             "v": layer.v,
@@ -235,8 +160,16 @@ class PackedNetwork:
             "gain_gradient": self.gain_gradients[index],
             "g_gradient": self.g_gradients[index],
             "v_gradient": self.v_gradients[index],
-            "norm": self._norms[index],
         }
+        addresses |= zip(("norm", "row_factor", "v_factor"), self._per_unit[index], strict=True)
+        if layer.kind is WeightKind.SPECTRAL:
+            computes = layer.module.parametrizations["weight"][0]  # type: ignore[index]
+            assert isinstance(computes, SpectralNormalized)
+            struct.iterations, struct.normalize_eps = computes.iterations, computes.eps
+            addresses |= {"left": computes.running_u, "right": computes.running_v, "c": computes.running_scale}
+            addresses |= {"product": torch.zeros(struct.units + struct.inputs), "sigma": torch.zeros(1)}
+            addresses["alignment"] = torch.zeros(struct.units)
+            self._spectral_memory += addresses.values()
         for name, tensor in (addresses | self._set_layout(struct, index, layer)).items():
             setattr(struct, name, None if tensor is None else tensor.data_ptr())
 
@@ -245,7 +178,7 @@ class PackedNetwork:
         struct.packed_unit_stride = struct.gradient_unit_stride = struct.inputs
         struct.gradient_bfloat16 = layer.bfloat16
         struct.bias_gradient_bfloat16 = layer.bfloat16 and layer.normalization is None
-        struct.v_gradient_bfloat16 = layer.bfloat16 and layer.offsets is None
+        struct.v_gradient_bfloat16 = layer.bfloat16 and self.v_gradients[index] is None
         return {
             "packed_offset": layer.offsets,
             "gradient_offset": layer.offsets,
@@ -254,11 +187,55 @@ class PackedNetwork:
         }
 
     def refresh(self) -> None:
-        """Pack the weights again if somebody else has changed what is trained."""
+        """Pack the weights as acting takes them, if they were packed for training or somebody has changed them."""
         versions = [parameter._version for parameter in self._trained]
-        if versions != self._versions:
-            self.library.pack_layers(self.structs, len(self.layers), torch.get_num_threads())
-            self._versions = versions
+        if versions != self._versions or self._packed_for_training:
+            self._compute_weights()
+            self._packed_for_training = False
+            self._pack(versions)
+
+    def refresh_for_training(self) -> None:
+        """Pack the weights as a training pass takes them, where torch computes them with the graph of their gradient.
+
+        Spectral normalization is left to whoever makes the pass: :meth:`update` in C, :meth:`forward_both` here.
+        """
+        if not self._computed:
+            versions = [parameter._version for parameter in self._trained]
+            if versions != self._versions:
+                self.refresh()
+            self._packed_for_training = self._spectral
+            return
+        with torch.enable_grad():
+            self._compute_weights()
+        self._packed_for_training = True
+        self._pack([parameter._version for parameter in self._trained])
+
+    def prepare_training_pass(self) -> None:
+        """Make the steps of power iteration of spectral normalization, and pack the weights that depend on them."""
+        if self._spectral:
+            self.library.prepare_training_pass(self.structs, len(self.layers), torch.get_num_threads())
+
+    def _compute_weights(self) -> None:
+        for module, layer in self._computed.items():
+            w = module.weight
+            assert isinstance(w, Tensor)
+            self._graphs[module] = w
+            layer.v.copy_(w.detach())
+
+    def _pack(self, versions: list[int]) -> None:
+        self.library.pack_layers(self.structs, len(self.layers), torch.get_num_threads())
+        self._versions = versions
+
+    def backward_computed(self) -> None:
+        """Take the gradients of the weights that torch computes further, to the ``.grad`` of what they are made of."""
+        for layer, v_gradient in zip(self.layers, self.v_gradients, strict=True):
+            if (w := self._graphs.pop(layer.module, None)) is None:
+                continue
+            assert v_gradient is not None
+            made_of = list(layer.module.parametrizations["weight"].parameters())  # type: ignore[index,union-attr]
+            gradients = torch.autograd.grad(w, made_of, v_gradient, allow_unused=True)
+            for parameter, gradient in zip(made_of, gradients, strict=True):
+                parameter.grad = gradient
 
     @torch.no_grad()
     def pack_network(self, plain: QNetwork) -> PackedWeights:
@@ -316,9 +293,9 @@ class PackedNetwork:
         x, saved = self.pack_observations(observations), SavedPass([], [], [])
         normalizations = weights.normalizations
 
-        def normalized(index: int, t: Tensor) -> Tensor:
+        def normalize(index: int, t: Tensor) -> Tensor:
             normalization = normalizations[index]
-            return t if normalization is None else _normalize(normalization, t, saved if training else None)
+            return t if normalization is None else normalized(normalization, t, saved if training else None)
 
         def dense(index: int) -> Tensor:
             weight, x = weights.weights[index].t(), saved.inputs[-1]
@@ -327,10 +304,10 @@ class PackedNetwork:
         for index, stride in enumerate(self.strides):
             saved.inputs.append(x)
             bias = None if normalizations[index] else weights.biases[index]
-            x = normalized(index, torch.conv2d(x, weights.weights[index], bias, stride)).relu_()
+            x = normalize(index, torch.conv2d(x, weights.weights[index], bias, stride)).relu_()
         saved.inputs.append(x.flatten(1))
-        saved.inputs.append(normalized(-2, dense(-2)).relu_().float())
-        return normalized(-1, dense(-1)), saved
+        saved.inputs.append(normalize(-2, dense(-2)).relu_().float())
+        return normalize(-1, dense(-1)), saved
 
     @torch.no_grad()
     def forward_both(self, target: PackedWeights, batch: Minibatch) -> tuple[Tensor, Tensor, Any]:
@@ -353,18 +330,18 @@ class PackedNetwork:
         """
         *inputs, flat, hidden = saved.inputs
         weights, layers = self.packed.weights, self.layers
-        normalized = list(saved.normalized)
+        sums = list(saved.normalized)
         self._new_statistics = saved.statistics
-        dy = self._normalization_backward(-1, q_gradient, normalized)
+        dy = self._normalization_backward(-1, q_gradient, sums)
         layers[-1].weight_gradient = dy.t() @ hidden
         dy = aten.threshold_backward(dy @ weights[-1], hidden, 0)
-        dy = self._normalization_backward(-2, dy, normalized).to(self.precision)
+        dy = self._normalization_backward(-2, dy, sums).to(self.precision)
         layers[-2].weight_gradient = dy.t() @ flat
         dy = aten.threshold_backward(dy @ weights[-2], flat, 0)
         dy = dy.view(len(dy), *self._last_output_shape(inputs[-1]))
         for index in reversed(range(len(inputs))):
             x, weight, stride = inputs[index], weights[index], self.strides[index]
-            dy = self._normalization_backward(index, dy, normalized).to(self.precision)
+            dy = self._normalization_backward(index, dy, sums).to(self.precision)
             wanted = [index > 0, True, layers[index].normalization is None]
             dx, dw, db = aten.convolution_backward(
                 dy.contiguous(memory_format=torch.channels_last),
@@ -385,7 +362,7 @@ class PackedNetwork:
             if index > 0:
                 dy = aten.threshold_backward(dx, x, 0)
 
-    def _normalization_backward(self, index: int, dy: Tensor, normalized: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _normalization_backward(self, index: int, dy: Tensor, saved: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the gradient by a layer's sums from that by its normalized output; leaves those of bias and γ.
 
         Without normalization that is ``dy``, and the bias's gradient is left for a dense layer only.
@@ -395,11 +372,9 @@ class PackedNetwork:
             if dy.dim() == 2:
                 layer.bias_gradient = dy.to(self.packed.weights[index].dtype).sum(0)
             return dy
-        t, y = normalized.pop()
-        wanted = [t, layer.b, *([] if layer.gain is None else [layer.gain])]
-        dt, layer.bias_gradient, *gain_gradient = torch.autograd.grad(y, wanted, dy.float())
-        if gain_gradient:
-            self.gain_gradients[index].copy_(gain_gradient[0])
+        dt, layer.bias_gradient, gain_gradient = normalization_backward(layer.normalization, *saved.pop(), dy)
+        if gain_gradient is not None:
+            self.gain_gradients[index].copy_(gain_gradient)
         return dt
 
     def _last_output_shape(self, x: Tensor) -> tuple[int, int, int]:
@@ -408,8 +383,8 @@ class PackedNetwork:
         height, width = ((x.shape[2 + i] - kernel[i]) // self.strides[-1] + 1 for i in range(2))
         return channels, height, width
 
-    def step(self, step_size: float, betas: tuple[float, float], eps: float) -> None:
-        """Make an Adamax step of everything; ``step_size`` is the learning rate / (1 − β1ᵗ)."""
+    def step(self, step: OptimizerStep) -> None:
+        """Make an optimizer step of everything that torch does not compute."""
         threads = torch.get_num_threads()
         max_inputs = max(layer.v[0].numel() for layer in self.layers)
         if self._rows.numel() < threads * max_inputs:
@@ -420,23 +395,25 @@ class PackedNetwork:
             struct.packed_gradient = layer.weight_gradient.data_ptr()
             struct.bias_gradient = layer.bias_gradient.data_ptr()
         rows = self._rows.data_ptr()
-        self.library.step_layers(self.structs, len(self.layers), threads, rows, max_inputs, step_size, *betas, eps)
+        self.library.step_layers(self.structs, len(self.layers), threads, rows, max_inputs, ctypes.byref(step))
         for running, new in self._new_statistics:
             running.copy_(new)
 
-    def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], step_size: float) -> None:
+    def write_gradients(self, value_before: Callable[[nn.Parameter, Tensor, Tensor, Tensor], Tensor]) -> None:
         """Write the gradients of the last step to ``.grad``.
 
         Args:
-            moments: returns a parameter's, by torch's names, as they are after the step.
-            step_size: that of the step.
+            value_before: returns what a parameter was before that step, given its gradient as a function of itself:
+                row_factor · row + v_factor · value, in the order (parameter, row_factor, row, v_factor).
         """
+        del value_before
         self._write_gain_gradients()
         for layer, v_gradient, g_gradient in zip(self.layers, self.v_gradients, self.g_gradients, strict=True):
             assert layer.weight_gradient is not None
             assert layer.bias_gradient is not None
-            # Without memory of its own it was written over the packed weight's.
-            layer.v.grad = (layer.weight_gradient if v_gradient is None else v_gradient).float()
+            if layer.kind is not WeightKind.GIVEN:
+                # Without memory of its own it was written over the packed weight's.
+                layer.v.grad = (layer.weight_gradient if v_gradient is None else v_gradient).float()
             layer.b.grad = layer.bias_gradient.float()
             if layer.g is not None:
                 layer.g.grad = g_gradient.view_as(layer.g).clone()

@@ -14,16 +14,10 @@ from torch import Tensor, nn
 
 from wn_rl.config import TrainConfig
 
-from ...optimizers import OptimizerName
+from ...optimizers import MOMENTS, OptimizerName
 
 ALIGNMENT = 64
 """Elements to whose multiple a parameter's place is rounded up: 256 bytes in float32, as a GPU's allocator gives."""
-MOMENTS: dict[OptimizerName, tuple[str, str]] = {
-    "adamax": ("exp_avg", "exp_inf"),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "rmsprop_mnih": ("mean", "square"),
-}
-"""By optimizer, the names under which the plain one keeps its two moments."""
 
 
 class FlatOptimizer(torch.optim.Optimizer):
