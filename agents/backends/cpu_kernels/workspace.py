@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from wn_rl.parameterizations.base import Normalization
 from wn_rl.replay import Entries
 
 from .layouts import pair_size
+from .normalization import PassNormalizations, pass_normalizations
 from .packed_network import PackedWeights
 from .structs import BackwardArgs, ConvShape, ForwardArgs, NetworkShape, ReplayStorage, TDLossArgs
 
@@ -65,12 +68,14 @@ class Activations:
         nonzero_blocks: int64, (groups, blocks in a column).
         flat: (B, flat features) in the passes' precision.
         hidden: float32 (B, hidden units).
+        normalizations: of a pass that is saved, and what it keeps; None otherwise.
     """
 
     saved_inputs: list[Tensor]
     nonzero_blocks: Tensor
     flat: Tensor
     hidden: Tensor
+    normalizations: PassNormalizations | None
 
 
 @dataclass
@@ -91,9 +96,12 @@ class Workspace:
         gradients: of the latest backward pass or preparation of one.
     """
 
-    def __init__(self, shape: NetworkShape, precision: torch.dtype) -> None:
-        """Allocate nothing yet."""
+    def __init__(
+        self, shape: NetworkShape, precision: torch.dtype, normalizations: Sequence[Normalization | None]
+    ) -> None:
+        """Allocate nothing yet; ``normalizations`` are those of the network that is trained, by layer."""
         self._shape = shape
+        self._normalizations = normalizations
         self._precision = precision
         self._pair = pair_size(precision)
         self._convs: list[ConvShape] = [shape.convolution[index] for index in range(shape.convolutions)]
@@ -127,7 +135,8 @@ class Workspace:
             # Where a word is one element, the hidden layer's input is saved as it is.
             saved.append(flat if self._pair == 1 else torch.empty(groups, shape.flat, dtype=torch.int32))
         nonzero_blocks = torch.empty(groups if save else 0, self._convs[0].in_height, dtype=torch.int64)
-        return Activations(saved, nonzero_blocks, flat, torch.empty(batch, shape.hidden))
+        normalizations = pass_normalizations(shape, self._normalizations, batch) if save else None
+        return Activations(saved, nonzero_blocks, flat, torch.empty(batch, shape.hidden), normalizations)
 
     def gradients_for(self, batch: int) -> tuple[ActivationGradients, bool]:
         """Return memory for the gradients of ``batch`` observations, and whether it replaces that of another number."""
