@@ -71,7 +71,7 @@ static void work_off_convolutions(const NetworkShape *shape, const ForwardArgs *
         for (; i >= 0 && (taken = take_item(&queues[i].pairs)) < 0; i--) waiting += !all_done(&queues[i].pairs);
         if (taken < 0 && !waiting) return;
         if (taken < 0) {
-            _mm_pause();
+            spin_pause();
             continue;
         }
         ConvQueue *queue = &queues[i];
