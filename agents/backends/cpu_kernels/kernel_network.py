@@ -18,7 +18,7 @@ from wn_rl.networks import QNetwork
 from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import DrawnMinibatch, Minibatch
 
-from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size
+from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size, tile_stages
 from .packed_network import PackedNetwork, PackedWeights, TrainedLayer
 from .structs import BackwardArgs, ForwardArgs, OptimizerStep, ReplayStorage, TDLossArgs, WeightKind
 from .workspace import Activations, ObservationFrames, PreparedUpdate, TDLoss, Workspace, as_frames
@@ -35,7 +35,8 @@ class KernelNetwork(PackedNetwork):
     def _allocate(self) -> None:
         self.pair = pair_size(self.precision)
         self.convolutions = conv_shapes(self.network)
-        self.shape = network_shape(self.network, self.precision, self.block)
+        tiles = tile_stages(self.network, self.library, self.precision)
+        self.shape = network_shape(self.network, self.precision, self.block, tiles)
         self.workspace = Workspace(self.shape, self.precision)
         self.packed = PackedWeights(
             [self._empty_weight(layer) for layer in self.layers], [layer.b for layer in self.layers]
@@ -120,6 +121,7 @@ class KernelNetwork(PackedNetwork):
         args.batch, args.frame_index_stride = len(observations.indices), observations.indices.stride(0)
         args.nonzero_blocks = activations.nonzero_blocks.data_ptr()
         args.flat, args.hidden = activations.flat.data_ptr(), activations.hidden.data_ptr()
+        args.flat_columns = activations.flat_columns.data_ptr()
         args.q_values = q_values.data_ptr()
 
     def _forward(
@@ -283,6 +285,7 @@ class KernelNetwork(PackedNetwork):
             assert weight_gradient is not None
             args.transposed_weight[index] = None if transposed is None else transposed.data_ptr()
             args.conv_gradient[index] = conv_gradient.data_ptr()
+            args.transposed_gradient[index] = gradients.transposed[index].data_ptr() if gradients.transposed else None
             args.weight_gradient[index] = weight_gradient.data_ptr()
             args.bias_gradient[index] = self._bias_gradients[index].data_ptr()
         return args
