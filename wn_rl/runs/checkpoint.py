@@ -24,7 +24,15 @@ from torch import Tensor
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, from_mapping
 from wn_rl.errors import CheckpointError, OtherVersionError, WnRlError
-from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network, treated_names, unknown_in_file
+from wn_rl.networks import (
+    Network,
+    QNetworkSpec,
+    build_q_network,
+    unknown_in_file,
+    unknown_network_in_file,
+)
+from wn_rl.networks import get as get_network
+from wn_rl.networks import options as network_options
 from wn_rl.parameterizations import get, resolve
 from wn_rl.runs.safe_load import MAX_DEPTH, Layout, layout_of, open_regular, read_json, read_tensors, shown
 from wn_rl.runs.safe_load import check_state as check_state
@@ -72,7 +80,7 @@ class Checkpoint:
         agent_steps: at which it was saved.
         training: state of agent, replay and loop, or empty where only the weights were read.
         path: where it was read from.
-        versions: of this project and of the packages with which it was written.
+        versions: of this project and of the packages with which it was written, and the ``processor`` on which.
         notice: one line to tell the user where a damaged checkpoint was passed over for the one before it, or None.
     """
 
@@ -85,7 +93,7 @@ class Checkpoint:
     versions: dict[str, str]
     notice: str | None = None
 
-    def q_network(self, device: torch.device | str = "cpu") -> QNetwork:
+    def q_network(self, device: torch.device | str = "cpu") -> Network:
         """Build the Q-network with its weights, in evaluation mode.
 
         Raises:
@@ -408,7 +416,14 @@ def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
         raise CheckpointError(unknown_in_file(config.param)) from None
     except ValueError as error:
         raise CheckpointError(f"param_options: {error}") from None
-    treated = treated_names(entry, len(spec.convolutions))
+    try:
+        kind = get_network(config.network)
+        options = network_options(kind, config.network_options)
+    except KeyError:
+        raise CheckpointError(unknown_network_in_file(config.network)) from None
+    except ValueError as error:
+        raise CheckpointError(f"network_options: {error}") from None
+    treated = spec.outline().default_layers(entry)
     pairs: dict[str, tuple[object, object]] = {
         "the parameterization": (get(spec.parameterization).name, entry.name),
         "its options": (spec.entry().options(), entry.options()),
@@ -416,6 +431,8 @@ def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
             treated if spec.layers is None else spec.layers,
             treated if config.param_layers is None else config.param_layers,
         ),
+        "the network": (get_network(spec.network).name, kind.name),
+        "the network's options": (network_options(get_network(spec.network), spec.network_options), options),
         "hidden_units": (spec.hidden_units, config.hidden_units),
         "weight_init": (spec.weight_init, config.weight_init or spec.weight_init),
     }

@@ -47,10 +47,11 @@ class CpuKernels(interface.Backend):
         """Pack the weights and give the agent an optimizer whose step is a kernel."""
         super().__init__(agent, replay)
         assert isinstance(agent, DQN)
-        config, library = agent.config, loader.load()
+        config, library, network = agent.config, loader.load(), agent.q_network
         assert not isinstance(library, str)
-        kind = PackedNetwork if layouts.unsupported(agent.q_network, library, agent.precision) else KernelNetwork
-        self.network = kind(agent.q_network, library, precision=agent.precision)
+        assert isinstance(network, QNetwork)
+        kind = PackedNetwork if layouts.unsupported(network, library, agent.precision) else KernelNetwork
+        self.network = kind(network, library, precision=agent.precision)
         self.optimizer = optimizers.FusedOptimizer.like(agent.optimizer, self.network)
         agent.optimizer = self.optimizer
         mean = config.loss_reduction != "sum"
@@ -78,9 +79,10 @@ class CpuKernels(interface.Backend):
             return problem
         for network in (agent.q_network, agent.target_network):
             if type(network) is not QNetwork:
-                return f"the network is a {type(network).__name__}, not a QNetwork"
+                return f"the network is a {type(network).__name__}, and the kernels know nature (QNetwork) alone"
         if type(agent.target) is not TargetNetwork:
             return f"the target is a {type(agent.target).__name__}"
+        assert isinstance(agent.q_network, QNetwork)
         if problem := network_problem(agent.q_network):
             return problem
         library = loader.load()
@@ -161,6 +163,7 @@ class CpuKernels(interface.Backend):
         """Return the target network's packed weights."""
         target = self.agent.target
         if self._target is None or self._target[0] != target.copies:
+            assert isinstance(target.network, QNetwork)
             self._target = (target.copies, self.network.pack_network(fold(copy.deepcopy(target.network))))
         return self._target[1]
 

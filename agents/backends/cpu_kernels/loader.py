@@ -49,7 +49,8 @@ def compiler() -> str | None:
     return next((found for name in wanted if name and (found := shutil.which(name))), None)
 
 
-def _cache() -> Path:
+def cache_directory() -> Path:
+    """Return where what was compiled and timed on this machine is kept; it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "wn_rl"
 
@@ -80,8 +81,8 @@ def build(sources: Sequence[Path], *macros: str, vectors: str = "") -> ctypes.CD
     vectors = vectors or os.environ.get(VARIABLE) or "native"
     if vectors not in VECTORS:
         raise UsageError(f"{VARIABLE} is {vectors!r}; it can be {', '.join(VECTORS)}")
-    processor = _processor()
-    if processor.startswith("flags") and _NEEDED.get(vectors, "") not in ("", *processor.split()):
+    features = processor()
+    if features.startswith("flags") and _NEEDED.get(vectors, "") not in ("", *features.split()):
         return f"{VARIABLE} is {vectors}, which the processor does not have"
     command = compiler()
     if command is None:
@@ -93,11 +94,11 @@ def build(sources: Sequence[Path], *macros: str, vectors: str = "") -> ctypes.CD
             *(path.read_bytes() for path in (*sources, *sorted(CSRC.glob("*.h")))),
             version,
             " ".join(flags).encode(),
-            processor.encode(),
+            features.encode(),
         )
         name = f"kernels-{hashlib.sha256(b'|'.join(inputs)).hexdigest()[:20]}.so"
         try:
-            directory = _cache()
+            directory = cache_directory()
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             return _open(command, flags, sources, directory / name)
         except OSError:  # a cache that cannot be written or does not allow programs
@@ -111,7 +112,7 @@ def supports(library: ctypes.CDLL, precision: torch.dtype) -> bool:
     return bool(library.supports_precision(precision_code(precision)))
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return what the processor can do, since the code is made for this one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
