@@ -56,6 +56,7 @@ def key_of(config: TrainConfig, make_agent: MakeAgent, num_actions: int, precisi
     parameterization = parameterizations.get(config.param)
     return {
         "processor": loader.processor(),
+        "vectors": loader.chosen_vectors(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "compiler": loader.compiler(),

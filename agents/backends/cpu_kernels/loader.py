@@ -49,6 +49,18 @@ def compiler() -> str | None:
     return next((found for name in wanted if name and (found := shutil.which(name))), None)
 
 
+def chosen_vectors() -> str:
+    """Return which of :data:`VECTORS` the environment chooses.
+
+    Raises:
+        UsageError: there are no such vectors.
+    """
+    chosen = os.environ.get(VARIABLE) or "native"
+    if chosen not in VECTORS:
+        raise UsageError(f"{VARIABLE} is {chosen!r}; it can be {', '.join(VECTORS)}")
+    return chosen
+
+
 def cache_directory() -> Path:
     """Return where what was compiled and timed on this machine is kept; it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -61,10 +73,7 @@ def load(*macros: str, vectors: str = "") -> ctypes.CDLL | str:
 
     Args:
         macros: defined for the compiler: with ``VISIT_ZERO_BLOCKS`` no block of zero pixels is skipped, to compare.
-        vectors: one of :data:`VECTORS`; empty: the environment's :data:`VARIABLE`, else ``native``.
-
-    Raises:
-        UsageError: there are no such vectors.
+        vectors: one of :data:`VECTORS`; empty: :func:`chosen_vectors`, whose errors are raised.
     """
     library = build(SOURCES, *macros, vectors=vectors)
     if not isinstance(library, str):
@@ -78,9 +87,7 @@ def build(sources: Sequence[Path], *macros: str, vectors: str = "") -> ctypes.CD
     Compiling takes a few seconds; the result is kept in the user's cache directory under a name that changes with the
     sources, the headers, the compiler and the processor.
     """
-    vectors = vectors or os.environ.get(VARIABLE) or "native"
-    if vectors not in VECTORS:
-        raise UsageError(f"{VARIABLE} is {vectors!r}; it can be {', '.join(VECTORS)}")
+    vectors = vectors or chosen_vectors()
     features = processor()
     if features.startswith("flags") and _NEEDED.get(vectors, "") not in ("", *features.split()):
         return f"{VARIABLE} is {vectors}, which the processor does not have"

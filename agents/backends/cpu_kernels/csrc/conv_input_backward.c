@@ -72,8 +72,8 @@ static NOINLINE void window_positions_32(POSITIONS) {
 }
 #endif
 static NOINLINE void window_positions_16(POSITIONS) {
-    DISPATCH(precision, window_positions, TILE_POSITIONS / 2, VECTORS, from, to, window, first, second, weight, channels,
-             out, out_second);
+    DISPATCH(precision, window_positions, TILE_POSITIONS / 2, VECTORS, from, to, window, first, second, weight,
+             channels, out, out_second);
 }
 #undef POSITIONS
 

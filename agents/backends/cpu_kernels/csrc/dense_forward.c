@@ -60,16 +60,17 @@ ALWAYS_INLINE void hidden_forward_template(const Precision precision, const Netw
         for (int64_t k = 0; k < words; k += range) {
             const int64_t to = k + range < words ? k + range : words;
             for (int64_t u = 0; u < 16; u += DOT_UNITS) {
+                const int64_t stride = shape->hidden;
                 const int32_t *w = weight + u * words, *x_n = x + n * words;
                 const float *bias = args->hidden_bias + first + u;
-                float *out = args->hidden + n * shape->hidden + first + u, *kept = sums[u / DOT_UNITS];
+                float *out = args->hidden + n * stride + first + u, *kept = sums[u / DOT_UNITS];
                 prefetch_words(&ahead, share);
                 if (count == DOT_OBSERVATIONS)
-                    dot_tile(precision, DOT_UNITS, DOT_OBSERVATIONS, w, x_n, words, k, to, kept, bias, out, shape->hidden);
+                    dot_tile(precision, DOT_UNITS, DOT_OBSERVATIONS, w, x_n, words, k, to, kept, bias, out, stride);
                 else if (count == 2)
-                    dot_tile(precision, DOT_UNITS, 2, w, x_n, words, k, to, kept, bias, out, shape->hidden);
+                    dot_tile(precision, DOT_UNITS, 2, w, x_n, words, k, to, kept, bias, out, stride);
                 else
-                    dot_tile(precision, DOT_UNITS, 1, w, x_n, words, k, to, kept, bias, out, shape->hidden);
+                    dot_tile(precision, DOT_UNITS, 1, w, x_n, words, k, to, kept, bias, out, stride);
             }
         }
         n += count;

@@ -4,8 +4,8 @@
 #include "simd.h"
 #ifdef VECTOR_KERNELS
 
-/* Add `rows` rows of `vectors` vectors of sums of products of two arrays of words, which pair observations, over `lines`
- * lines of `count` positions:
+/* Add `rows` x `vectors` vectors of sums of products of two arrays of words, which pair observations, over `lines` lines
+ * of `count` positions:
  * for line, p, i, u: sums[i][u] += x[line * x_line_stride + p * x_stride + i] . g[(line * count + p) * g_stride + u]
  * With `fresh` the sums start from zero. With `offsets` x is nonzero only at `count` positions of one line, and x and g
  * are read at x + offsets[p][0] and g + offsets[p][1]. */

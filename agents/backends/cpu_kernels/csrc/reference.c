@@ -1,9 +1,9 @@
 /* Plain loops that the kernels equal, one for each, in float32 and channels-last order; the tests build them.
  *
- * Where a kernel adds in a fixed order, its loop adds in that order, with one rounding where the processor that both are
- * compiled for can, so float32 agrees bit for bit. Arrays are
- * elements in their natural order: observations (batch, y, x, channel), weights (kernel, kernel, in_channels,
- * out_channels); pairs of bfloat16 and other layouts are the tests' business.
+ * Where a kernel adds in a fixed order, its loop adds in that order, with one rounding where the processor can that both
+ * are compiled for, so float32 agrees bit for bit. Arrays are elements in their natural order:
+ * observations (batch, y, x, channel), weights (kernel, kernel, in_channels, out_channels); pairs of bfloat16 and other
+ * layouts are the tests' business.
  */
 #include <math.h>
 #include <stdint.h>
