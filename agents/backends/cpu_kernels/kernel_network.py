@@ -19,7 +19,15 @@ from wn_rl.parameterizations.base import bias_of
 from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import DrawnMinibatch, Minibatch
 
-from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size
+from .layouts import (
+    BESIDE_NORMALIZATIONS,
+    conv_offsets,
+    conv_shapes,
+    network_shape,
+    pack_conv_weight,
+    pair_size,
+    tile_stages,
+)
 from .normalization import PassNormalizations, normalization_of, pass_normalizations
 from .packed_network import PackedNetwork, PackedWeights
 from .structs import BackwardArgs, ForwardArgs, OptimizerStep, ReplayStorage, TDLossArgs, WeightKind
@@ -38,8 +46,11 @@ class KernelNetwork(PackedNetwork):
     def _allocate(self) -> None:
         self.pair = pair_size(self.precision)
         self.convolutions = conv_shapes(self.network)
-        self.shape = network_shape(self.network, self.precision, self.block)
         normalizations = [layer.normalization for layer in self.layers]
+        tiles = tile_stages(self.network, self.library, self.precision)
+        if any(normalization is not None for normalization in normalizations):
+            tiles &= BESIDE_NORMALIZATIONS
+        self.shape = network_shape(self.network, self.precision, self.block, tiles)
         self.workspace = Workspace(self.shape, self.precision, normalizations)
         self.packed = PackedWeights(
             [self._empty_weight(layer) for layer in self.layers], [layer.b for layer in self.layers], normalizations
@@ -130,6 +141,7 @@ class KernelNetwork(PackedNetwork):
         args.batch, args.frame_index_stride = len(observations.indices), observations.indices.stride(0)
         args.nonzero_blocks = activations.nonzero_blocks.data_ptr()
         args.flat, args.hidden = activations.flat.data_ptr(), activations.hidden.data_ptr()
+        args.flat_columns = activations.flat_columns.data_ptr()
         args.q_values = q_values.data_ptr()
 
     def _normalizations(self, weights: PackedWeights, activations: Activations) -> PassNormalizations:
@@ -305,6 +317,7 @@ class KernelNetwork(PackedNetwork):
             assert weight_gradient is not None
             args.transposed_weight[index] = None if transposed is None else transposed.data_ptr()
             args.conv_gradient[index] = conv_gradient.data_ptr()
+            args.transposed_gradient[index] = gradients.transposed[index].data_ptr() if gradients.transposed else None
             args.weight_gradient[index] = weight_gradient.data_ptr()
             args.bias_gradient[index] = self._bias_gradients[index].data_ptr()
         return args

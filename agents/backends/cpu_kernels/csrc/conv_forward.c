@@ -12,23 +12,6 @@
 #ifdef VECTOR_KERNELS
 #include "frames.h"
 
-/* Frames that are prefetched while something else is computed, some cache lines at a time. */
-typedef struct {
-    const uint8_t *frames[2 * MAX_FRAMES];
-    int64_t count, bytes, next, share;
-} FramePrefetch;
-
-static inline void prefetch_frames(FramePrefetch *ahead) {
-    for (int64_t i = 0; i < ahead->share && ahead->count; i++) {
-        __builtin_prefetch(ahead->frames[ahead->count - 1] + ahead->next, 0, 2);
-        ahead->next += 64;
-        if (ahead->next >= ahead->bytes) {
-            ahead->next = 0;
-            ahead->count--;
-        }
-    }
-}
-
 #if VECTOR_LANES == 16
 /* pack_block_row for blocks of 4 x 4 pixels and frames by fours: a block's line of pixels is a word, and 16 lines of 16
  * blocks are transposed. Returns the mask of nonzero blocks. */
@@ -121,13 +104,6 @@ static NOINLINE void conv_positions_16(POSITIONS) {
              channels, first, ahead);
 }
 #undef POSITIONS
-
-/* The frames of observation n, oldest first. */
-static inline void find_frames(const NetworkShape *shape, const ForwardArgs *args, int64_t n, int64_t frame_bytes,
-                               const uint8_t **frames) {
-    for (int64_t f = 0; f < shape->frames; f++)
-        frames[f] = args->frames + args->frame_indices[n * args->frame_index_stride + f] * frame_bytes;
-}
 
 /* Pack an observation, elements (in_height, in_width, in_channels); `nonzero` (in_height) gets the masks. */
 ALWAYS_INLINE void pack_observation(const Precision precision, const NetworkShape *shape, const uint8_t *const *frames,
@@ -343,4 +319,12 @@ void conv_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t fr
                   uint8_t *workspace) {
     DISPATCH(shape->precision, conv_forward_template, shape, args, from, n, next, workspace);
 }
+
+#ifdef __AVX512BF16__
+/* For tile_forward.c: observation n as elements (in_height, in_width, in_channels), and its masks. */
+void pack_bfloat16_observation(const NetworkShape *shape, const uint8_t *const *frames, void *packed,
+                               uint64_t *nonzero) {
+    pack_observation(BFLOAT16, shape, frames, packed, nonzero);
+}
+#endif
 #endif

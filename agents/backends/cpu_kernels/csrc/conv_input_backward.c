@@ -9,6 +9,7 @@
 #include "conv_tile.h"
 #include "kernels.h"
 #include "normalization.h"
+#include "tiles.h"
 #ifdef VECTOR_KERNELS
 
 /* A convolution of stride 1 over an array of words with a zero border: at position (y, x), `rows` rows of
@@ -240,7 +241,13 @@ ALWAYS_INLINE void conv_input_backward_template(const Precision precision, const
         for (int64_t y = 0; y < s; y++) {
             for (int64_t x = 0; x < s; x++) {
                 const int32_t *weight = back->transposed_weight[l] + (y * s + x) * taps * taps * unit_words * channels;
-                convolve_window(precision, &window, in, in_second, weight, channels, made, made_second);
+                if (USES_TILES(shape, TILE_CONV_INPUT)) {
+                    for (int i = 0; i < 2; i++)
+                        tile_convolve(i ? in_second : in, units, padded_width, window.height, window.width, taps,
+                                      padded_width * units, taps * units, weight, channels, i ? made_second : made);
+                } else {
+                    convolve_window(precision, &window, in, in_second, weight, channels, made, made_second);
+                }
                 relu_backward_strided(precision, conv, &window, y, x, input, input_second, made, made_second, sums,
                                       sums_second);
             }

@@ -17,6 +17,17 @@
 
 typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } Precision;
 
+/* Stages of an update in bfloat16 that the tile unit computes instead of vectors, see tiles.h: bits of
+ * NetworkShape.tiles. */
+typedef enum {
+    TILE_CONV_FORWARD = 1,
+    TILE_HIDDEN_FORWARD = 2,
+    TILE_FLAT_BACKWARD = 4,
+    TILE_HIDDEN_WEIGHT = 8,
+    TILE_CONV_INPUT = 16,
+    TILE_CONV_WEIGHT = 32 /* only with TILE_CONV_FORWARD: it reads all blocks of the first layer's input */
+} TileStage;
+
 /* How a layer's weight w is made of what is trained, unit by unit. */
 typedef enum {
     WEIGHT_PLAIN = 0,       /* w = v */
@@ -100,6 +111,10 @@ typedef struct {
     int64_t max_activation;                   /* numbers in the largest activation, zero border included */
     int64_t max_positions;                    /* entries in a list of output positions of two observations */
     int64_t workspace_bytes;                  /* of each thread */
+    int64_t tiles;                            /* TileStages; 0 unless has_tile_unit() and the precision is bfloat16 */
+    int64_t transposed_columns[MAX_CONVOLUTIONS]; /* of BackwardArgs.transposed_gradient, if there is a
+                                                     TILE_CONV_WEIGHT: what a line of output positions takes, or, with
+                                                     stride 1, all lines: a multiple of 16 */
 } NetworkShape;
 
 /* Over what the mean and the variance of a normalization are taken. */
@@ -150,6 +165,8 @@ typedef struct {
                                                       input has a nonzero pixel; other blocks of saved_input[0] are not
                                                       written */
     void *flat;                                    /* elements (batch, flat) */
+    int32_t *flat_columns;                         /* with a TILE_HIDDEN_FORWARD: the same as words (flat / 2, batch rounded
+                                                      up to 16) that pair inputs */
     float *hidden, *q_values;                      /* (batch, hidden), (batch, actions) */
 } ForwardArgs;
 
@@ -163,6 +180,8 @@ typedef struct {
     int32_t *hidden_gradient_pairs;                /* the same as words (batch / pair, hidden) that pair observations */
     float *flat_gradient;                          /* (batch, flat): by the hidden layer's input */
     int32_t *conv_gradient[MAX_CONVOLUTIONS];      /* words (batch / pair, positions, out_channels) */
+    int32_t *transposed_gradient[MAX_CONVOLUTIONS]; /* with a TILE_CONV_WEIGHT: conv_gradient as words (batch / pair,
+                                                      out_channels, columns), see tile_backward.c */
     float *weight_gradient[MAX_CONVOLUTIONS];      /* (kernel, kernel, in_channels, out_channels) */
     float *bias_gradient[MAX_CONVOLUTIONS];        /* (out_channels) */
 } BackwardArgs;

@@ -9,7 +9,13 @@ import torch
 
 from agents.backends.cpu_kernels import loader
 
-BUILDS = (("native", "float32"), ("native", "bfloat16"), ("avx2", "float32"), ("sse2", "float32"))
+BUILDS = (
+    ("native", "float32"),
+    ("native", "bfloat16"),
+    ("tiles", "bfloat16"),
+    ("avx2", "float32"),
+    ("sse2", "float32"),
+)
 """Vectors (:data:`loader.VECTORS`) and precision. Narrower ones than the processor's have no bfloat16."""
 
 
