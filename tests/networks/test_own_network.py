@@ -36,10 +36,10 @@ from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold, names, reinitialize
 from wn_rl.parameterizations import get as get_parameterization
 from wn_rl.replay import Minibatch, Replay
-from wn_rl.report import saliency
 from wn_rl.runs import checkpoint
 from wn_rl.training.resume import open_for_resume
 from wn_rl.training.session import train as train_run
+from wn_rl.video import saliency
 
 CPU = torch.device("cpu")
 SMALL = "my_networks:Small"
