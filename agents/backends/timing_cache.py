@@ -64,6 +64,7 @@ def key_of(config: TrainConfig, make_agent: MakeAgent, num_actions: int, precisi
         "code": _code(),
         "agent": [name, _source_of(make_agent)],
         "parameterization": _source_of(parameterization),
+        "network": _source_of(networks.get(config.network)),
         "actions": num_actions,
         "open": [config.backend, *precisions],
         "config": keys,
