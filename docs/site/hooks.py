@@ -352,7 +352,10 @@ def on_page_content(html: str, **_: object) -> str:
 
     def link(found: re.Match[str]) -> str:
         name = found[1]
-        known = name.split(".")[0] in SOURCES and not _is_short(name)
+        module, _, defined = name.rpartition(".")
+        # A package's page has no entry for what its own __init__.py defines.
+        in_package = _file(module).name == "__init__.py" and defined in _definitions(module)
+        known = name.split(".")[0] in SOURCES and not _is_short(name) and not in_package
         return _reference(name if _file(name).exists() else _defined(name), name, optional=not known)
 
     return _ROLE.sub(link, html)
