@@ -71,7 +71,7 @@ def _definitions(module: str) -> dict[str, str]:
     """Return the first line of the docstring of each public class, function and constant that has one, by name."""
     found = {}
     body = _tree(module).body
-    for node, after in zip(body, [*body[1:], None], strict=True):
+    for node, after in zip(body, [*body[1:], None], strict=False):  # an empty file has no node
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             found[node.name] = ast.get_docstring(node)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(after, ast.Expr):
