@@ -22,7 +22,7 @@ import torch
 
 from wn_rl import networks, parameterizations
 from wn_rl.config import BackendName, TrainConfig
-from wn_rl.machine import Precision, cores
+from wn_rl.machine import Precision, cores, processor
 from wn_rl.training.run import MakeAgent
 
 from .cpu_kernels import loader
@@ -55,7 +55,7 @@ def key_of(config: TrainConfig, make_agent: MakeAgent, num_actions: int, precisi
     keys = {key: value for key, value in asdict(config).items() if key not in CHANGES_NO_TIME}
     parameterization = parameterizations.get(config.param)
     return {
-        "processor": loader.processor(),
+        "processor": [processor(torch.device(config.device)), loader.processor()],
         "vectors": loader.chosen_vectors(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
@@ -93,9 +93,14 @@ def _source_of(thing: object) -> str:
         return ""
 
 
+def directory() -> Path:
+    """Return where the files are: beside the compiled kernels."""
+    return loader.cache_directory()
+
+
 def _path(key: Key) -> Path:
     text = json.dumps(key, sort_keys=True, default=str)
-    return loader.cache_directory() / f"timings-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+    return directory() / f"timings-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
 def read(key: Key) -> dict[Candidate, float]:
