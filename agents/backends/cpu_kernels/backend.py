@@ -63,8 +63,10 @@ class CpuKernels(interface.Backend):
         computed = bool(self.network.computed_from)
         self._one_call = whole and not self._torch_loss and not computed
         parts = {"loss": self._torch_loss, "weights": computed, "products": not whole}
-        self.detail = " and ".join(name for name, by_torch in parts.items() if by_torch)
-        self.detail += " by torch" if self.detail else ""
+        by_torch = " and ".join(name for name, is_torchs in parts.items() if is_torchs)
+        on_tiles = isinstance(self.network, KernelNetwork) and self.network.shape.tiles
+        details = (f"{by_torch} by torch" if by_torch else "", "products by the tile unit" if on_tiles else "")
+        self.detail = ", ".join(filter(None, details))
 
     @classmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:

@@ -112,9 +112,10 @@ typedef struct {
     int64_t max_positions;                    /* entries in a list of output positions of two observations */
     int64_t workspace_bytes;                  /* of each thread */
     int64_t tiles;                            /* TileStages; 0 unless has_tile_unit() and the precision is bfloat16 */
-    int64_t transposed_columns[MAX_CONVOLUTIONS]; /* of BackwardArgs.transposed_gradient, if there is a
-                                                     TILE_CONV_WEIGHT: what a line of output positions takes, or, with
-                                                     stride 1, all lines: a multiple of 16 */
+    int64_t transposed_columns[MAX_CONVOLUTIONS]; /* with a TILE_CONV_WEIGHT: what a line of output positions takes in
+                                                     BackwardArgs.transposed_gradient: out_width, or with stride 1 all
+                                                     lines at once: (out_height - 1) * in_width + out_width; rounded up
+                                                     to 16 */
 } NetworkShape;
 
 /* Over what the mean and the variance of a normalization are taken. */
@@ -146,7 +147,10 @@ typedef struct {
     float *bias_gradient, *gain_gradient; /* (units) */
 } Normalization;
 
-/* One network's forward pass over `batch` observations. */
+/* One network's forward pass over `batch` observations. With NetworkShape.tiles some arrays go on behind their end:
+ * saved_input[l] with 16 * stride * in_channels words of zeros, that of the hidden layer with rows of zeros to a multiple
+ * of 16; hidden_gradient and flat_gradient (see below) with rows to a multiple of 16, hidden_gradient with 16 elements
+ * more, all finite. */
 typedef struct {
     const int32_t *conv_weight[MAX_CONVOLUTIONS];  /* words (kernel, kernel, in_channels / pair, out_channels) */
     const float *conv_bias[MAX_CONVOLUTIONS];      /* (out_channels) */

@@ -191,28 +191,46 @@ def test_what_lies_in_unused_rows_and_columns_counts_nothing(
     """Tiles reach past the end of arrays: memory that nobody has written is full of NaN, or of zeros."""
     network, found = build_q_network(spec, seed=seed), []
     for filled in (0, 255):
-        generator = torch.Generator().manual_seed(seed)
         kernels = with_stages(copy.deepcopy(network), library, ALL)
-        optimizer = fused_adamax(kernels, 1e-3, (0.9, 0.999), 1e-8)
-        kernels.refresh()
-        activations, (gradients, _) = (
-            kernels.workspace.activations_for(batch, True),
-            kernels.workspace.gradients_for(batch),
-        )
-        kernels.workspace.scratch()
+        workspace = kernels.workspace
+        workspace.scratch()
+        activations, (gradients, _) = workspace.activations_for(batch, True), workspace.gradients_for(batch)
         written = [*activations.saved_inputs, activations.flat, activations.flat_columns, activations.hidden]
-        written += [gradients.hidden, gradients.hidden_pairs, gradients.flat, kernels.workspace._scratch]
+        written += [gradients.hidden, gradients.hidden_pairs, gradients.flat, workspace._scratch]
         for memory in (*written, *gradients.convolutions, *gradients.transposed):
             memory.view(torch.uint8).fill_(filled)
-        frames = mostly_black((2 * batch, *spec.observation_shape), 0.5, generator)
-        zeros = torch.zeros(batch)
-        minibatch = Minibatch(frames[:batch], zeros, zeros, frames[batch:], zeros)
-        *q_values, saved = kernels.forward_both(kernels.pack_network(fold(copy.deepcopy(network))), minibatch)
-        kernels.backward(saved, torch.randn(batch, spec.num_actions, generator=generator))
-        optimizer.step()
-        found.append([*q_values, *(parameter.detach() for parameter in kernels.network.parameters())])
+        found.append(one_update(kernels, batch, torch.Generator().manual_seed(seed)))
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_an_update_by_the_unit_is_that_by_its_stand_in_bit_for_bit(library: ctypes.CDLL) -> None:
+    native = loader.load(vectors="native")
+    assert not isinstance(native, str)
+    if not native.has_tile_unit():
+        pytest.skip("no tile unit")
+    spec = QNetworkSpec(4, "wn", hidden_units=48)
+    network, found = build_q_network(spec, seed=0), []
+    for built in (library, native):
+        kernels = KernelNetwork(copy.deepcopy(network), built, precision=torch.bfloat16)
+        assert kernels.shape.tiles == ALL
+        found.append(one_update(kernels, 33, torch.Generator().manual_seed(0)))
+    assert all(map(torch.equal, *found))
+
+
+def one_update(kernels: KernelNetwork, batch: int, generator: torch.Generator) -> list[Tensor]:
+    """Both networks' Q-values before an update and the parameters after it."""
+    network = kernels.network
+    assert isinstance(network, QNetwork)
+    optimizer = fused_adamax(kernels, 1e-3, (0.9, 0.999), 1e-8)
+    kernels.refresh()
+    frames = mostly_black((2 * batch, *network.spec.observation_shape), 0.5, generator)
+    zeros = torch.zeros(batch)
+    minibatch = Minibatch(frames[:batch], zeros, zeros, frames[batch:], zeros)
+    *q_values, saved = kernels.forward_both(kernels.pack_network(fold(copy.deepcopy(network))), minibatch)
+    kernels.backward(saved, torch.randn(batch, network.spec.num_actions, generator=generator))
+    optimizer.step()
+    return [*q_values, *(parameter.detach() for parameter in network.parameters())]
 
 
 def bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
