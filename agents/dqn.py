@@ -113,10 +113,10 @@ class DQN:
         """Initialize the network from replayed observations, if its parameterization asks for it, then the target.
 
         Salimans & Kingma 2016, section 3, in full precision; the output layer's Q-values get the standard deviation
-        ``output_init_std`` instead of 1 (see docs/algorithm.md for why) unless ``output_init`` is ``literal``.
+        ``output_init_std`` instead of 1 (see docs/algorithm.md for why) unless ``output_init`` is ``unit-variance``.
         """
         if self.config.data_dependent_init:
-            std = 1.0 if self.config.output_init == "literal" else self.config.output_init_std
+            std = 1.0 if self.config.output_init == "unit-variance" else self.config.output_init_std
             treats_output = "output" in treated_layers(self.q_network)
             initialize_from_data(self.q_network, observations, std_of={"output": std} if treats_output else None)
         self.copy_target()
@@ -158,7 +158,7 @@ class DQN:
     def reduce(self, batch: Minibatch, losses: Tensor, td_error: Tensor, q_value: Tensor) -> Tensor:
         """Return the loss of a minibatch, a scalar, from what :meth:`td_loss` returned; its statistics are noted."""
         loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
-        self.finite.check(loss, batch.numbers)
+        self.finite.check(loss, batch.indices)
         self.statistics.add(losses, td_error, q_value)
         return loss
 
@@ -220,7 +220,7 @@ class DQN:
         return self.statistics.read()
 
     def offending_transitions(self) -> Tensor | None:
-        """Return the numbers in replay of the first minibatch whose loss was not finite, int64 (B,); None: none."""
+        """Return the replay indices of the first minibatch whose loss was not finite, int64 (B,); None if all were."""
         return self.finite.transitions()
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.backends.eager import Eager
 from wn_rl import cli
-from wn_rl.atari.action_log import Journal
+from wn_rl.atari.action_log import ActionLog
 from wn_rl.atari.env import NO_CAP, make_atari
 from wn_rl.atari.games import find_game
 from wn_rl.config import Count, TrainConfig
@@ -70,7 +70,7 @@ class RandomPlay:
 def make_loop(config: TrainConfig, path: Path) -> TrainingLoop:
     """Return a training loop that only plays."""
     env = make_atari(config.game, config.num_envs, sticky_actions=config.sticky_actions)
-    journal = Journal(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
+    journal = ActionLog(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
     agent = RandomPlay(env.num_actions, config.seed)
     replay = Replay(config.replay_capacity, config.num_envs)
     return TrainingLoop(config, env, Eager(agent, replay), replay, journal)  # type: ignore[arg-type]
@@ -114,12 +114,12 @@ def main(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "journal.bin"
         loop = make_loop(config, path)
-        assert loop.journal is not None
-        loop.journal.create()
+        assert loop.action_log is not None
+        loop.action_log.create()
         loop.start()
         while loop.agent_steps < arguments.steps:
             loop.vector_step()
-        mark, checksum, rows = loop.journal.mark(), loop.replay.checksum(), loop.rows
+        mark, checksum, rows = loop.action_log.mark(), loop.replay.checksum(), loop.vector_steps
         loop.env.close()
         del loop
         print(f"journal: {path.stat().st_size / arguments.steps * 1e6 / 1e6:.2f} MB per million agent steps")
@@ -127,9 +127,9 @@ def main(words: Sequence[str]) -> int:
         for _ in range(arguments.rounds):
             bare = bare_seconds(config, rows)
             again = make_loop(config, path)
-            assert again.journal is not None
+            assert again.action_log is not None
             started = time.perf_counter()
-            again.rebuild(again.journal.open(mark))
+            again.restore(again.action_log.open(mark))
             took = time.perf_counter() - started
             if again.replay.checksum() != checksum:
                 print("the rebuilt replay differs", file=sys.stderr)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agents.backends.eager import Eager
-from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, EmulatorState, History, Journal, Mark, read_history
+from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, ActionLog, EmulatorState, History, Mark, read_history
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError
@@ -68,7 +68,7 @@ class TestState:
 @given(rows=st.lists(st.tuples(*[st.integers(0, 255)] * 4), min_size=1, max_size=60), marks=st.sets(st.integers(1, 60)))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_is_read_is_what_was_written(tmp_path: Path, rows: list[tuple[int, ...]], marks: set[int]) -> None:
-    journal = Journal(tmp_path / "journal.bin", 4, 0)
+    journal = ActionLog(tmp_path / "journal.bin", 4, 0)
     journal.create()
     known: list[Mark] = []
     for count, row in enumerate(rows, 1):
@@ -82,7 +82,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, rows: list[tuple[int, 
 
 def test_writing_goes_on_behind_a_mark_and_drops_what_came_after(tmp_path: Path) -> None:
     path = tmp_path / "journal.bin"
-    first = Journal(path, 2, 0)
+    first = ActionLog(path, 2, 0)
     first.create()
     first.append(rows_of((1, 1))[0])
     mark = first.mark()
@@ -90,7 +90,7 @@ def test_writing_goes_on_behind_a_mark_and_drops_what_came_after(tmp_path: Path)
         first.append(rows_of((2, 2))[0])
     first.mark()
     longer = path.stat().st_size
-    again = Journal(path, 2, 0)
+    again = ActionLog(path, 2, 0)
     assert again.open(mark).rows.tolist() == [[1, 1]]
     assert path.stat().st_size == longer  # opening changes nothing yet
     again.cut()
@@ -102,7 +102,7 @@ def test_writing_goes_on_behind_a_mark_and_drops_what_came_after(tmp_path: Path)
 @pytest.mark.parametrize("place", [3, 20, 60, 90, -40, -1])
 def test_a_flipped_bit_is_found(tmp_path: Path, place: int) -> None:
     path = tmp_path / "journal.bin"
-    journal = Journal(path, 2, 0)
+    journal = ActionLog(path, 2, 0)
     journal.create()
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -117,7 +117,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, place: int) -> None:
 
 def test_a_journal_that_ends_too_early_is_another_runs_or_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "journal.bin"
-    journal = Journal(path, 2, 0)
+    journal = ActionLog(path, 2, 0)
     with pytest.raises(CheckpointError, match="No such file"):
         journal.open(Mark(1, ""))
     journal.create()
@@ -136,7 +136,7 @@ def test_a_journal_that_ends_too_early_is_another_runs_or_is_missing(tmp_path: P
 
 def test_trimming_keeps_what_a_rebuild_needs(tmp_path: Path) -> None:
     path = tmp_path / "journal.bin"
-    journal = Journal(path, 2, 0)
+    journal = ActionLog(path, 2, 0)
     journal.create()
     rng = np.random.default_rng(1)
     rows = rng.integers(0, 4, (400, 2)).astype(np.uint8)
@@ -172,7 +172,7 @@ def test_a_place_that_no_run_can_have_is_refused() -> None:
 
 
 def test_50_million_actions_fit_into_40_mb(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.bin", 16, 0)
+    journal = ActionLog(tmp_path / "journal.bin", 16, 0)
     journal.create()
     rng = np.random.default_rng(0)
     # the hardest case: eighteen actions, all random
@@ -202,15 +202,15 @@ def content(replay: Replay) -> dict[str, list[bytes]]:
         slice(row % replay._ring * replay.num_envs, (row % replay._ring + 1) * replay.num_envs)
         for row in range(oldest, replay._newest + 1)
     ]
-    low, high = replay.drawable
-    numbers = torch.arange(low, high) % len(replay.kept.entry_of)
+    low, high = replay.index_range
+    indices = torch.arange(low, high) % len(replay.storage.entry_of)
     return {
-        "frames": [replay.kept.frames[row].numpy().tobytes() for row in rows],
-        "ages": [replay.kept.age[row].numpy().tobytes() for row in rows],
-        "actions": [replay.kept.actions[row].numpy().tobytes() for row in rows[:-1]],
-        "rewards": [replay.kept.rewards[row].numpy().tobytes() for row in rows[:-1]],
-        "terminals": [replay.kept.terminals[row].numpy().tobytes() for row in rows[:-1]],
-        "numbers": [replay.kept.entry_of[numbers].numpy().tobytes(), f"{low} {high}".encode()],
+        "frames": [replay.storage.frames[row].numpy().tobytes() for row in rows],
+        "ages": [replay.storage.age[row].numpy().tobytes() for row in rows],
+        "actions": [replay.storage.actions[row].numpy().tobytes() for row in rows[:-1]],
+        "rewards": [replay.storage.rewards[row].numpy().tobytes() for row in rows[:-1]],
+        "terminals": [replay.storage.terminals[row].numpy().tobytes() for row in rows[:-1]],
+        "indices": [replay.storage.entry_of[indices].numpy().tobytes(), f"{low} {high}".encode()],
     }
 
 
@@ -223,7 +223,7 @@ def loop_of(config: TrainConfig, path: Path) -> TrainingLoop:
         sticky_actions=config.sticky_actions,
         max_frames_per_episode=config.max_frames,
     )
-    journal = Journal(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
+    journal = ActionLog(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
     replay = Replay(config.replay_capacity, config.num_envs)
     backend = Eager(RandomAgent(env.num_actions), replay)  # type: ignore[arg-type]
     return TrainingLoop(config, env, backend, replay, journal)
@@ -254,16 +254,16 @@ def test_emulators_and_replay_get_to_where_they_were(
     )
     path = tmp_path / "journal.bin"
     first = loop_of(config, path)
-    assert first.journal is not None
-    first.journal.create()
+    assert first.action_log is not None
+    first.action_log.create()
     first.start()
     ended = []
     while first.agent_steps < steps:
         ended += first.vector_step()
     second = loop_of(config, path)
-    assert second.journal is not None
-    history = second.journal.open(first.journal.mark())
-    second.rebuild(history)
+    assert second.action_log is not None
+    history = second.action_log.open(first.action_log.mark())
+    second.restore(history)
     assert content(second.replay) == content(first.replay)
     assert second.replay.checksum() == first.replay.checksum()
     assert second.agent_steps == first.agent_steps
@@ -289,12 +289,12 @@ def test_reseeding_is_due_once_a_period_at_an_episodes_start(tmp_path: Path) -> 
         reseed_period=120,
     )
     loop = loop_of(config, tmp_path / "journal.bin")
-    assert loop.journal is not None
-    loop.journal.create()
+    assert loop.action_log is not None
+    loop.action_log.create()
     loop.start()
     while loop.agent_steps < 500:
         loop.vector_step()
-    rows = read_history(loop.journal.path, 3, 120, loop.journal.mark()).rows
+    rows = read_history(loop.action_log.path, 3, 120, loop.action_log.mark()).rows
     # 21 rows an episode, 60 agent steps in each: due at the resets after 120, 240, … agent steps, every second one
     assert np.flatnonzero((rows == RESEEDED).all(1)).tolist() == [41, 83, 125, 167]
     assert np.flatnonzero((rows == AUTO_RESET).all(1)).tolist() == [20, 62, 104, 146]

@@ -25,6 +25,7 @@ from wn_rl.evaluation.episodes import environment_options
 from wn_rl.layout import import_agent
 from wn_rl.machine import pick_device
 from wn_rl.networks import QNetwork
+from wn_rl.output import notice
 from wn_rl.runs.directory import new_directory
 from wn_rl.training.resume import open_for_resume
 from wn_rl.training.run import MakeAgent
@@ -174,10 +175,13 @@ def train(
         KeyboardInterrupt: it was interrupted; it can be resumed.
         SystemExit: SIGTERM ended it; it can be resumed.
     """
-    known = {entry.name for entry in fields(TrainConfig)}
+    keys, renamed = configuration.current(keys)
+    if renamed and not quiet:
+        notice(renamed)
+    known = {field.name for field in fields(TrainConfig)}
     for key in keys:
         if key not in known:
-            raise UsageError(f"unknown configuration key '{key}'.{closest(key, known)}")
+            raise UsageError(f"unknown configuration key '{key}'.{configuration.suggestion(key, known)}")
     if isinstance(keys.get("run_dir"), Path):
         keys["run_dir"] = str(keys["run_dir"])
     keys = {key: configuration.coerce(key, value) for key, value in keys.items()}

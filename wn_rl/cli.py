@@ -45,6 +45,7 @@ def parse(
     *,
     default: _Arguments | None = None,
     description: str | None = None,
+    suggest: Callable[[str], str] = lambda name: "",
 ) -> _Arguments:
     """Parse ``arguments`` into the dataclass ``kind``; ``--help`` prints and exits.
 
@@ -53,6 +54,8 @@ def parse(
         arguments: without the program's name.
         default: values of flags that are not given.
         description: above the flags in ``--help``; default: the dataclass's docstring.
+        suggest: returns `` Did you mean …?`` for an unknown flag that it knows, given without dashes and with
+            underscores, or an empty text.
 
     Raises:
         UsageError: an unknown flag, or a value of the wrong type.
@@ -64,7 +67,7 @@ def parse(
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
         shown = [name for name, hint in hints.items() if tyro.conf.Suppress not in getattr(hint, "__metadata__", ())]
-        _check_flags([f"--{name.replace('_', '-')}" for name in shown], arguments)
+        _check_flags([f"--{name.replace('_', '-')}" for name in shown], arguments, suggest)
     with _wide_and_captured() as captured:
         try:
             parsed: _Arguments = tyro.cli(kind, args=list(arguments), description=description, config=config, **options)
@@ -74,7 +77,7 @@ def parse(
     raise UsageError(_first_sentence(captured.getvalue()))
 
 
-def _check_flags(known: Sequence[str], arguments: Sequence[str]) -> None:
+def _check_flags(known: Sequence[str], arguments: Sequence[str], suggest: Callable[[str], str]) -> None:
     for word in arguments:
         if not word.startswith("--"):
             continue
@@ -82,7 +85,7 @@ def _check_flags(known: Sequence[str], arguments: Sequence[str]) -> None:
         if flag not in known:
             near = difflib.get_close_matches(flag, known, n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else " --help lists the flags."
-            raise UsageError(f"unknown flag {flag}.{hint}")
+            raise UsageError(f"unknown flag {flag}.{suggest(flag[2:].replace('-', '_')) or hint}")
 
 
 def _first_sentence(box: str) -> str:

@@ -41,8 +41,8 @@ class Backend(ABC):
         self.replay = replay
         self.detail = ""
         self.reason = ""
-        self._watching = False
-        self._watched: dict[str, float] = {}
+        self._measuring = False
+        self._measured: dict[str, float] = {}
 
     @classmethod
     @abstractmethod
@@ -72,18 +72,18 @@ class Backend(ABC):
         return self.agent.q_values(observations)
 
     def update(self, count: int = 1) -> None:
-        """Make ``count`` updates; the first is measured if :meth:`watch_next_update` asked for it."""
-        if count and self._watching:
+        """Make ``count`` updates; the first is measured if :meth:`measure_next_update` asked for it."""
+        if count and self._measuring:
             before = diagnostics.weights(self.agent.q_network)
-            self.watched_update()
-            self._watched = diagnostics.effective_learning_rate_tags(before, self.agent.q_network)
-            self._watching = False
+            self.measured_update()
+            self._measured = diagnostics.effective_learning_rate_tags(before, self.agent.q_network)
+            self._measuring = False
             count -= 1
         if count:
             self.make_updates(count)
 
-    def watched_update(self) -> None:
-        """Make the one update that is measured."""
+    def measured_update(self) -> None:
+        """Make the update that is measured."""
         self.make_updates(1)
 
     def initialize(self, observations: Tensor) -> None:
@@ -122,29 +122,29 @@ class Backend(ABC):
     def write_gradients(self) -> None:  # noqa: B027 - most backends have nothing to do
         """Let the parameters' ``.grad`` be the gradients of the last update."""
 
-    def watch_next_update(self) -> None:
-        """Measure the effective learning rate of the next update, which then waits for the device."""
-        self._watching = True
+    def measure_next_update(self) -> None:
+        """Measure the effective learning rates of the next update, which then waits for the device."""
+        self._measuring = True
 
     def effective_learning_rates(self) -> dict[str, float]:
-        """Return what the watched update did, by TensorBoard tag; empty before it is made."""
-        return self._watched
+        """Return the effective learning rates of the measured update, by TensorBoard tag; empty before there is one."""
+        return self._measured
 
-    def watch_state(self) -> dict[str, Any]:
-        """Return whether the next update is watched, and what the last watched one did, as a checkpoint keeps it."""
-        values = [self._watched[tag] for tag in sorted(self._watched)]
-        return {"watching": int(self._watching), "watched": torch.tensor(values, dtype=torch.float64)}
+    def measurement_state(self) -> dict[str, Any]:
+        """Return whether the next update is to be measured, and the last measurement, for a checkpoint."""
+        values = [self._measured[tag] for tag in sorted(self._measured)]
+        return {"measuring": int(self._measuring), "measured": torch.tensor(values, dtype=torch.float64)}
 
-    def load_watch_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`watch_state` returned."""
+    def load_measurement_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`measurement_state` returned."""
         weights = diagnostics.weights(self.agent.q_network)
         tags = sorted(diagnostics.effective_learning_rate_tags(weights, self.agent.q_network))
-        values = state["watched"].tolist()
-        self._watching = bool(state["watching"])
-        self._watched = dict(zip(tags, values, strict=True)) if values else {}
+        values = state["measured"].tolist()
+        self._measuring = bool(state["measuring"])
+        self._measured = dict(zip(tags, values, strict=True)) if values else {}
 
     def offending_transitions(self) -> Tensor | None:
-        """Return the indices in replay of the first minibatch whose loss was not finite, int64 (B,); None: none."""
+        """Return the replay indices of the first minibatch whose loss was not finite, int64 (B,); None if all were."""
         return self.agent.offending_transitions()
 
     # --- state ---------------------------------------------------------------------------------------------------

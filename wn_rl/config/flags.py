@@ -1,4 +1,4 @@
-"""Types of configuration keys as a person writes them: counts, ``auto``, options, layer names."""
+"""Types of configuration keys as a user writes them: counts, ``auto``, options, layer names."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     """Return ``g=exp rate=0.05`` as a mapping from name to text.
 
     Raises:
-        ValueError: a word is not NAME=VALUE, or a name stands twice.
+        ValueError: a word is not NAME=VALUE, or a name appears twice.
     """
     found: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not (name and equals and value) or name in found:
-            raise ValueError(f"'{word}' is not NAME=VALUE, or the name stands twice")
+            raise ValueError(f"'{word}' is not NAME=VALUE, or the name appears twice")
         found[name] = value
     return found

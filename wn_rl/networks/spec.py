@@ -142,7 +142,7 @@ def layer_names(convolutions: int) -> tuple[str, ...]:
 def treated_names(entry: Parameterization, convolutions: int) -> tuple[str, ...]:
     """Return the names of a Q-network's layers that the source of ``entry`` treats."""
     hidden = layer_names(convolutions)[:-1]
-    return {"all": (*hidden, "output"), "hidden": hidden, "penultimate": ("hidden",)}[entry.treats]
+    return {"all": (*hidden, "output"), "hidden": hidden, "penultimate": ("hidden",)}[entry.default_layers]
 
 
 def _options(values: object) -> dict[str, Any]:

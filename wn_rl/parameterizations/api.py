@@ -28,7 +28,7 @@ from wn_rl.parameterizations.base import (
     tidy,
     weight_names,
 )
-from wn_rl.parameterizations.notes import entry_of, forget_notes, note_entry, was_taken_off
+from wn_rl.parameterizations.notes import forget_notes, note_parameterization, parameterization_of, was_taken_off
 from wn_rl.parameterizations.reset import ResetParameters
 from wn_rl.parameterizations.rollback import unchanged_on_failure
 
@@ -63,7 +63,7 @@ def treated_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Parameterizat
     """Return the layers of ``model`` that carry a parameterization, with it, by their name."""
     found = {}
     for name, module in model.named_modules():
-        entry = entry_of(module)
+        entry = parameterization_of(module)
         if entry is not None:
             found[name] = (module, entry)
     return found
@@ -155,7 +155,7 @@ def attach(entry: Parameterization, layer: nn.Module) -> None:
     """Put ``entry`` on ``layer``, which it has accepted."""
     before = set(layer._modules)
     entry.apply(layer)
-    note_entry(layer, entry, tuple(name for name in layer._modules if name not in before))
+    note_parameterization(layer, entry, tuple(name for name in layer._modules if name not in before))
     ResetParameters.replace(layer)
 
 
@@ -173,7 +173,7 @@ def _problem(entry: Parameterization, layer: nn.Module, *, shared: str | None) -
         part = "bias" if shared == "bias" else "weight"
         return f"its {part} is shared with another layer, which would be left behind"
     try:
-        entry.check(layer)
+        entry.validate(layer)
     except ValueError as error:
         return str(error)
     return ""
@@ -226,7 +226,7 @@ def project(model: nn.Module) -> None:
 
 def forward(layer: nn.Module, x: Tensor) -> Tensor:
     """Return ``layer(x)``, the cheapest way that the layer's parameterization knows to the same values."""
-    entry = entry_of(layer)
+    entry = parameterization_of(layer)
     return entry.forward(layer, x) if entry is not None else layer(x)
 
 

@@ -13,8 +13,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from wn_rl.parameterizations import recurrent
-from wn_rl.parameterizations.notes import entry_of as entry_of
 from wn_rl.parameterizations.notes import forget_notes
+from wn_rl.parameterizations.notes import parameterization_of as parameterization_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -193,7 +193,7 @@ class Parameterization:
     projects: ClassVar[bool] = False
     """Whether :func:`wn_rl.project` must follow every optimizer step."""
 
-    treats: ClassVar[Literal["all", "hidden", "penultimate"]] = "all"
+    default_layers: ClassVar[Literal["all", "hidden", "penultimate"]] = "all"
     """Which layers of a Q-network its source treats: all, all but the output layer, or the one before the output."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
@@ -202,7 +202,7 @@ class Parameterization:
     dtypes: ClassVar[tuple[torch.dtype, ...] | None] = REAL
     """Dtypes of a weight that it can treat, None for any."""
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse a layer that it cannot treat.
 
         Raises:
@@ -210,7 +210,7 @@ class Parameterization:
         """
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in layer.parameters()):
             raise ValueError("it has no weights yet (a lazy layer): run the model once before")
-        before = entry_of(layer)
+        before = parameterization_of(layer)
         if (before is not None and not before.leaves_plain) or parametrize.is_parametrized(layer):
             raise ValueError(
                 "it is parametrized already; fold() takes a parameterization of this library off, "
@@ -227,7 +227,7 @@ class Parameterization:
                 raise ValueError(f"its weight is {weight.dtype}; '{self.name}' treats {known}")
 
     def apply(self, layer: nn.Module) -> None:
-        """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
+        """Reparameterize ``layer``, which :meth:`validate` has accepted, in place."""
         raise TypeError(f"{type(self).__name__} does not say how it treats a layer")
 
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
@@ -335,13 +335,13 @@ def tidy(layer: nn.Module) -> None:
 class WeightParameterization(Parameterization):
     """A parameterization that computes the weight itself, through ``torch.nn.utils.parametrize``.
 
-    A subclass says which module computes w (:meth:`computes`): its ``forward`` takes the trained tensors, its
-    ``right_inverse`` gives them for a weight. Recurrent layers have each of their weight matrices treated.
+    A subclass returns the module that computes w (:meth:`make_parametrization`): its ``forward`` takes the trained
+    tensors, its ``right_inverse`` returns them for a weight. In recurrent layers each weight matrix is parameterized.
     """
 
     foldable = True
 
-    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+    def make_parametrization(self, units: Units, weight: Tensor) -> nn.Module:
         """Return the module that computes a weight of the shape of ``weight``."""
         raise TypeError(f"{type(self).__name__} does not say how it computes a weight")
 
@@ -349,7 +349,7 @@ class WeightParameterization(Parameterization):
         """Register the parametrization of each weight of ``layer``."""
         for name in weight_names(layer):
             weight = getattr(layer, name)
-            parametrize.register_parametrization(layer, name, self.computes(Units.of(layer), weight))
+            parametrize.register_parametrization(layer, name, self.make_parametrization(Units.of(layer), weight))
         if isinstance(layer, nn.RNNBase):
             recurrent.keep_no_weights(layer)
 
@@ -456,9 +456,9 @@ class OutputNormalization(Parameterization):
         """Return the module that normalizes the output of ``layer``."""
         raise TypeError(f"{type(self).__name__} does not say how it normalizes")
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse recurrent layers, and those whose owner reads the weight instead of calling them."""
-        super().check(layer)
+        super().validate(layer)
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             raise ValueError("it is part of an attention that never calls it, so its output cannot be normalized")
         if "normalization" in layer._modules:

@@ -196,10 +196,10 @@ class WeightNormalizationWithMeanOnly(OutputNormalization):
         """Return t − μ[t] + b."""
         return mean_only(layer, bias, self.rate)
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse what either part refuses."""
-        super().check(layer)
-        WeightNormalization().check(layer)
+        super().validate(layer)
+        WeightNormalization().validate(layer)
 
     def apply(self, layer: nn.Module) -> None:
         """Put weight normalization on the weight and mean-only batch normalization behind the layer."""
@@ -244,9 +244,9 @@ class BatchNormalization(OutputNormalization):
         check_range("eps", self.eps, 0.0, 1.0)
         check_range("rate", self.rate, 0.0, 1.0)
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse, beside what every entry refuses, a unit whose weights are all zero where ε is: σ² is 0."""
-        super().check(layer)
+        super().validate(layer)
         if self.eps == 0.0:
             refuse_zero_weights(layer)
 

@@ -76,15 +76,15 @@ class LayerNormalization(OutputNormalization):
 
     preserves_output = False
     foldable = False
-    treats = "hidden"
+    default_layers = "hidden"
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("eps", self.eps, 0.0, 1.0)
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse, beside what every entry refuses, a weight that is zero where ε is: so is σ² of every example."""
-        super().check(layer)
+        super().validate(layer)
         if self.eps == 0.0:
             refuse_zero_weights(layer, whole=True)
 

@@ -16,7 +16,7 @@ _ENTRY = f"{OWN}parameterization"
 _ADDED = f"{OWN}added"
 
 
-def entry_of(layer: nn.Module) -> Parameterization | None:
+def parameterization_of(layer: nn.Module) -> Parameterization | None:
     """Return the parameterization on ``layer``, None where there is none (any more)."""
     entry: Parameterization | None = layer.__dict__.get(_ENTRY)
     added = layer.__dict__.get(_ADDED)
@@ -33,7 +33,7 @@ def added_modules(layer: nn.Module) -> tuple[str, ...]:
     return tuple(layer.__dict__.get(_ADDED, ()))
 
 
-def note_entry(layer: nn.Module, entry: Parameterization, added: tuple[str, ...]) -> None:
+def note_parameterization(layer: nn.Module, entry: Parameterization, added: tuple[str, ...]) -> None:
     """Write on ``layer`` which parameterization it carries, and which submodules that has ``added``."""
     layer.__dict__[_ENTRY] = entry
     layer.__dict__[_ADDED] = added
@@ -47,4 +47,4 @@ def forget_notes(layer: nn.Module) -> None:
 
 def was_taken_off(layer: nn.Module) -> bool:
     """Return whether torch's ``remove_parametrizations`` has taken a parameterization off ``layer``."""
-    return _ENTRY in layer.__dict__ and entry_of(layer) is None
+    return _ENTRY in layer.__dict__ and parameterization_of(layer) is None

@@ -64,14 +64,14 @@ class ProjectedWeights(WeightParameterization):
     g: Literal["direct", "none"] = "direct"
 
     projects = True
-    treats = "hidden"
+    default_layers = "hidden"
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
-        super().check(layer)
+        super().validate(layer)
         refuse_zero_weights(layer)
 
-    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+    def make_parametrization(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = g · v."""
         return Projected(units, has_scale=self.g == "direct")
 

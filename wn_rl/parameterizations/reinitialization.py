@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from wn_rl.parameterizations.api import Choice, select
 from wn_rl.parameterizations.base import LAYERS, weight_names
-from wn_rl.parameterizations.notes import added_modules, entry_of
+from wn_rl.parameterizations.notes import added_modules, parameterization_of
 from wn_rl.parameterizations.reset import StandIns
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -109,7 +109,7 @@ def _parts_of_parameterizations(model: nn.Module) -> set[int]:
     return {
         id(part)
         for layer in model.modules()
-        if entry_of(layer) is not None
+        if parameterization_of(layer) is not None
         for added in added_modules(layer)
         if added in layer._modules
         for part in layer._modules[added].modules()  # type: ignore[union-attr]
@@ -134,7 +134,7 @@ def _problem(layer: nn.Module) -> str:
         return "it has no weights yet (a lazy layer): run the model once before"
     if any(tensor.is_meta for tensor in tensors):
         return "it has no values on the meta device: to_empty() gives it some"
-    if entry_of(layer) is not None:
+    if parameterization_of(layer) is not None:
         return ""
     if parametrize.is_parametrized(layer):
         return "it carries a parametrization of torch's own, whose tensors reset_parameters() does not reach"

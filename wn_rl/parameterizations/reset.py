@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from wn_rl.parameterizations.base import bias_of, parameter_names, weight_names
-from wn_rl.parameterizations.notes import OWN, added_modules, entry_of
+from wn_rl.parameterizations.notes import OWN, added_modules, parameterization_of
 from wn_rl.parameterizations.rollback import unchanged_on_failure
 
 _NAME = "reset_parameters"
@@ -41,7 +41,7 @@ class ResetParameters:
         layer = self._layer()
         if layer is None:
             raise ReferenceError("the layer of this reset_parameters() is gone")
-        if entry_of(layer) is None:
+        if parameterization_of(layer) is None:
             getattr(type(layer), _NAME)(layer)  # torch's remove_parametrizations() has left a plain layer
             return
         drawn = StandIns(device=None)
@@ -57,7 +57,7 @@ class ResetParameters:
     @classmethod
     def replace(cls, layer: nn.Module) -> None:
         """Take the place of the layer's ``reset_parameters``, unless its parameterization leaves it plain."""
-        entry = entry_of(layer)
+        entry = parameterization_of(layer)
         if entry is not None and not entry.leaves_plain and _NAME not in layer.__dict__:
             layer.__dict__[_NAME] = cls(layer)
 
@@ -81,7 +81,7 @@ class StandIns:
         """Return the copy of ``module``: the same class and attributes, no hooks, no parameterization of ours."""
         if module in self.pairs:
             return self.pairs[module]
-        treated = entry_of(module) is not None
+        treated = parameterization_of(module) is not None
         kind: type[nn.Module] = parametrize.type_before_parametrizations(module) if treated else type(module)
         plain = kind.__new__(kind)
         self.pairs[module] = plain
@@ -115,9 +115,9 @@ class StandIns:
             ValueError: one cannot treat what was drawn, or its layer carries more than its parameterization.
         """
         for module, plain in self.pairs.items():
-            entry = entry_of(module)
+            entry = parameterization_of(module)
             if entry is not None:
-                entry.check(plain)
+                entry.validate(plain)
                 entry.apply(plain)
         for module, plain in self.pairs.items():
             added = added_modules(module)
@@ -143,7 +143,7 @@ class StandIns:
 
 def _plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a layer's parameters as they would be without parameterization, in the order of a plain layer."""
-    if entry_of(module) is None:
+    if parameterization_of(module) is None:
         return dict(module._parameters)
     modes = [(inner, inner.training) for inner in module.modules()]
     try:

@@ -82,20 +82,20 @@ class SpectralNormalization(WeightParameterization):
 
     has_training_mode = True
     preserves_output = False
-    treats = "penultimate"
+    default_layers = "penultimate"
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("iterations", self.iterations, 1, 1000)
         check_range("eps", self.eps, 0.0, 1e-3)
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse, beside what every entry refuses, a weight that is zero: so is its largest singular value."""
-        super().check(layer)
+        super().validate(layer)
         # σ is at least the largest element; below eps power iteration would not reach vectors of length 1.
         refuse_zero_weights(layer, whole=True, eps=self.eps)
 
-    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+    def make_parametrization(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = v / σ(v)."""
         return SpectralNormalized(units, weight, self.iterations, self.eps)
 

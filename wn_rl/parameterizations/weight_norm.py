@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from wn_rl.parameterizations.base import (
     Units,
     WeightParameterization,
-    entry_of,
+    parameterization_of,
     refuse_zero_length,
     refuse_zero_weights,
     transformed,
@@ -119,7 +119,7 @@ def defer(model: nn.Module) -> list[Deferred]:
     """
     deferred = []
     for layer in model.modules():
-        entry = entry_of(layer)
+        entry = parameterization_of(layer)
         if not isinstance(entry, WeightNormalization):
             continue
         scales_outputs = type(entry).forward is WeightNormalization.forward and entry.g == "direct"
@@ -150,12 +150,12 @@ class WeightNormalization(WeightParameterization):
 
     data_dependent_init = True
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
-        super().check(layer)
+        super().validate(layer)
         refuse_zero_weights(layer)
 
-    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+    def make_parametrization(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = g · v / ‖v‖."""
         return WeightNormalized(units, exponential=self.g == "exp")
 

@@ -26,7 +26,7 @@ PER_RUN = (
     "emulator_threads",
     "checkpoint_seconds",
     "checkpoint_period",
-    "journal",
+    "action_log",
     "log_period",
 )
 """Configuration keys in which the runs of one group differ without harm: what is kept or logged changes no weight."""

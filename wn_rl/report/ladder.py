@@ -25,7 +25,7 @@ NO_MATTER = frozenset(
         *("game", "param", "param_options", "preset", "frames", "seed", "batch_size", "run_dir", "learning_rates"),
         "chosen",
         *("device", "precision", "backend", "compile", "num_threads", "emulator_threads"),
-        *("checkpoint_seconds", "checkpoint_period", "journal", "reseed_period", "log_period", "evaluation_envs"),
+        *("checkpoint_seconds", "checkpoint_period", "action_log", "reseed_period", "log_period", "evaluation_envs"),
     }
 )
 """Keys in which a cell's runs may differ from the preset: its own, those of the machine, and those of what is kept."""

@@ -1,4 +1,4 @@
-"""A training episode seen again: found in the journal, played once more in colour."""
+"""A training episode seen again: found in the action log, played once more in colour."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ def training_episode(directory: Path, which: str) -> TrainingEpisode:
 
     Raises:
         UsageError: ``which`` is none of these, or there is no such episode.
-        CheckpointError: checkpoint or journal are missing or damaged, or do not fit each other.
+        CheckpointError: checkpoint or action log are missing or damaged, or do not fit each other.
     """
     files = RunDirectory(directory)
     saved = checkpoint.load(directory)
     config = saved.config
     loop = saved.training.get("loop", {})
-    if "rows" not in loop:
-        raise CheckpointError(f"{saved.path} was written by an earlier version, which kept no journal")
+    if "vector_steps" not in loop:
+        raise CheckpointError(f"{saved.path} was written by an earlier version, without an action log")
     sticky = config.sticky_actions > 0
     try:
         mark = Mark.of(loop, config.num_envs)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.path} is damaged: {error}") from None
-    history = read_history(files.journal, config.num_envs, config.reseed_period if sticky else 0, mark)
+    history = read_history(files.action_log, config.num_envs, config.reseed_period if sticky else 0, mark)
     rows = {int(float(row["frames"])): (number, row) for number, row in enumerate(read_rows(files.episodes), 1)}
     found: list[tuple[int, float, PlayedEpisode]] = []
     for episode in history.episodes():
         number, row = rows.get(episode.last_step * FRAME_SKIP, (0, {}))
         if number == 0 or int(float(row["length"])) != episode.length:
-            raise CheckpointError(f"{files.episodes} does not fit {files.journal}")
+            raise CheckpointError(f"{files.episodes} does not fit {files.action_log}")
         found.append((number, float(row["return"]), episode))
     number, episode_return, episode = _choose(found, which, len(rows), directory)
     begin, end = episode.first_row - history.first_row, episode.last_row + 1 - history.first_row
     seeded = episode.seeded_row - history.first_row
     if sticky and seeded < 0:
-        raise WnRlError(f"the journal of {directory} was trimmed: what led to episode {number} is no longer in it")
+        raise WnRlError(f"the action log of {directory} was trimmed: what led to episode {number} is no longer in it")
     pictures = render(
         config.game,
         history.rows[begin:end, episode.slot].tolist(),
@@ -98,7 +98,7 @@ def _choose(
         if entry[0] == int(which):
             return entry
     raise UsageError(
-        f"--replay-episode {which}: the journal of {directory} holds episodes {found[0][0]:,} to {found[-1][0]:,}"
+        f"--replay-episode {which}: the action log of {directory} holds episodes {found[0][0]:,} to {found[-1][0]:,}"
     )
 
 

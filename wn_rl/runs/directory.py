@@ -79,8 +79,8 @@ def _remove_unused(path: Path) -> None:
 class RunDirectory:
     """The files of one run.
 
-    ``config.yaml``, ``journal.bin``, TensorBoard events, ``evaluations.csv``, ``episodes.csv``, ``checkpoints/latest``,
-    ``checkpoints/best`` and ``summary.json``. Every axis is emulator frames.
+    ``config.yaml``, ``action_log.bin``, TensorBoard events, ``evaluations.csv``, ``episodes.csv``,
+    ``checkpoints/latest``, ``checkpoints/best`` and ``summary.json``. Every axis is emulator frames.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,7 +90,8 @@ class RunDirectory:
         self.evaluations = path / "evaluations.csv"
         self.episodes = path / "episodes.csv"
         self.summary = path / "summary.json"
-        self.journal = path / "journal.bin"
+        former = path / "journal.bin"  # in runs of earlier versions
+        self.action_log = former if former.exists() else path / "action_log.bin"
         self.nonfinite = path / "nonfinite"
         self.latest = path / "checkpoints" / "latest"
         self.best = path / "checkpoints" / "best"
@@ -308,7 +309,7 @@ def _below(directory: Path, is_one: Callable[[Path], bool], skipped: list[tuple[
     return found
 
 
-_OF_A_RUN = ("evaluations.csv", "episodes.csv", "summary.json", "journal.bin")
+_OF_A_RUN = ("evaluations.csv", "episodes.csv", "summary.json", "action_log.bin", "journal.bin")
 """Files that a directory without ``config.yaml`` has if it was a run."""
 
 

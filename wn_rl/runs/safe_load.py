@@ -75,7 +75,7 @@ def open_regular(path: Path, limit: int) -> Iterator[BinaryIO]:
 def read_json(path: Path, limit: int) -> Any:  # noqa: ANN401 - whatever the file holds
     """Return what a JSON file of at most ``limit`` bytes holds.
 
-    Refused beside what is no JSON: NaN and infinity, a key that stands twice, bytes that are no UTF-8, a number of
+    Refused beside what is no JSON: NaN and infinity, a key that appears twice, bytes that are no UTF-8, a number of
     more than ``MAX_DIGITS`` digits.
 
     Raises:
@@ -110,7 +110,7 @@ def parse_json(data: bytes) -> Any:  # noqa: ANN401 - whatever the text holds
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return found
 
 

@@ -225,7 +225,7 @@ class ReparameterizeThenOptimize:
         blanks = blank_layers(network)
         include: list[Any] | None = None if self.include is None else list(self.include)
         exclude: list[Any] = list(self.exclude)
-        treats = "all" if self.include is not None else self.parameterization.treats
+        treats = "all" if self.include is not None else self.parameterization.default_layers
         if treats == "penultimate":
             include = [layer for path in _paths(network) for layer in path[-2:-1]]
         elif treats == "hidden":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wn_rl.parameterizations import Parameterization
 from wn_rl.parameterizations.api import treated_layers
-from wn_rl.parameterizations.base import LAYERS, RECURRENT, Units, entry_of, weight_names
+from wn_rl.parameterizations.base import LAYERS, RECURRENT, Units, parameterization_of, weight_names
 
 TOLERANCE = 1e-4
 """Largest difference of a weight that went through a parameterization, in units of the unit's length: rounding in
@@ -68,7 +68,7 @@ class _FromPlain:
     ) -> None:
         """Replace plain weights in ``state``; others are left alone. A hook of ``Module.load_state_dict``."""
         found = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-        if not found or entry_of(layer) is None:  # a layer that was folded takes plain weights as they are
+        if not found or parameterization_of(layer) is None:  # a layer that was folded takes plain weights as they are
             return
         if found != set(self.blank.state_dict()):
             if self.loading is not None:
@@ -100,7 +100,7 @@ class _FromPlain:
             tensor.copy_(given[name])
         if not entry.foldable:
             raise ValueError(f"plain weights do not load into '{entry.name}': no parameters of it give the same output")
-        entry.check(layer)
+        entry.validate(layer)
         weights = {name: getattr(layer, name).clone() for name in weight_names(layer)}
         with torch.random.fork_rng(devices=[]):
             entry.apply(layer)
@@ -145,7 +145,7 @@ def refuse_after_fold(network: nn.Module) -> Callable[..., None]:
     layers = [layer for layer, entry in treated_layers(network).values() if not entry.leaves_plain]
 
     def check(*_: object) -> None:
-        if any(entry_of(layer) is None for layer in layers):
+        if any(parameterization_of(layer) is None for layer in layers):
             raise RuntimeError(
                 "the policy was folded, and its optimizer holds the parameters from before: save the model and load it "
                 "to train on"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wn_rl.networks import FirstConvolution, QNetwork
-from wn_rl.parameterizations.base import entry_of
+from wn_rl.parameterizations.base import parameterization_of
 from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
 from wn_rl.replay import Minibatch
@@ -72,7 +72,7 @@ def unsupported(network: QNetwork) -> str:
     """Return why ``network`` cannot be trained on packed weights, an empty text if it can."""
     layers = [*network.convolutions, network.hidden, network.output]
     for layer in layers:
-        entry = entry_of(layer)
+        entry = parameterization_of(layer)
         plain = entry is None or type(entry) is Standard
         if not plain and not (type(entry) is WeightNormalization and entry.g == "direct"):
             assert entry is not None
@@ -136,7 +136,7 @@ class PackedNetwork:
 
     def _layer(self, module: nn.Module) -> TrainedLayer:
         g: Tensor | None = None
-        if isinstance(entry_of(module), WeightNormalization):
+        if isinstance(parameterization_of(module), WeightNormalization):
             v, g = direction_and_scale(module)
         else:
             v = module.weight  # type: ignore[assignment]

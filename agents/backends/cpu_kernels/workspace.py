@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wn_rl.replay import Entries
+from wn_rl.replay import uniform
 
 from .layouts import pair_size
 from .packed_network import PackedWeights
@@ -153,7 +153,7 @@ class PreparedUpdate:
     """
 
     target: PackedWeights
-    storage: weakref.ref[Entries] | None
+    storage: weakref.ref[uniform.ReplayStorage] | None
     size: int
     loss: TDLoss
     passes: ctypes.Array[ForwardArgs]
@@ -165,7 +165,7 @@ class PreparedUpdate:
     spare_flat: Tensor
     alive: list[Any]
 
-    def serves(self, target: PackedWeights, storage: Entries, size: int, loss: TDLoss) -> bool:
+    def serves(self, target: PackedWeights, storage: uniform.ReplayStorage, size: int, loss: TDLoss) -> bool:
         """Whether these are the arguments of such an update."""
         same_replay = self.storage is not None and self.storage() is storage
         return same_replay and self.target is target and self.size == size and self.loss is loss

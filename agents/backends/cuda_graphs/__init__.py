@@ -108,7 +108,7 @@ class CudaGraphs(Backend):
             self.updating()
             self._count()
 
-    def watched_update(self) -> None:
+    def measured_update(self) -> None:
         """Make one update without what was recorded."""
         self._stage()
         self.updating.as_it_is()
