@@ -110,5 +110,5 @@ def test_a_csv_that_does_not_fit_is_told(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     lines = (run / "episodes.csv").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "episodes.csv").write_text("".join([lines[0], *lines[2:]]))
-    with pytest.raises(CheckpointError, match=r"does not fit .*journal\.bin"):
+    with pytest.raises(CheckpointError, match=r"does not fit .*action_log\.bin"):
         training_episode(tmp_path / "run", "best")

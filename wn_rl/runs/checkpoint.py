@@ -413,15 +413,15 @@ def _expected_weights(spec: QNetworkSpec, model: Path) -> dict[str, Layout]:
 def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
     """Refuse a network that does not match the configuration."""
     try:
-        entry = resolve(get(config.param).name, config.param_options)
+        parameterization = resolve(get(config.param).name, config.param_options)
     except KeyError:
         raise CheckpointError(unknown_in_file(config.param)) from None
     except ValueError as error:
         raise CheckpointError(f"param_options: {error}") from None
-    treated = treated_names(entry, len(spec.convolutions))
+    treated = treated_names(parameterization, len(spec.convolutions))
     pairs: dict[str, tuple[object, object]] = {
-        "the parameterization": (get(spec.parameterization).name, entry.name),
-        "its options": (spec.entry().options(), entry.options()),
+        "the parameterization": (get(spec.parameterization).name, parameterization.name),
+        "its options": (spec.entry().options(), parameterization.options()),
         "the layers": (
             treated if spec.layers is None else spec.layers,
             treated if config.param_layers is None else config.param_layers,

@@ -51,7 +51,7 @@ class _FromPlain:
     """Turns a layer's plain weights in a state dict into those of its parameterization."""
 
     blank: nn.Module
-    entry: Parameterization
+    parameterization: Parameterization
     name: str
     loading: PlainLoading | None
 
@@ -92,33 +92,35 @@ class _FromPlain:
         Raises:
             ValueError: they have other shapes, or no parameters of the parameterization give these weights.
         """
-        entry = self.entry
+        parameterization = self.parameterization
         layer = copy.deepcopy(self.blank).to_empty(device="cpu").eval()
         for name, tensor in layer.state_dict().items():
             if tensor.shape != given[name].shape:
                 raise ValueError(f"its {name} is of shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(given[name])
-        if not entry.foldable:
-            raise ValueError(f"plain weights do not load into '{entry.name}': no parameters of it give the same output")
-        entry.validate(layer)
+        if not parameterization.foldable:
+            raise ValueError(
+                f"plain weights do not load into '{parameterization.name}': no parameters of it give the same output"
+            )
+        parameterization.validate(layer)
         weights = {name: getattr(layer, name).clone() for name in weight_names(layer)}
         with torch.random.fork_rng(devices=[]):
-            entry.apply(layer)
+            parameterization.apply(layer)
         units = Units.of(layer)
-        if not entry.preserves_output and not isinstance(layer, RECURRENT):
-            before, now = units.norm(weights["weight"]), units.norm(_folded(layer, entry)["weight"])
+        if not parameterization.preserves_output and not isinstance(layer, RECURRENT):
+            before, now = units.norm(weights["weight"]), units.norm(_folded(layer, parameterization)["weight"])
             with contextlib.suppress(TypeError):  # it has no scale: the comparison below says whether that matters
-                entry.rescale(layer, torch.where(now > 0, before / now, 1.0).flatten())
-        for name, weight in _folded(layer, entry).items():
+                parameterization.rescale(layer, torch.where(now > 0, before / now, 1.0).flatten())
+        for name, weight in _folded(layer, parameterization).items():
             if bool((units.norm(weight - weights[name]) > TOLERANCE * units.norm(weights[name])).any()):
-                raise ValueError(f"no parameters of '{entry.name}' give the {name} that is loaded")
+                raise ValueError(f"no parameters of '{parameterization.name}' give the {name} that is loaded")
         return layer.state_dict()
 
 
-def _folded(layer: nn.Module, entry: Parameterization) -> dict[str, Tensor]:
+def _folded(layer: nn.Module, parameterization: Parameterization) -> dict[str, Tensor]:
     """Return the plain weights that a treated layer's come to."""
     plain = copy.deepcopy(layer)
-    entry.fold(plain)
+    parameterization.fold(plain)
     return {name: getattr(plain, name).detach() for name in weight_names(plain)}
 
 
@@ -142,7 +144,9 @@ def refuse_after_fold(network: nn.Module) -> Callable[..., None]:
 
     The optimizer holds the parameters from before, so that the weights that are used would silently stay what they are.
     """
-    layers = [layer for layer, entry in treated_layers(network).values() if not entry.leaves_plain]
+    layers = [
+        layer for layer, parameterization in treated_layers(network).values() if not parameterization.leaves_plain
+    ]
 
     def check(*_: object) -> None:
         if any(parameterization_of(layer) is None for layer in layers):
@@ -162,8 +166,8 @@ def accept_plain_weights(network: nn.Module, blanks: dict[nn.Module, nn.Module],
         blanks: its layers before, by :func:`blank_layers`.
         loading: what the trained network shares with its optimizer; None for a target network.
     """
-    for name, (layer, entry) in treated_layers(network).items():
+    for name, (layer, parameterization) in treated_layers(network).items():
         blank = blanks.get(layer)
-        if blank is not None and not entry.leaves_plain:
-            hook = _FromPlain(blank, entry, name, loading).convert
+        if blank is not None and not parameterization.leaves_plain:
+            hook = _FromPlain(blank, parameterization, name, loading).convert
             layer.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]

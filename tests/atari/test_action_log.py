@@ -1,4 +1,4 @@
-"""The journal on disk, and emulators and replay made anew from it."""
+"""The action log on disk, and emulators and replay that are restored from it."""
 
 from __future__ import annotations
 
@@ -68,20 +68,22 @@ class TestState:
 @given(rows=st.lists(st.tuples(*[st.integers(0, 255)] * 4), min_size=1, max_size=60), marks=st.sets(st.integers(1, 60)))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_is_read_is_what_was_written(tmp_path: Path, rows: list[tuple[int, ...]], marks: set[int]) -> None:
-    journal = ActionLog(tmp_path / "journal.bin", 4, 0)
-    journal.create()
+    log = ActionLog(tmp_path / "action_log.bin", 4, 0)
+    log.create()
     known: list[Mark] = []
     for count, row in enumerate(rows, 1):
-        journal.append(np.array(row, np.uint8))
+        log.append(np.array(row, np.uint8))
         if count in marks:
-            known.append(journal.mark())
-    known.append(journal.mark())
+            known.append(log.mark())
+    known.append(log.mark())
     for mark in known:
-        assert read_history(tmp_path / "journal.bin", 4, 0, mark).rows.tolist() == [list(r) for r in rows[: mark.rows]]
+        assert read_history(tmp_path / "action_log.bin", 4, 0, mark).rows.tolist() == [
+            list(r) for r in rows[: mark.rows]
+        ]
 
 
 def test_writing_goes_on_behind_a_mark_and_drops_what_came_after(tmp_path: Path) -> None:
-    path = tmp_path / "journal.bin"
+    path = tmp_path / "action_log.bin"
     first = ActionLog(path, 2, 0)
     first.create()
     first.append(rows_of((1, 1))[0])
@@ -101,54 +103,54 @@ def test_writing_goes_on_behind_a_mark_and_drops_what_came_after(tmp_path: Path)
 
 @pytest.mark.parametrize("place", [3, 20, 60, 90, -40, -1])
 def test_a_flipped_bit_is_found(tmp_path: Path, place: int) -> None:
-    path = tmp_path / "journal.bin"
-    journal = ActionLog(path, 2, 0)
-    journal.create()
+    path = tmp_path / "action_log.bin"
+    log = ActionLog(path, 2, 0)
+    log.create()
     rng = np.random.default_rng(0)
     for _ in range(100):
-        journal.append(rng.integers(0, 4, 2).astype(np.uint8))
-    mark = journal.mark()
+        log.append(rng.integers(0, 4, 2).astype(np.uint8))
+    mark = log.mark()
     data = bytearray(path.read_bytes())
     data[place] ^= 4
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"journal\.bin is damaged"):
+    with pytest.raises(CheckpointError, match=r"action_log\.bin is damaged"):
         read_history(path, 2, 0, mark)
 
 
-def test_a_journal_that_ends_too_early_is_another_runs_or_is_missing(tmp_path: Path) -> None:
-    path = tmp_path / "journal.bin"
-    journal = ActionLog(path, 2, 0)
+def test_a_action_log_that_ends_too_early_is_another_runs_or_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "action_log.bin"
+    log = ActionLog(path, 2, 0)
     with pytest.raises(CheckpointError, match="No such file"):
-        journal.open(Mark(1, ""))
-    journal.create()
-    journal.append(rows_of((1, 1))[0])
-    mark = journal.mark()
+        log.open(Mark(1, ""))
+    log.create()
+    log.append(rows_of((1, 1))[0])
+    mark = log.mark()
     with pytest.raises(CheckpointError, match="damaged"):
         read_history(path, 2, 0, Mark(2, mark.digest))
     with pytest.raises(CheckpointError, match="belongs to the checkpoint"):
         read_history(path, 2, 0, Mark(1, "0" * 64))
-    with pytest.raises(CheckpointError, match="not the journal of 3 emulators"):
+    with pytest.raises(CheckpointError, match="not the action log of 3 emulators"):
         read_history(path, 3, 0, mark)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CheckpointError, match="damaged"):
         read_history(path, 2, 0, mark)
 
 
-def test_trimming_keeps_what_a_rebuild_needs(tmp_path: Path) -> None:
-    path = tmp_path / "journal.bin"
-    journal = ActionLog(path, 2, 0)
-    journal.create()
+def test_trimming_keeps_what_a_resumed_run_needs(tmp_path: Path) -> None:
+    path = tmp_path / "action_log.bin"
+    log = ActionLog(path, 2, 0)
+    log.create()
     rng = np.random.default_rng(1)
     rows = rng.integers(0, 4, (400, 2)).astype(np.uint8)
     rows[100::90, 0] = AUTO_RESET
     rows[50::70, 1] = AUTO_RESET
     for index, row in enumerate(rows):
-        journal.append(row)
+        log.append(row)
         if index % 20 == 0:
-            journal.mark()
-    mark = journal.mark()
+            log.mark()
+    mark = log.mark()
     before, size = read_history(path, 2, 0, mark), path.stat().st_size
-    journal.trim(300)
+    log.trim(300)
     after = read_history(path, 2, 0, mark)
     assert path.stat().st_size < size / 2
     needed = before.state(300).needed_row(sticky=False)
@@ -156,30 +158,30 @@ def test_trimming_keeps_what_a_rebuild_needs(tmp_path: Path) -> None:
     assert np.array_equal(after.rows, rows[after.first_row :])
     assert np.array_equal(after.state(350).arrays(), before.state(350).arrays())
     assert after.state(350).steps == before.state(350).steps
-    journal.append(rows[0])
-    assert len(read_history(path, 2, 0, journal.mark()).rows) == len(after.rows) + 1
+    log.append(rows[0])
+    assert len(read_history(path, 2, 0, log.mark()).rows) == len(after.rows) + 1
     with pytest.raises(CheckpointError, match="is not in it"):
         after.state(0)
 
 
-def test_a_place_that_no_run_can_have_is_refused() -> None:
+def test_a_position_that_no_run_can_have_is_refused() -> None:
     """Two emulators, 5 agent steps: with an episode a step each resets every other time, so 6 vector steps at most."""
-    loop = {"agent_steps": 5, "journal": "00"}
-    assert Mark.of(loop | {"rows": 6}, 2) == Mark(6, "00")
+    loop = {"agent_steps": 5, "action_log": "00"}
+    assert Mark.of(loop | {"vector_steps": 6}, 2) == Mark(6, "00")
     for rows in (7, 10**12, -1):
         with pytest.raises(ValueError, match="are not 5 agent steps"):
-            Mark.of(loop | {"rows": rows}, 2)
+            Mark.of(loop | {"vector_steps": rows}, 2)
 
 
 def test_50_million_actions_fit_into_40_mb(tmp_path: Path) -> None:
-    journal = ActionLog(tmp_path / "journal.bin", 16, 0)
-    journal.create()
+    log = ActionLog(tmp_path / "action_log.bin", 16, 0)
+    log.create()
     rng = np.random.default_rng(0)
     # the hardest case: eighteen actions, all random
     for row in rng.integers(0, 18, (40_000, 16)).astype(np.uint8):
-        journal.append(row)
-    journal.mark()
-    assert (tmp_path / "journal.bin").stat().st_size / 640_000 * 50e6 < 40e6
+        log.append(row)
+    log.mark()
+    assert (tmp_path / "action_log.bin").stat().st_size / 640_000 * 50e6 < 40e6
 
 
 class RandomAgent:
@@ -223,10 +225,10 @@ def loop_of(config: TrainConfig, path: Path) -> TrainingLoop:
         sticky_actions=config.sticky_actions,
         max_frames_per_episode=config.max_frames,
     )
-    journal = ActionLog(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
+    log = ActionLog(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
     replay = Replay(config.replay_capacity, config.num_envs)
     backend = Eager(RandomAgent(env.num_actions), replay)  # type: ignore[arg-type]
-    return TrainingLoop(config, env, backend, replay, journal)
+    return TrainingLoop(config, env, backend, replay, log)
 
 
 @pytest.mark.parametrize("sticky", [0.0, 0.25])
@@ -252,7 +254,7 @@ def test_emulators_and_replay_get_to_where_they_were(
         reseed_period=period,
         noop_max=5,
     )
-    path = tmp_path / "journal.bin"
+    path = tmp_path / "action_log.bin"
     first = loop_of(config, path)
     assert first.action_log is not None
     first.action_log.create()
@@ -267,8 +269,8 @@ def test_emulators_and_replay_get_to_where_they_were(
     assert content(second.replay) == content(first.replay)
     assert second.replay.checksum() == first.replay.checksum()
     assert second.agent_steps == first.agent_steps
-    journalled = [(episode.last_step * 4, episode.length) for episode in history.episodes()]
-    assert journalled == [(episode.frames, episode.length) for episode in ended][: len(journalled)]
+    logged = [(episode.last_step * 4, episode.length) for episode in history.episodes()]
+    assert logged == [(episode.frames, episode.length) for episode in ended][: len(journalled)]
     second.agent._generator.set_state(first.agent._generator.get_state())  # type: ignore[attr-defined]
     for _ in range(60):
         assert first.vector_step() == second.vector_step()
@@ -288,7 +290,7 @@ def test_reseeding_is_due_once_a_period_at_an_episodes_start(tmp_path: Path) -> 
         max_frames_per_episode=80,  # an episode every 20 agent steps of each
         reseed_period=120,
     )
-    loop = loop_of(config, tmp_path / "journal.bin")
+    loop = loop_of(config, tmp_path / "action_log.bin")
     assert loop.action_log is not None
     loop.action_log.create()
     loop.start()
