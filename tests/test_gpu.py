@@ -231,7 +231,7 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(capsys: pytest.CaptureFixture[
     assert float(total) == pytest.approx(expected, rel=1e-5)
     assert torch.cuda.current_stream() == stream
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("summing cannot be recorded as a CUDA graph and runs slower: ")
+    assert line.startswith("summing cannot be captured as a CUDA graph and runs slower: ")
     # Another piece of work can still be recorded afterwards.
     other = Repeated("adding", lambda: total.add_(1) and None, CudaRecorder(CUDA), [])
     before = float(total)

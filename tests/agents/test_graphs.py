@@ -229,7 +229,7 @@ def test_what_cannot_be_recorded_is_done_as_it_is_with_one_line(capsys: pytest.C
         sides.assert_recorded_is_as_it_is()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"{name} cannot be recorded as a CUDA graph and runs slower: operation not permitted when stream is capturing"
+        f"{name} cannot be captured as a CUDA graph and runs slower: operation not permitted when stream is capturing"
         for name in ("acting", "the update")
     ]
 
@@ -333,7 +333,7 @@ def test_a_failed_recording_gives_stream_and_generators_back(
     assert torch.equal(generator.given, before)
     assert seen == [*["recording"] * (WARM_UPS + 1), "default", "default"], "done as it is, on the stream of before"
     assert capsys.readouterr().err.startswith(
-        "work cannot be recorded as a CUDA graph and runs slower: operation failed"
+        "work cannot be captured as a CUDA graph and runs slower: operation failed"
     )
 
 
@@ -426,5 +426,5 @@ def test_recording_leaves_no_trace_and_repeating_goes_on() -> None:
         expected += torch.rand(2, generator=expected_generator)
         assert torch.equal(total, expected), call
         assert repeated.recorded == (call >= WARM_UPS)
-    repeated.as_it_is()
+    repeated.run_directly()
     assert torch.equal(total, expected + torch.rand(2, generator=expected_generator))

@@ -270,7 +270,7 @@ def test_emulators_and_replay_get_to_where_they_were(
     assert second.replay.checksum() == first.replay.checksum()
     assert second.agent_steps == first.agent_steps
     logged = [(episode.last_step * 4, episode.length) for episode in history.episodes()]
-    assert logged == [(episode.frames, episode.length) for episode in ended][: len(journalled)]
+    assert logged == [(episode.frames, episode.length) for episode in ended][: len(logged)]
     second.agent._generator.set_state(first.agent._generator.get_state())  # type: ignore[attr-defined]
     for _ in range(60):
         assert first.vector_step() == second.vector_step()
