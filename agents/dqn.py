@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wn_rl.config import TrainConfig
-from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
+from wn_rl.config import TrainConfig, network_spec
+from wn_rl.networks import Network, build_q_network, output_deviations
 from wn_rl.parameterizations import initialize_from_data, project
-from wn_rl.parameterizations.api import treated_layers
 from wn_rl.replay import Minibatch
 from wn_rl.training import Statistics
 
@@ -55,17 +54,10 @@ class DQN:
         self.config = config
         self.device = device
         self.precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        spec = QNetworkSpec(
-            num_actions,
-            config.param,
-            options=config.param_options,
-            layers=config.param_layers,
-            hidden_units=config.hidden_units,
-            weight_init=config.weight_init,
-        )
+        spec = network_spec(config, num_actions)
         self.parameterization = spec.entry()
         statistics_fixed = self.parameterization.batch_independent or config.target_statistics == "running"
-        self.q_network: QNetwork = build_q_network(spec, seed=config.seed).to(device).eval()
+        self.q_network: Network = build_q_network(spec, seed=config.seed).to(device).eval()
         self.target = TargetNetwork(
             build_q_network(spec, seed=config.seed).to(device).eval(),
             folds=self.parameterization.foldable and statistics_fixed,
@@ -79,7 +71,7 @@ class DQN:
         self._restored_gradient_norm = math.nan
 
     @property
-    def target_network(self) -> QNetwork:
+    def target_network(self) -> Network:
         """The target network with its parameterization; change its weights only between updates."""
         return self.target.network
 
@@ -117,8 +109,7 @@ class DQN:
         """
         if self.config.data_dependent_init:
             std = 1.0 if self.config.output_init == "unit-variance" else self.config.output_init_std
-            treats_output = "output" in treated_layers(self.q_network)
-            initialize_from_data(self.q_network, observations, std_of={"output": std} if treats_output else None)
+            initialize_from_data(self.q_network, observations, std_of=output_deviations(self.q_network, std))
         self.copy_target()
 
     def forward(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
@@ -182,8 +173,8 @@ class DQN:
     @contextlib.contextmanager
     def training_mode(self) -> Iterator[None]:
         """Put the networks into training mode for an optimizer step; project the weights after it."""
-        # Only some parameterizations depend on the mode, and switching visits the whole module tree.
-        switch_mode = self.parameterization.has_training_mode
+        # Only some parameterizations and networks depend on the mode, and switching visits the whole module tree.
+        switch_mode = self.parameterization.has_training_mode or self.q_network.has_training_mode
         if switch_mode:
             self.q_network.train()
             batch_statistics = self.config.target_statistics == "batch" and not self.parameterization.batch_independent

@@ -15,6 +15,12 @@ from wn_rl.config import TrainConfig
 from wn_rl.errors import one_line
 
 OptimizerName = Literal["adamax", "adam", "rmsprop_mnih"]
+MOMENTS: dict[OptimizerName, tuple[str, str]] = {
+    "adamax": ("exp_avg", "exp_inf"),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "rmsprop_mnih": ("mean", "square"),
+}
+"""The names under which each optimizer keeps its two moments."""
 
 
 class RMSpropMnih(torch.optim.Optimizer):

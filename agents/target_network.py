@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wn_rl.networks import QNetwork
+from wn_rl.networks import Network
 from wn_rl.parameterizations import fold
 
 
@@ -26,7 +26,7 @@ class TargetNetwork:
             is out of date.
     """
 
-    def __init__(self, network: QNetwork, *, folds: bool, precision: torch.dtype) -> None:
+    def __init__(self, network: Network, *, folds: bool, precision: torch.dtype) -> None:
         """Wrap ``network``, which is not trained.
 
         Args:
@@ -37,7 +37,7 @@ class TargetNetwork:
         self.network = network.requires_grad_(False)
         self.folds = folds
         self._precision = precision
-        self._folded: QNetwork | None = None
+        self._folded: Network | None = None
         self._keeps_addresses = False
         self.copies = 0
 
@@ -67,7 +67,7 @@ class TargetNetwork:
         else:
             self._folded = None
 
-    def _fold(self) -> QNetwork:
+    def _fold(self) -> Network:
         plain = fold(copy.deepcopy(self.network))
         if self._precision is torch.bfloat16:
             plain.round_weights(torch.bfloat16)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from agents.backends.cpu_kernels.optimizers import FusedOptimizer
+from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from wn_rl.networks import QNetworkSpec
+
+IN_C: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("standard", {}),
+    ("wn", {}),
+    ("wn", {"g": "exp"}),
+    ("wn_projected", {}),
+    ("wn_projected", {"g": "none"}),
+)
+"""The parameterizations, with options, whose weights the C functions make themselves."""
 
 
 @st.composite
@@ -27,9 +39,11 @@ def networks(draw: st.DrawFn) -> QNetworkSpec:
         kernel, stride = draw(st.sampled_from(choices))
         layers.append((draw(st.sampled_from([16, 64, 80])), kernel, stride))
         down = (down - kernel) // stride + 1
+    param, options = draw(st.sampled_from(IN_C))
     spec = QNetworkSpec(
         draw(st.integers(1, 18)),
-        draw(st.sampled_from(["standard", "wn"])),
+        param,
+        options=options,
         observation_shape=(draw(st.integers(1, 4)), 4 * size, 4 * size),
         convolutions=tuple(layers),
         hidden_units=draw(st.sampled_from([16, 48])),
@@ -45,3 +59,8 @@ def mostly_black(shape: tuple[int, ...], lit: float, generator: torch.Generator,
     blocks = torch.rand((shape[0], 1, shape[2] // 4, shape[3] // 4), generator=generator) < lit
     pixels = torch.rand(shape, generator=generator) < filled
     return noise * pixels * blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def fused_adamax(network: PackedNetwork, lr: float, betas: tuple[float, float], eps: float) -> FusedOptimizer:
+    """Return Adamax for a network with packed weights."""
+    return FusedOptimizer.like(torch.optim.Adamax(network.network.parameters(), lr, betas, eps), network)

@@ -19,7 +19,7 @@ LAYERS = (
     ("machine", "runs"),
     ("evaluation",),
     ("training",),
-    ("report",),
+    ("report", "video"),
     ("api", "commands"),
     ("__main__",),
 )

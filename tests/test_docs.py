@@ -11,7 +11,7 @@ import pytest
 from wn_rl.evaluation.protocols import PROTOCOLS
 from wn_rl.parameterizations import get, names, registry
 from wn_rl.parameterizations.base import make
-from wn_rl.report.table import CSV_COLUMNS
+from wn_rl.report.score_tables import CSV_COLUMNS
 
 DOCS = Path(__file__).parents[1] / "docs"
 PARAMETERIZATIONS = (DOCS / "parameterizations.md").read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def test_every_protocol_and_every_csv_column_has_its_line() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluation.splitlines() if line[:1] == "|"]
     for name, protocol in PROTOCOLS.items():
         (row,) = (row for row in rows if row[0] == f"`{name}`")
-        length = f"{protocol.steps:,} agent steps" if protocol.steps else f"{protocol.episodes} games"
+        length = f"{protocol.steps:,} agent steps" if protocol.steps else f"{protocol.episodes} episodes"
         cap = protocol.max_frames_per_episode
         assert row[1:7] == [
             length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +12,15 @@ import pytest
 import torch
 
 from agents.dqn import DQN
-from tests.small_runs import tiny
+from evaluate import main as evaluate
+from tests.small_runs import stopped_run, tiny
+from wn_rl import networks
+from wn_rl.errors import CheckpointError
+from wn_rl.networks import QNetworkSpec, build_q_network
+from wn_rl.networks.registry import NETWORKS
 from wn_rl.replay import Minibatch
 from wn_rl.runs import checkpoint
+from wn_rl.training.resume import open_for_resume
 from wn_rl.training.session import train
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -48,6 +55,43 @@ def test_an_example_trains(name: str, kind: str, backend: tuple[str, ...], tmp_p
     assert int(saved.training["agent"]["updates"]) > 10
 
 
+def test_the_network_trains_goes_on_and_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the page says: with the flag; without it one line names the flag, and nothing is imported from a file."""
+    monkeypatch.setattr(NETWORKS, "entries", dict(NETWORKS.entries))
+    monkeypatch.syspath_prepend(str(DOCS / "examples"))
+    networks.load("own_network:Residual")
+    config = replace(tiny(param="wn", network="own_network:Residual", frames=1600, hidden_units=32), device="cpu")
+    stopped_run(tmp_path, config, after=30)
+    resumed, saved = open_for_resume(tmp_path, {})
+    assert train(resumed, DQN, tmp_path, resume=saved, quiet=True) == 0
+    after = checkpoint.load(tmp_path)
+    assert after.config.backend == "eager"
+    assert int(after.training["agent"]["updates"]) > 200
+    flag, words = ["--network", "own_network:Residual"], ["--episodes", "1", "--max-frames-per-episode", "100"]
+    assert evaluate([str(tmp_path), *words, *flag]) == 0
+    assert "Breakout" in capsys.readouterr().out
+    del NETWORKS.entries["residual"]
+    monkeypatch.delitem(sys.modules, "own_network")
+    with pytest.raises(CheckpointError, match="is not imported from a file: add --network own_network:Residual"):
+        evaluate([str(tmp_path), *words])
+    assert "own_network" not in sys.modules
+
+
+def test_the_network_of_the_example_has_the_sizes_of_impala(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worked out by hand: 84 → 42 → 21 → 11 pixels, 16, 32, 32 channels; a stage has 1 + 2 convolutions of 3 × 3."""
+    monkeypatch.setattr(NETWORKS, "entries", dict(NETWORKS.entries))
+    example("own_network")
+    network = build_q_network(QNetworkSpec(4, network="residual", hidden_units=256), seed=0)
+    stages = [(4, 16), (16, 32), (32, 32)]
+    torso = sum((9 * inputs + 1) * outputs + 2 * (9 * outputs + 1) * outputs for inputs, outputs in stages)
+    dense = (32 * 11 * 11 + 1) * 256 + (256 + 1) * 4
+    assert sum(parameter.numel() for parameter in network.parameters()) == torso + dense == 1_048_628
+    wide = QNetworkSpec(4, network="residual", network_options={"width": 2}).outline()
+    assert wide.get_submodule("stages.6").out_channels == 64
+
+
 def test_double_dqn_bootstraps_from_the_action_that_the_online_network_chooses() -> None:
     agent: DQN = example("own_agent").DoubleDQN(replace(tiny(param="standard"), device="cpu"), 4, CPU)
     with torch.no_grad():
@@ -62,7 +106,9 @@ def test_double_dqn_bootstraps_from_the_action_that_the_online_network_chooses()
         assert float((td_error + q_value)[i].detach()) == pytest.approx(reward + bootstrap, abs=1e-5)
 
 
-@pytest.mark.parametrize(("page", "name"), [("own-agent.md", "own_agent"), ("own-loss.md", "own_loss")])
+@pytest.mark.parametrize(
+    ("page", "name"), [("own-agent.md", "own_agent"), ("own-loss.md", "own_loss"), ("own-network.md", "own_network")]
+)
 def test_a_page_shows_its_example(page: str, name: str) -> None:
     code = (DOCS / "examples" / f"{name}.py").read_text(encoding="utf-8")
     assert f"```python\n{code}```" in (DOCS / page).read_text(encoding="utf-8")

@@ -108,10 +108,10 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_what_is_there(
 ) -> None:
     run, out = save_checkpoint(tmp_path / "run", param="ln"), tmp_path / "network.zip"
     out.write_text("kept")
-    with pytest.raises(WnRlError, match="'ln' does not fold into plain weights"):
+    with pytest.raises(WnRlError, match="'ln' cannot be folded into plain weights"):
         export.export(trained.load(run), "sb3", out)
     assert export.export_command([run], How(), "torch", str(tmp_path / "ln.pt2")) == 0
-    assert "'ln' does not fold, so its layers were kept" in capsys.readouterr().out
+    assert "'ln' cannot be folded, so its layers were kept" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"must end in \.onnx"):
         export.export_command([run], How(), "onnx", str(out))
     with pytest.raises(UsageError, match="2 are named"):

@@ -72,7 +72,7 @@ def test_what_makes_no_protocol_is_refused() -> None:
         find_protocol("nature", {"steps": 5, "episodes": 5})
     with pytest.raises(UsageError, match="nothing to evaluate"):
         find_protocol("nature", {"episodes": 0})
-    with pytest.raises(UsageError, match="does not say how its emulators were set"):
+    with pytest.raises(UsageError, match="does not store its emulator settings"):
         find_protocol("training", {})
 
 

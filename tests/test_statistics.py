@@ -75,11 +75,11 @@ def test_hand_worked_intervals() -> None:
 def test_below_so_many_runs_a_bootstrap_says_nothing(runs: list[int], says: bool) -> None:
     rng = np.random.default_rng(0)
     scores = {str(game): rng.normal(size=count).tolist() for game, count in enumerate(runs)}
-    assert statistics.says_something([scores]) == says
+    assert statistics.is_informative([scores]) == says
     estimate = with_interval(mean, scores)
     assert (estimate.low is not None) == says
     assert estimate.n == (sum(runs),)
-    assert estimate.rests_on == (f"n = {sum(runs)}" if says else f"n = {sum(runs)}: no interval")
+    assert estimate.sample_size == (f"n = {sum(runs)}" if says else f"n = {sum(runs)}: no interval")
 
 
 def test_no_probability_of_improvement_is_certain() -> None:
@@ -87,7 +87,7 @@ def test_no_probability_of_improvement_is_certain() -> None:
     for n in (2, 3, 6):
         found = improvement_with_interval({"A": [1.0, 2, 3, 4, 5, 6][:n]}, {"A": [7.0, 8, 9, 10, 11, 12][:n]})
         assert found == Estimate(0.0, None, None, (n, n))
-        assert found.rests_on == f"n = {n} and {n}: no interval"
+        assert found.sample_size == f"n = {n} and {n}: no interval"
     assert with_interval(median, {"A": [4.0] * 9}) == Estimate(4.0, None, None, (9,))
 
 
@@ -152,9 +152,9 @@ def test_many_scores_take_neither_long_nor_much_memory() -> None:
 
 
 def test_nothing_and_other_games_are_refused() -> None:
-    with pytest.raises(ValueError, match="no runs"):
+    with pytest.raises(ValueError, match="at least one run"):
         mean({})
-    with pytest.raises(ValueError, match="no runs"):
+    with pytest.raises(ValueError, match="at least one run"):
         median({"A": []})
     with pytest.raises(ValueError, match="only one side has B"):
         probability_of_improvement({"A": [1.0]}, {"A": [1.0], "B": [1.0]})

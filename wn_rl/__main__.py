@@ -15,7 +15,7 @@ HELP = """usage: {program} COMMAND …
 
 Commands:
   train      train a DQN with a weight parameterization of your choice on an Atari game
-  evaluate   score trained networks, report on runs, film and export
+  evaluate   score trained networks, report on runs, write videos, export
 
 {program} COMMAND --help lists a command's flags; --version prints the version.
 """

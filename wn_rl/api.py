@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wn_rl import config as configuration
+from wn_rl import networks
 from wn_rl.atari.env import AtariVector, make_atari
 from wn_rl.config import TrainConfig
 from wn_rl.errors import UsageError, closest
@@ -24,7 +25,7 @@ from wn_rl.evaluation import policies, scoring
 from wn_rl.evaluation.episodes import environment_options
 from wn_rl.layout import import_agent
 from wn_rl.machine import pick_device
-from wn_rl.networks import QNetwork
+from wn_rl.networks import Network
 from wn_rl.output import notice
 from wn_rl.runs.directory import new_directory
 from wn_rl.training.resume import open_for_resume
@@ -47,7 +48,7 @@ class Policy:
         self.trained.network.to(self.device).eval()
 
     @property
-    def network(self) -> QNetwork:
+    def network(self) -> Network:
         """The Q-network, a ``torch.nn.Module`` in evaluation mode."""
         return self.trained.network
 
@@ -132,6 +133,7 @@ def load(
     game: str | None = None,
     param: str | None = None,
     param_options: Mapping[str, Any] | None = None,
+    network: str | type[Network] | None = None,
     device: str = "auto",
 ) -> Policy:
     """Load a trained network; nothing in the files is executed.
@@ -141,12 +143,16 @@ def load(
         game: that a Stable-Baselines3 file was trained on.
         param: its parameterization, where the file does not name it.
         param_options: of that parameterization.
+        network: of your own: its class, or ``module:Name``, which is imported; a checkpoint's is not, unless it stands
+            here.
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         CheckpointError: it is missing, damaged, or does not fit its game.
-        UsageError: a Stable-Baselines3 file without ``game``, or a GPU was asked for and there is none.
+        UsageError: there is no such network, a Stable-Baselines3 file without ``game``, or no GPU where one was asked
+            for.
     """
+    _registered(network)
     where = pick_device(device)
     return Policy(policies.load(Path(source), game=game, param=param, param_options=param_options), where)
 
@@ -167,7 +173,7 @@ def train(
         resume: go on with the run in ``run_dir``, exactly, instead of starting one.
         quiet: print nothing but errors.
         keys: configuration keys, over ``config``: ``game="Breakout", param="wn", frames=2_000_000``; ``run_dir`` says
-            where to.
+            where to, ``network`` may be a class, and ``module:Name`` in ``network`` is imported.
 
     Raises:
         UsageError: an unknown key or preset, or a value that makes no sense.
@@ -184,6 +190,8 @@ def train(
             raise UsageError(f"unknown configuration key '{key}'.{configuration.suggestion(key, known)}")
     if isinstance(keys.get("run_dir"), Path):
         keys["run_dir"] = str(keys["run_dir"])
+    if "network" in keys:
+        keys["network"] = _registered(keys["network"])
     keys = {key: configuration.coerce(key, value) for key, value in keys.items()}
     make_agent: MakeAgent = agent or import_agent("dqn").DQN
     if resume:
@@ -209,6 +217,24 @@ def train(
         return _ended(train_run(wanted, make_agent, directory, quiet=quiet), directory)
 
 
+def _registered(network: str | type[Network] | None) -> str | None:
+    """Return the name of a network, a class or a name, whose module is imported where it is ``module:Name``.
+
+    Raises:
+        UsageError: there is no such module or class, or the class is not registered.
+    """
+    if isinstance(network, str):
+        if ":" in network and not networks.is_known(network):
+            configuration.import_network(network)
+        return network
+    if network is None:
+        return None
+    try:
+        return networks.reference(network)
+    except ValueError as error:
+        raise UsageError(f"network: {error}") from None
+
+
 def _ended(code: int, directory: Path) -> Path:
     if code == 128 + signal.SIGINT:
         raise KeyboardInterrupt
@@ -228,6 +254,7 @@ def evaluate(
     game: str | None = None,
     param: str | None = None,
     param_options: Mapping[str, Any] | None = None,
+    network: str | type[Network] | None = None,
     **settings: Any,  # noqa: ANN401 - of the protocol
 ) -> scoring.Score:
     """Play a trained network under a named protocol and return its score.
@@ -242,6 +269,7 @@ def evaluate(
         game: that a Stable-Baselines3 file was trained on.
         param: its parameterization, where the file does not name it.
         param_options: of that parameterization.
+        network: as for :func:`load`.
         settings: of the protocol, over its own: ``episodes``, ``steps``, ``epsilon``, ``max_frames_per_episode``,
             ``noop_max``, ``sticky_actions``, ``fire_reset``, ``action_set``.
 
@@ -250,13 +278,14 @@ def evaluate(
 
     Raises:
         CheckpointError: it is missing, damaged, or does not fit its game or the protocol.
-        UsageError: an unknown protocol or setting, or nothing to evaluate.
+        UsageError: an unknown protocol, setting or network, or nothing to evaluate.
     """
     from wn_rl.evaluation.protocols import SETTINGS
 
     for key in settings:
         if key not in SETTINGS:
             raise UsageError(f"unknown setting '{key}'.{closest(key, SETTINGS)} There are: {', '.join(SETTINGS)}.")
+    _registered(network)
     how = scoring.How(
         protocol, settings, seed, num_envs, device, num_threads, game, param, param_options=dict(param_options or {})
     )

@@ -24,7 +24,7 @@ from wn_rl.parameterizations.weight_norm import WeightNormalized, direction_and_
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from wn_rl.networks import QNetwork
+    from wn_rl.networks import Network
 
 DORMANT_FRACTION = "diagnostics/dormant_fraction"
 SRANK = "diagnostics/srank"
@@ -86,7 +86,7 @@ def effective_learning_rate_tags(before: Mapping[str, Tensor], model: nn.Module)
 
 
 def collect(
-    network: QNetwork, observations: Tensor, minibatches: Sequence[Tensor], *, probe_states: int = PROBE_STATES
+    network: Network, observations: Tensor, minibatches: Sequence[Tensor], *, probe_states: int = PROBE_STATES
 ) -> dict[str, float]:
     """Return all that can be said from a network and some observations, by the tags of :data:`DIAGNOSTIC_TAGS`.
 
@@ -106,9 +106,9 @@ def collect(
         values |= {layer_tag(layer, quantity): norm for quantity, norm in norms.items()}
     values |= {layer_tag(layer, "gradient_norm"): norm for layer, norm in gradient_norms(network).items()}
     features, activity = _hidden_pass(network, observations)
-    dormant = torch.cat([_dormant(units, DORMANT_THRESHOLD) for units in activity.values()])
+    dormant = [_dormant(units, DORMANT_THRESHOLD) for units in activity.values()]
     finite = bool(features.isfinite().all())
-    values[DORMANT_FRACTION] = _fraction(dormant) if finite else math.nan
+    values[DORMANT_FRACTION] = _fraction(torch.cat(dormant)) if finite and dormant else math.nan
     values[SRANK] = float(srank(features)) if finite else math.nan
     enough = len(minibatches) > 1
     values[Q_NOISE] = batch_noise(network, observations[:probe_states], minibatches) if enough else math.nan
@@ -266,18 +266,18 @@ def _fraction(truth: Tensor) -> float:
 
 
 @torch.no_grad()
-def _hidden_pass(network: QNetwork, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _hidden_pass(network: Network, observations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the features, shape (B, hidden units), and the mean activity of every hidden layer's units.
 
-    The hidden layers are those that give the features, and a ReLU follows each. Only means are kept: the activations
-    of the first convolution are larger than the network.
+    The hidden layers are those that give the features, and :meth:`~wn_rl.networks.Network.activation`, a ReLU, follows
+    each. Only means are kept: the activations of the first convolution are larger than the network.
     """
     activity: dict[str, Tensor] = {}
     handles = []
 
     def note(name: str, layer: nn.Module) -> None:
         def after(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
-            activity[name] = _activity(output.relu())
+            activity[name] = _activity(network.activation(output))
 
         handles.append(layer.register_forward_hook(after))
 
@@ -308,13 +308,11 @@ def dormant_fraction(activations: Tensor, threshold: float = DORMANT_THRESHOLD) 
     return _fraction(_dormant(_activity(activations), threshold))
 
 
-def dormant_fractions(
-    network: QNetwork, observations: Tensor, threshold: float = DORMANT_THRESHOLD
-) -> dict[str, float]:
+def dormant_fractions(network: Network, observations: Tensor, threshold: float = DORMANT_THRESHOLD) -> dict[str, float]:
     """Return :func:`dormant_fraction` of each hidden layer of a Q-network in evaluation mode, by the layer's name.
 
     Args:
-        network: its hidden layers are those before the output layer, each with its ReLU.
+        network: its hidden layers are those before the output layer, each with its activation.
         observations: uint8, shape (B, 4, 84, 84).
         threshold: τ.
 

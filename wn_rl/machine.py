@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,8 @@ from typing import Literal
 
 import torch
 
-from wn_rl.config import TrainConfig, is_auto, validate
+from wn_rl.config import TrainConfig, is_auto, network_spec, validate
 from wn_rl.errors import UsageError, WnRlError
-from wn_rl.networks import QNetworkSpec
 
 LIBRARY_BYTES = 800_000_000
 """Host memory of a run before its own data: Python, torch, ale-py (a run of `quick` was seen to take 1.1 GB)."""
@@ -40,6 +40,10 @@ ENVS_PER_CORE = {"cpu": 8, "cuda": 16}
 and on a GPU that the wait for its actions, which hardly grows with N, is short beside a step."""
 COPIES_OF_WEIGHTS = 8
 """Network, target, gradient, two of the optimizer, and what is being saved."""
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+"""Features of a processor, in Linux's words, that decide how fast each precision is."""
+
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -175,14 +179,15 @@ def pick_device(wanted: str) -> Literal["cpu", "cuda"]:
 def resolve_device(config: TrainConfig) -> TrainConfig:
     """Return the configuration with ``device``, ``precision``, ``compile`` and ``num_envs`` decided by this machine.
 
+    ``precision: auto`` becomes the first of :func:`precisions`; whether another one is faster is known when it was
+    timed, see ``agents.backends.choice``.
+
     Raises:
         UsageError: a GPU, TF32 or a compiled step was asked for and cannot be had here, or a key does not fit the
             number of emulators.
     """
     device = pick_device(config.device)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bfloat16" if _computes_in_bfloat16(device) else "float32"
+    precision = precisions(config, device)[0]
     if precision == "tf32" and device == "cpu":
         raise UsageError("--precision tf32 needs a GPU; use --precision float32 or auto")
     num_envs = choose_num_envs(config, cores(), device) if is_auto(config.num_envs) else config.num_envs
@@ -190,6 +195,19 @@ def resolve_device(config: TrainConfig) -> TrainConfig:
     resolved = replace(config, device=device, precision=precision, compile=compiles, num_envs=num_envs)
     validate(resolved)  # what auto stood for must fit the other keys
     return resolved
+
+
+def precisions(config: TrainConfig, device: str) -> tuple[Precision, ...]:
+    """Return what the key ``precision`` may stand for on ``device``, the one that is taken without timing first.
+
+    ``auto`` is bfloat16 on a GPU that computes in it. On a CPU it is float32, or bfloat16 where the processor
+    multiplies in it: what that brings differs too much between processors to be known without timing.
+    """
+    if config.precision != "auto":
+        return (config.precision,)
+    if device == "cuda":
+        return ("bfloat16",) if _computes_in_bfloat16(device) else ("float32",)
+    return ("float32", "bfloat16") if _computes_in_bfloat16(device) else ("float32",)
 
 
 def _computes_in_bfloat16(device: str) -> bool:
@@ -241,7 +259,7 @@ def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:
     else:
         can = config.optimizer == "adamax" and _found("CXX", "g++", "clang++")
         needs = "on a CPU it needs --optimizer adamax and a C++ compiler"
-        pays = QNetworkSpec(1, hidden_units=config.hidden_units).count_parameters() >= WORTH_COMPILING
+        pays = network_spec(config, 1).count_parameters() >= WORTH_COMPILING
     if config.compile == "on" and not can:
         raise UsageError(f"--compile on: {needs}; use --compile auto")
     return "on" if config.compile == "on" or (config.compile == "auto" and can and pays) else "off"
@@ -255,6 +273,34 @@ def _found(variable: str, *commands: str) -> bool:
 def cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_others(seconds: float = 0.1) -> float:
+    """Return how many of :func:`cores` other processes use, looking for so long; 0.0 where the system does not tell.
+
+    This process must do nothing meanwhile.
+    """
+    before = _busy_and_all()
+    time.sleep(seconds)
+    after = _busy_and_all()
+    busy, whole = after[0] - before[0], after[1] - before[1]
+    return cores() * busy / whole if whole > 0 else 0.0
+
+
+def _busy_and_all() -> tuple[int, int]:
+    """Return the clock ticks in which the cores that this process may use were busy, and all of their ticks."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    busy = whole = 0
+    try:
+        for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
+            name, *words = line.split()
+            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in usable:
+                ticks = [int(word) for word in words[:8]]  # user, nice, system, idle, iowait, irq, softirq, steal
+                whole += sum(ticks)
+                busy += sum(ticks) - ticks[3] - ticks[4]
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+    return busy, whole
 
 
 def keep_freed_memory() -> bool:
@@ -275,9 +321,25 @@ def device_name(device: torch.device) -> str:
     """Return what the hardware calls itself, for a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{_cpuinfo('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def processor(device: torch.device) -> str:
+    """Return what computes: the GPU's name, or the processor's with those of :data:`FEATURES` that it has.
+
+    Where it changes, so may the rounding of a run's arithmetic, and the speed of each precision.
+    """
+    if device.type == "cuda":
+        return device_name(device)
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return " ".join([name, *(f"+{feature}" for feature in FEATURES if feature in flags)])
+
+
+def _cpuinfo(key: str) -> str:
+    """Return the first value of ``key`` in /proc/cpuinfo; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")

@@ -13,11 +13,13 @@ from .eager import Eager
 from .interface import Backend as Backend
 
 BACKENDS: tuple[type[Backend], ...] = (CudaGraphs, CpuKernels, Eager)
-"""Fastest first: ``auto`` uses the first that supports the agent."""
+"""The order of preference: where nothing is timed, ``auto`` takes the first that supports the agent."""
 
 
 def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backend:
-    """Return the backend that the agent's configuration asks for; ``auto``: the fastest that supports the agent.
+    """Return the backend that the agent's configuration asks for; ``auto``: the first that supports the agent.
+
+    A run times those that do before it comes here, see :mod:`agents.backends.choice`.
 
     ``compile: off`` with ``auto`` means ``eager`` on a CPU.
 
@@ -34,9 +36,7 @@ def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backen
     problems: dict[str, str] = {}
     for kind in BACKENDS:
         if kind.name == wanted or wanted == "auto" or wanted in problems:
-            problem = kind.unsupported(agent, replay)
-            if not problem and kind is CpuKernels and wanted != kind.name and agent.config.compile == "off":
-                problem = "compile is off"
+            problem = why_not(kind, agent, replay)
             if not problem:
                 backend = kind(agent, replay)
                 backend.reason = _reason(agent, kind, problems)
@@ -45,6 +45,14 @@ def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backen
             if kind.name == wanted and strict:
                 break
     raise UsageError(f"--backend {wanted}: {problems[wanted]}; --backend auto uses one that does")
+
+
+def why_not(kind: type[Backend], agent: Agent, replay: Replay) -> str:
+    """Return why this backend does not carry out the agent's work; an empty text if it may."""
+    problem = kind.unsupported(agent, replay)
+    if not problem and kind is CpuKernels and agent.config.backend != kind.name and agent.config.compile == "off":
+        return "compile is off"
+    return problem
 
 
 FORMER = {
@@ -80,4 +88,4 @@ def _reason(agent: Agent, taken: type[Backend], problems: dict[str, str]) -> str
     own = "cuda_graphs" if agent.device.type == "cuda" else "cpu_kernels"
     missed = own if wanted == "auto" else wanted
     why = f"; not {missed}, since {problems[missed]}" if missed in problems else ""
-    return f"{'the fastest that supports this agent' if taken is not Eager else 'it supports everything'}{why}"
+    return f"{'the first that supports this agent' if taken is not Eager else 'it supports everything'}{why}"

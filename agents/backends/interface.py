@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wn_rl import diagnostics
 from wn_rl.config import BackendName
-from wn_rl.networks import QNetwork
+from wn_rl.networks import Network
 from wn_rl.replay import Replay
 from wn_rl.training import Agent, Statistics
 
@@ -101,7 +101,7 @@ class Backend(ABC):
         return self.agent.is_finite()
 
     @property
-    def q_network(self) -> QNetwork:
+    def q_network(self) -> Network:
         """The network that acts and that a checkpoint holds."""
         return self.agent.q_network
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 SOURCES = ("wn_rl", "agents")
-SHORT = ("wn_rl.report", "wn_rl.commands")
+SHORT = ("wn_rl.report", "wn_rl.video", "wn_rl.commands")
 """Packages of which the reference gives one line for each name: people use their commands, not their modules."""
 WITH_CODE = ("agents",)
 """Packages whose functions are shown with their code, to be read beside the papers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -17,10 +16,15 @@ from wn_rl import cli
 from wn_rl.config import TrainConfig
 from wn_rl.errors import WnRlError
 from wn_rl.report import reproduction, reproduction_tables
-from wn_rl.report.generated import differing, fill
-from wn_rl.report.ladder import CELLS, GAMES, OTHER_CELLS, RUNGS, SEEDS, Cell, read_ladder
-from wn_rl.report.nnabla import nnabla_curve
-from wn_rl.report.references import public_curves
+from wn_rl.report.experiment_grid import (
+    BUDGETS,
+    CONFIGURATIONS,
+    OTHER_CONFIGURATIONS,
+    SEEDS,
+    Configuration,
+    read_grid,
+)
+from wn_rl.report.reproduction import differing, fill
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -28,17 +32,22 @@ FRAMES = [1_000_004, 2_000_016, 3_000_000, 4_000_008]
 
 
 def add_run(
-    results: Path, cell: Cell, seed: int, scores: list[float], commit: str | None = "0123abc", **changes: object
+    results: Path,
+    configuration: Configuration,
+    seed: int,
+    scores: list[float],
+    commit: str | None = "0123abc",
+    **changes: object,
 ) -> Path:
     """A run of preset paper with these scores after each epoch, in the files of a real one."""
-    directory = results / "r1" / cell.run_name(seed)
+    directory = results / "r1" / configuration.run_name(seed)
     shutil.copytree(DOCS / "results" / "quick" / "Breakout-wn-quick-s1", directory)
     frames = [1_000_000 * number + 4 * (number % 3) for number in range(1, len(scores) + 1)]
     keys = {
         "preset": "paper",
-        "game": cell.game,
-        "param": cell.param,
-        "batch_size": cell.batch_size,
+        "game": configuration.game,
+        "param": configuration.param,
+        "batch_size": configuration.batch_size,
         "seed": seed,
         "frames": frames[-1],
         "num_threads": 1,
@@ -58,16 +67,16 @@ def add_run(
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """Three seeds of one cell, one of another, a batch normalization, a run of other settings, and runs of quick."""
+    """Three seeds of one configuration, one of another, batch normalization, other settings, and runs of quick."""
     found = tmp_path / "results"
     shutil.copytree(DOCS / "results" / "quick" / "Pong-wn-quick-s1", found / "quick" / "Pong-wn-quick-s1")
-    wn = Cell("SpaceInvaders", "wn")
+    wn = Configuration("SpaceInvaders", "wn")
     add_run(found, wn, 1, [150.0, 260.5, 240.0, 300.0])
     add_run(found, wn, 2, [140.0, 200.0, 350.0, 330.0])
     add_run(found, wn, 3, [100.0, 210.0, 220.0, 270.0], commit=None)
-    add_run(found, Cell("Breakout", "standard"), 1, [1.25, 4.5, 9.75, 20.06, 31.0])
-    add_run(found, Cell("SpaceInvaders", "bn", 256), 1, [100.0, 110.0, 120.0, 130.0])
-    add_run(found, Cell("Enduro", "wn"), 1, [0.0, 0.0, 1.0, 2.0], num_envs=8)
+    add_run(found, Configuration("Breakout", "standard"), 1, [1.25, 4.5, 9.75, 20.06, 31.0])
+    add_run(found, Configuration("SpaceInvaders", "bn", 256), 1, [100.0, 110.0, 120.0, 130.0])
+    add_run(found, Configuration("Enduro", "wn"), 1, [0.0, 0.0, 1.0, 2.0], num_envs=8)
     return found
 
 
@@ -80,8 +89,12 @@ def docs(tmp_path: Path) -> Path:
 
 
 def rows_of(block: str, first: str) -> list[list[str]]:
-    """Rows of a table whose first cell begins so."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line[:1] == "|"]
+    """Rows of a table whose first configuration begins so."""
+    rows = [
+        [configuration.strip() for configuration in line.strip("|").split("|")]
+        for line in block.splitlines()
+        if line[:1] == "|"
+    ]
     return [row for row in rows if row[0].startswith(first)]
 
 
@@ -108,15 +121,15 @@ def test_a_changed_digit_anywhere_in_the_tables_is_found(results: Path, docs: Pa
     page.write_text(text)
     evaluations = results / "r1" / "Breakout-standard-paper-s1" / "evaluations.csv"
     evaluations.write_text(evaluations.read_text().replace(",20.06,", ",20.16,"))
-    with pytest.raises(WnRlError, match=r"\(paper-table, cells, references\)"):
+    with pytest.raises(WnRlError, match=r"\(paper-table, configurations, references\)"):
         reproduction.check(results, docs)
 
 
 def test_cells_by_hand(results: Path) -> None:
     """Best of three seeds: 300, 350, 270; final: 300, 330, 270, whose t interval is 300 ± 4.303 · 30/√3."""
-    blocks = reproduction_tables.blocks(read_ladder(results))
-    cells = {row[1]: row for row in rows_of(blocks["cells"], "R1")}
-    row = cells["Space Invaders, `wn`"]
+    blocks = reproduction_tables.blocks(read_grid(results))
+    configurations = {row[1]: row for row in rows_of(blocks["configurations"], "R1")}
+    row = configurations["Space Invaders, `wn`"]
     best = np.array([300.0, 350.0, 270.0])
     half = 4.302653 * best.std(ddof=1) / 3**0.5
     assert row[2] == "1, 2, 3"
@@ -125,16 +138,16 @@ def test_cells_by_hand(results: Path) -> None:
     assert row[5:8] == ["95% Student's t interval over seeds", "4M", "16"]
     assert row[8] == "1.50 h"
     assert row[9] == "AMD EPYC, 2 cores, bfloat16, 1 thread"
-    assert row[10] == "`0123abc`; not noted"
-    longer = cells["Breakout, `standard`"]  # 5M frames: cut at 4M, and its wall time is not that of 4M
-    assert longer[2:9] == ["1", "20.1", "20.1", "one seed: no band", "5M", "16", "of a longer run"]
-    assert cells["Space Invaders, `bn`, minibatch 256"][3:5] == ["130.0", "130.0"]
-    assert cells["Enduro, `wn`"][2:] == ["*open*", *[""] * 8]
-    assert len(cells) == len(CELLS) + len(OTHER_CELLS)
+    assert row[10] == "`0123abc`; not recorded"
+    longer = configurations["Breakout, `standard`"]  # 5M frames: cut at 4M, and its wall time is not that of 4M
+    assert longer[2:9] == ["1", "20.1", "20.1", "one seed: no band", "5M", "16", "part of a longer run"]
+    assert configurations["Space Invaders, `bn`, minibatch 256"][3:5] == ["130.0", "130.0"]
+    assert configurations["Enduro, `wn`"][2:] == ["*not run*", *[""] * 8]
+    assert len(configurations) == len(CONFIGURATIONS) + len(OTHER_CONFIGURATIONS)
     table = {row[0]: row for row in rows_of(blocks["paper-table"], "")}
     assert table["Space Invaders"][4:6] == ["2,179", f"{row[3]} (4M frames, n = 3)"]
     assert table["Breakout"][1:3] == ["410", "20.1 (4M frames, n = 1)"]
-    assert table["Enduro"][5:7] == ["*open*", "*open*"]
+    assert table["Enduro"][5:7] == ["*not run*", "*not run*"]
     runs = {row[0]: row for row in rows_of(blocks["runs"], "`")}
     assert runs["`SpaceInvaders-wn-paper-s2`"][1:9] == [
         *("2", "350.0", "3,000,000", "330.0", "4,000,004", "1.50 h", "`0123abc`", "")
@@ -144,7 +157,7 @@ def test_cells_by_hand(results: Path) -> None:
 
 
 def test_equal_frames_by_hand(results: Path) -> None:
-    block = reproduction_tables.blocks(read_ladder(results))["references"]
+    block = reproduction_tables.blocks(read_grid(results))["references"]
     assert rows_of(block, "ours, `wn`")[0] == [
         "ours, `wn`",
         *("130.0 (100.0 to 150.0, n = 3)", "223.5 (200.0 to 260.5, n = 3)"),
@@ -157,53 +170,48 @@ def test_equal_frames_by_hand(results: Path) -> None:
     assert rows_of(breakout, "dopamine DQN (RMSProp")[0][4] == ""  # nothing published at 4M
 
 
-@pytest.mark.parametrize("game", GAMES)
-def test_the_public_curve_in_full_agrees_with_its_summary(game: str) -> None:
-    full = nnabla_curve(game)
-    assert full is not None
-    assert full.frames.tolist() == [1e6 * number for number in range(1, 201)]
-    (short,) = (curve for curve in public_curves(game) if curve.source.startswith("nnabla"))
-    at = np.searchsorted(full.frames, short.frames)
-    for name in ("mean", "low", "high"):
-        np.testing.assert_allclose(getattr(full, name)[at], getattr(short, name), atol=0.006)
-    assert nnabla_curve("Pong") is None
-
-
-def test_the_ladder_says_what_is_open_next(results: Path) -> None:
-    ladder = read_ladder(results)
-    following = ladder.next_open(RUNGS[0])
+def test_the_grid_says_what_is_next(results: Path) -> None:
+    grid = read_grid(results)
+    following = grid.next_missing(BUDGETS[0])
     assert following is not None
-    assert (following.cell, following.seed) == (Cell("SpaceInvaders", "standard"), 1)
+    assert (following.configuration, following.seed) == (Configuration("SpaceInvaders", "standard"), 1)
     assert following.command == (
         "python train.py --preset paper --game SpaceInvaders --param standard --frames 4M --seed 1 "
         "--run-dir runs/r1/SpaceInvaders-standard-paper-s1"
     )
-    other = ladder.next_open(RUNGS[0], OTHER_CELLS, (1,))
+    other = grid.next_missing(BUDGETS[0], OTHER_CONFIGURATIONS, (1,))
     assert other is not None
-    assert other.cell == Cell("SpaceInvaders", "bn", 64)
-    states = {row[0]: row[1:] for row in rows_of(reproduction_tables.blocks(ladder)["ladder"], "")}
-    assert states["Space Invaders, `wn`"] == ["3 of 3 seeds", "open, **next**", "open, **next**"]
-    assert states["Space Invaders, `standard`"] == ["open, **next**", "open", "open"]
-    assert states["Breakout, `standard`"] == ["1 of 3 seeds", "open", "open"]
-    for cell in CELLS:
+    assert other.configuration == Configuration("SpaceInvaders", "bn", 64)
+    states = {row[0]: row[1:] for row in rows_of(reproduction_tables.blocks(grid)["grid"], "")}
+    assert states["Space Invaders, `wn`"] == ["3 of 3 seeds", "not run, **next**", "not run, **next**"]
+    assert states["Space Invaders, `standard`"] == ["not run, **next**", "not run", "not run"]
+    assert states["Breakout, `standard`"] == ["1 of 3 seeds", "not run", "not run"]
+    for configuration in CONFIGURATIONS:
         for seed in SEEDS:
-            if not (results / "r1" / cell.run_name(seed)).exists() and cell.game != "Enduro":
-                add_run(results, cell, seed, [1.0] * 4)
-    assert read_ladder(results).next_open(RUNGS[0], [cell for cell in CELLS if cell.game != "Enduro"]) is None
+            if not (results / "r1" / configuration.run_name(seed)).exists() and configuration.game != "Enduro":
+                add_run(results, configuration, seed, [1.0] * 4)
+    assert (
+        read_grid(results).next_missing(
+            BUDGETS[0], [configuration for configuration in CONFIGURATIONS if configuration.game != "Enduro"]
+        )
+        is None
+    )
 
 
-@pytest.mark.parametrize("open_", [*CELLS, *OTHER_CELLS], ids=lambda cell: cell.run_name(1))
-def test_every_command_trains_its_cell(open_: Cell, tmp_path: Path) -> None:
-    """Its flags are those of train.py, and the run that they make fills the cell."""
-    words = open_.command(RUNGS[0], 2).split()[2:]
+@pytest.mark.parametrize(
+    "wanted", [*CONFIGURATIONS, *OTHER_CONFIGURATIONS], ids=lambda configuration: configuration.run_name(1)
+)
+def test_every_command_trains_its_configuration(wanted: Configuration, tmp_path: Path) -> None:
+    """Its flags are those of train.py, and the run that they make fills the configuration."""
+    words = wanted.command(BUDGETS[0], 2).split()[2:]
     preset, rest = cli.take_option(words, "--preset")
     from wn_rl.config import load, resolve, to_yaml
 
     config = resolve(cli.parse(TrainConfig, rest, default=load(preset)))
     assert (config.frames, config.seed) == (4_000_000, 2)
-    directory = add_run(tmp_path, open_, 2, [1.0] * 4)
+    directory = add_run(tmp_path, wanted, 2, [1.0] * 4)
     (directory / "config.yaml").write_text(to_yaml(config))
-    assert [run.path for run in read_ladder(tmp_path).runs(open_, RUNGS[0])] == [directory]
+    assert [run.path for run in read_grid(tmp_path).runs(wanted, BUDGETS[0])] == [directory]
 
 
 def test_figures_are_drawn_for_games_with_runs(results: Path, docs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +224,7 @@ def test_figures_are_drawn_for_games_with_runs(results: Path, docs: Path, capsys
     text = (docs / "reproduction.md").read_text()
     shown = set(re.findall(r"\((reproduction-\w+\.png)\)", text))
     assert shown == written - {"reproduction.md"}
-    assert "for want of a run: Seaquest, Enduro." in text
+    assert "because there is no run: Seaquest, Enduro." in text
     (docs / "reproduction-Breakout.png").unlink()
     capsys.readouterr()
     assert reproduction.main([str(results), "--out", str(docs), "--check"]) == 1
@@ -255,9 +263,9 @@ def test_what_cannot_be_read_is_one_line_and_leaves_the_page(
     (run / "provenance.json").write_text("{")
     fails("provenance.json is damaged")
     (run / "provenance.json").unlink()
-    before = page.read_bytes().replace(b"<!-- generated: cells -->", b"<!-- generated: sells -->")
+    before = page.read_bytes().replace(b"<!-- generated: configurations -->", b"<!-- generated: settings -->")
     page.write_bytes(before)
-    fails("there is no part 'sells'")
+    fails("there is no part 'settings'")
     page.unlink()
     assert reproduction.main([str(results), "--out", str(docs)]) == 1
     assert "cannot read" in capsys.readouterr().err
@@ -278,15 +286,8 @@ def test_markers() -> None:
         (page.replace("old\n<!-- end -->\n", ""), "inside another part"),
         (page.removesuffix("<!-- end -->\n"), "'y-z' has no end"),
         (page.replace("y-z", "x"), "a second time"),
-        ("<!-- end -->\n" + page, "ends nothing"),
+        ("<!-- end -->\n" + page, "without a generated part before it"),
         ("", "the page has no part 'x'"),
     ):
         with pytest.raises(WnRlError, match=message):
             fill(damaged, {"x": "", "y-z": ""})
-
-
-def test_the_data_of_the_public_runs_has_three_seeds_each() -> None:
-    with open(ROOT / "wn_rl" / "report" / "data" / "nnabla_rl_dqn.csv", newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    assert len(rows) == 4 * 3 * 200
-    assert {row["seed"] for row in rows} == {"1", "10", "100"}

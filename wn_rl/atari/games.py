@@ -30,6 +30,11 @@ class Game:
         """The game's Gymnasium id, e.g. ``ALE/Breakout-v5``."""
         return f"ALE/{self.name}-v5"
 
+    @property
+    def title(self) -> str:
+        """The name with spaces between its words, e.g. ``Space Invaders``."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z0-9])", " ", self.name)
+
     def human_normalized(self, score: float) -> float | None:
         """Return ``score`` on the scale random play = 0, human = 1, or None where the two are not known."""
         if self.random_score is None or self.human_score is None:

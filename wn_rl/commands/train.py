@@ -47,16 +47,18 @@ def _train(arguments: Sequence[str], config_file: str | None, resume: str | None
         suggest=config.flag_suggestion,
     )
     given = {key: getattr(wanted, key) for key in cli.given_flags(arguments)}
-    typed = "param" in given
-    if typed and ":" in wanted.param:
+    if "param" in given and ":" in wanted.param:
         config.import_parameterization(wanted.param)
+    if "network" in given and ":" in wanted.network:
+        config.import_network(wanted.network)
     if resume:
-        in_file = config.read_yaml(file) if file else {}
+        read = config.read_yaml(file) if file else {}
         return _resume(
-            Path(resume), {key: value for key, value in in_file.items() if key != "chosen"} | given, quiet=quiet
+            Path(resume), {key: value for key, value in read.items() if key != "chosen"} | given, quiet=quiet
         )
     wanted, stays = config.configure(preset, file, given)
-    wanted = config.resolve(wanted, param_in_file=file is not None and not typed)
+    in_file = {f"{key}_in_file": file is not None and key not in given for key in ("param", "network")}
+    wanted = config.resolve(wanted, **in_file)
     if stays and not quiet:
         print(stays)
     from wn_rl.training.session import train  # late: --help and wrong words need no torch

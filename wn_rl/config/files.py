@@ -40,7 +40,7 @@ def coerce(key: str, value: object) -> Any:  # noqa: ANN401 - the type is that o
         if value not in get_args(hint) or not isinstance(value, str):
             raise UsageError(f"{key}: {value!r} is not one of {', '.join(get_args(hint))}")
         return value
-    if key == "param_options":
+    if key in ("param_options", "network_options"):
         if not isinstance(value, Mapping) or not all(
             isinstance(option, str | int | float) for option in value.values()
         ):
@@ -171,11 +171,13 @@ def _preset(name: str) -> dict[str, Any]:
     return read_yaml(PRESETS_DIR / f"{name}.yaml") | {"preset": name}
 
 
-FROM_PARAM = ("param_options", "param_layers", "data_dependent_init", "weight_init", "learning_rate")
-"""Keys that follow from the parameterization where nobody chose them, see :func:`wn_rl.config.resolve`."""
+FROM_PARAM = ("param_options", "network_options", "param_layers", "data_dependent_init", "weight_init", "learning_rate")
+"""Keys that follow from parameterization and network where nobody chose them, see :func:`wn_rl.config.resolve`."""
 FROM_MACHINE = ("device", "backend", "compile")
 """Keys that follow from the machine where nobody chose them."""
-_NEWER = frozenset({"backend", "chosen"})
+UNSAID = ("network", "network_options")
+"""Keys that files leave out at their defaults where nobody chose them: then they are as those of earlier versions."""
+_NEWER = frozenset({"backend", "chosen", *UNSAID})
 """Keys that the config.yaml of a run of earlier versions lacks."""
 
 
@@ -261,11 +263,14 @@ def configure(
     base = load(preset, config_file)
     before = read_yaml(config_file) if config_file is not None else {}
     turned = {**given, **({"preset": preset} if preset else {})}
-    changed = [key for key in ("game", "param", "preset") if key in turned and _differs(key, turned, before)]
+    changed = [key for key in ("game", "param", "network", "preset") if key in turned and _differs(key, turned, before)]
     stays = [key for key in base.chosen if key not in turned]
     if "param" in changed and "param_options" in stays:  # options are a parameterization's own
         base = replace(base, param_options={})
         stays.remove("param_options")
+    if "network" in changed and "network_options" in stays:
+        base = replace(base, network_options={})
+        stays.remove("network_options")
     open_now = {key for key, value in given.items() if value == "auto" or is_auto(value)}
     chosen = {*stays, *turned} - open_now - {"run_dir"}
     config = replace(base, **given, chosen=tuple(sorted(chosen)))
@@ -278,6 +283,8 @@ def configure(
 
 
 def _differs(key: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    if key == "network":
+        return FIELDS.keys() - _NEWER <= before.keys() and now[key] != before.get(key, TrainConfig.network)
     if key not in before:
         return False
     if key == "game":
@@ -289,9 +296,19 @@ def _named(keys: Sequence[str], config: TrainConfig) -> str:
     return ", ".join(f"{key} {getattr(config, key)}" for key in keys)
 
 
+def to_mapping(config: TrainConfig) -> dict[str, Any]:
+    """Return the configuration as a checkpoint carries it, for :func:`from_mapping`."""
+    values = {name: getattr(config, name) for name in FIELDS}
+    defaults = TrainConfig()
+    for key in UNSAID:
+        if key not in config.chosen and values[key] == getattr(defaults, key):
+            del values[key]
+    return values
+
+
 def to_yaml(config: TrainConfig) -> str:
     """Return the configuration as a YAML file that ``--config`` reads back to the same values."""
-    values = {name: getattr(config, name) for name in FIELDS}
+    values = to_mapping(config)
     values["num_envs"] = "auto" if is_auto(config.num_envs) else config.num_envs
     values["param_layers"] = None if config.param_layers is None else list(config.param_layers)
     values["chosen"] = list(config.chosen)
@@ -299,14 +316,14 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def from_mapping(values: Mapping[str, object]) -> TrainConfig:
-    """Return the configuration that a checkpoint carries; unknown and missing keys are refused.
+    """Return the configuration that a checkpoint carries; unknown and missing keys are refused, but for :data:`UNSAID`.
 
     Raises:
         UsageError: the mapping is not a whole, valid configuration.
     """
     if unknown := [key for key in values if key not in FIELDS]:
         raise UsageError(f"unknown configuration key '{unknown[0]}'")
-    if missing := [key for key in FIELDS if key not in values]:
+    if missing := [key for key in FIELDS if key not in values and key not in UNSAID]:
         raise UsageError(f"the configuration key '{missing[0]}' is missing")
     config = replace(TrainConfig(), **{key: coerce(key, value) for key, value in values.items()})
     if is_auto(config.num_envs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 KEYS = {"journal": "action_log"}
 """Former name of a key → its name."""
@@ -13,7 +14,7 @@ VALUES: dict[str, dict[str, str]] = {
 """Key → former value → the value."""
 
 
-def current(values: Mapping[str, object]) -> tuple[dict[str, object], str]:
+def current(values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return configuration keys and values under their present names, and one line about those that were renamed.
 
     Args:
@@ -22,7 +23,7 @@ def current(values: Mapping[str, object]) -> tuple[dict[str, object], str]:
     Returns:
         The keys and values, and the line; an empty text if nothing was renamed.
     """
-    renamed: dict[str, object] = {}
+    renamed: dict[str, Any] = {}
     told = []
     for given, value in values.items():
         key = KEYS.get(given, given)

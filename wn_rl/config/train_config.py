@@ -30,8 +30,12 @@ class TrainConfig:
     param_options: Options = field(default_factory=dict)
     """Options of the parameterization, e.g. g=exp for wn; docs/parameterizations.md lists them."""
     param_layers: Names = None
-    """Layers that are parameterized, of convolutions.0 convolutions.1 convolutions.2 hidden output (* and ? are
-    wildcards). Default: those of the parameterization's source, for wn all."""
+    """Layers that are parameterized, of convolutions.0 convolutions.1 convolutions.2 hidden output, or of your own
+    network's (* and ? are wildcards). Default: those of the parameterization's source, for wn all."""
+    network: str = "nature"
+    """Network: nature (Mnih et al. 2015), or module:Name of your own registered class, whose module is imported."""
+    network_options: Options = field(default_factory=dict)
+    """Options of a network of your own, e.g. width=2: the keyword-only arguments of its __init__."""
     preset: str = "paper"
     """Start from configs/PRESET.yaml: paper (Salimans & Kingma 2016), nature (Mnih et al. 2015), machado (sticky
     actions, full action set) or quick (for a laptop: first results within 2M frames)."""

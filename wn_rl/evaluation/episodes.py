@@ -1,4 +1,4 @@
-"""Test scores: raw points of whole games, the same code inside training and behind evaluate.py."""
+"""Evaluation: raw returns of whole episodes, with the same code during training and in evaluate.py."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 EVALUATION_STREAM = 1
-"""Label that keeps evaluation's random numbers apart from training's (stream 0)."""
+"""Label of the random stream of the evaluation; that of the training is 0."""
 
 
 class EvaluationInterrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The evaluation was asked to stop; it has no result."""
+    """The evaluation was stopped; it has no result."""
 
 
 class Policy(Protocol):
@@ -47,7 +47,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Episode:
-    """One game: its raw score in points, its length in agent steps, and whether it was played to its end."""
+    """One episode: its raw score (return) in points, its length in agent steps, and whether it was completed."""
 
     score: float
     length: int
@@ -83,7 +83,7 @@ class EvaluationResult:
 
 
 class EpisodeLedger:
-    """Decides which episodes count, so that short ones are not preferred when N are played at a time.
+    """Decides which episodes count, so that parallel emulators do not favour short ones.
 
     Taking the first n episodes to *end* would favour short ones. Here every episode gets an index when it *starts*,
     when nothing is known of its length, and the episodes that count are a prefix of that order: with a quota the
@@ -105,7 +105,7 @@ class EpisodeLedger:
         return len(self._episodes) - 1
 
     def record(self, index: int, score: float, length: int, *, completed: bool) -> None:
-        """Note an episode's score and length so far."""
+        """Record an episode's score and length so far."""
         self._episodes[index] = Episode(score, length, completed)
 
     def result(self) -> tuple[Episode, ...] | None:
@@ -130,7 +130,7 @@ class EpisodeLedger:
 
 
 class ValueRecorder:
-    """Plays greedily by Q-values and notes what they promised and what came of it, for the overestimation.
+    """Plays greedily and records predicted Q-values and realized rewards, for the overestimation.
 
     Pass the object as the policy of :func:`evaluate`, and its :meth:`after_step` as ``on_step``.
     """
@@ -138,7 +138,7 @@ class ValueRecorder:
     def __init__(
         self, q_values: Callable[[Tensor], Tensor], *, gamma: float, reward_clip: float, life_loss_terminal: bool
     ) -> None:
-        """Note values of ``q_values`` and rewards as learning sees them, with the configuration's three keys."""
+        """Record values of ``q_values`` and rewards as the learner sees them, by three configuration keys."""
         self._q_values = q_values
         self._gamma = gamma
         self._clip = reward_clip if reward_clip > 0 else np.inf
@@ -156,7 +156,7 @@ class ValueRecorder:
     def after_step(
         self, rewards: NDArray[Any], terminated: NDArray[Any], truncated: NDArray[Any], info: dict[str, NDArray[Any]]
     ) -> None:
-        """Note what followed the last call's states."""
+        """Record the rewards and ends that followed the states of the last call."""
         self._open = self._open or [[] for _ in rewards]
         ended = terminated | info["life_loss"] if self._life_loss_terminal else terminated
         clipped = np.clip(rewards, -self._clip, self._clip)
@@ -170,7 +170,7 @@ class ValueRecorder:
                 self._open[slot] = []
 
     def overestimation(self) -> float:
-        """Return the mean of max-Q minus realized discounted return; NaN where nothing was played to an end."""
+        """Return the mean of max-Q minus realized discounted return; NaN if no episode ended."""
         steps = [step for episode in self._closed for step in episode]
         ends = [index == len(episode) - 1 for episode in self._closed for index in range(len(episode))]
         return overestimation([q for q, _ in steps], [reward for _, reward in steps], ends, self._gamma)
@@ -188,24 +188,24 @@ def evaluate(
     on_step: Callable[[NDArray[Any], NDArray[Any], NDArray[Any], dict[str, NDArray[Any]]], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult:
-    """Play ``policy`` ε-greedily and return the scores of whole games.
+    """Play ``policy`` ε-greedily and return the scores of whole episodes.
 
-    Draws from its own generators only.
+    It uses random generators of its own.
 
     Args:
         policy: greedy actions.
-        env: emulators used for nothing else; they are reseeded.
+        env: emulators used for nothing else; they are re-seeded.
         protocol: how long, and with which ε.
         seed: of the emulators and of the random actions.
         device: of the policy.
-        on_episode: called with each episode that ends, counted or not.
+        on_episode: called with each episode that ends, whether it counts or not.
         on_actions: called before each vector step with the actions and with which of them were drawn at random.
         on_step: called with rewards, terminated, truncated and info of each vector step.
         should_stop: asked before every vector step.
 
     Raises:
-        EvaluationInterrupted: ``should_stop`` said so.
-        UsageError: the protocol asks for nothing.
+        EvaluationInterrupted: ``should_stop`` returned True.
+        UsageError: the protocol has neither steps nor episodes.
     """
     if protocol.steps <= 0 and protocol.episodes <= 0:
         raise UsageError("nothing to evaluate: ask for at least 1 episode or 1 agent step")

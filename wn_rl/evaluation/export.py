@@ -1,4 +1,4 @@
-"""A trained network as a file for others: Stable-Baselines3, torch.export or ONNX; checked before it is written."""
+"""Export of a trained network to Stable-Baselines3, torch.export or ONNX; checked before it is written."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from wn_rl.errors import UsageError, WnRlError, one_line
 from wn_rl.evaluation import policies as trained
 from wn_rl.evaluation.policies import Trained
 from wn_rl.evaluation.scoring import How
-from wn_rl.networks import QNetwork
+from wn_rl.networks import Network, QNetwork
 from wn_rl.parameterizations import fold
 from wn_rl.parameterizations.api import treated_layers
 
 Format = Literal["sb3", "torch", "onnx"]
 FRAMES = 64
-"""Observations of the game, under random play, on which an export must agree with the network."""
+"""Number of observations, from random play, on which an export must agree with the network."""
 TOLERANCE = 1e-4
 """Largest difference of Q-values, in units of the largest |Q| or 1: rounding in float32 makes some 1e-6."""
 QValues = Callable[[Tensor], NDArray[np.float32]]
@@ -49,7 +49,7 @@ def export_command(paths: Sequence[Path], how: How, kind: Format, out: str) -> i
         raise UsageError(f"--export writes one network, and {len(paths)} are named")
     found = trained.load(paths[0], game=how.game, param=how.param, param_options=how.param_options)
     difference = export(found, kind, Path(out))
-    kept = "" if foldable(found.network) else f"; '{found.param}' does not fold, so its layers were kept"
+    kept = "" if foldable(found.network) else f"; '{found.param}' cannot be folded, so its layers were kept"
     print(
         f"{out}: {found.game}, {found.param}, as {kind}; same actions on {FRAMES} observations of the game, Q-values "
         f"within {difference:.1g}{kept}"
@@ -57,30 +57,35 @@ def export_command(paths: Sequence[Path], how: How, kind: Format, out: str) -> i
     return 0
 
 
-def foldable(network: QNetwork) -> bool:
+def foldable(network: Network) -> bool:
     """Return whether every parameterized layer of the network can be folded into a plain weight and bias."""
     return all(parameterization.foldable for _, parameterization in treated_layers(network).values())
 
 
 def export(found: Trained, kind: Format, out: Path) -> float:
-    """Write a trained network to a file that does without this project.
+    """Write a trained network to a file that can be used without this project.
 
-    Parameterizations are folded into plain weights. One that does not fold (``ln``) keeps its layers in a ``torch`` or
-    ``onnx`` file, and is refused for ``sb3``, whose networks have no such layer.
+    Parameterizations are folded into plain weights. One that cannot be folded (``ln``) keeps its layers in a ``torch``
+    or ``onnx`` file, and is refused for ``sb3``, whose networks have no such layer.
 
     Args:
-        found: the network; it is left as it is.
+        found: the network; it is not changed.
         kind: ``sb3``, a zip that ``stable_baselines3.DQN.load`` plays; ``torch``, a ``torch.export`` program; or
             ``onnx``. The last two map uint8 observations (B, 4, 84, 84) to float32 Q-values (B, actions), any B.
-        out: the file; one that is there is replaced at once, or left where something fails.
+        out: the file; an existing one is replaced atomically, or kept if something fails.
 
     Returns:
         The largest difference of a Q-value, on :data:`FRAMES` observations of the game, from those of the network.
 
     Raises:
-        WnRlError: a package is missing, the parameterization does not fold, the export does not agree with the network,
-            or the file cannot be written.
+        WnRlError: a package is missing, the parameterization cannot be folded, the export does not agree with the
+            network, or the file cannot be written.
     """
+    if kind == "sb3" and type(found.network) is not QNetwork:
+        raise WnRlError(
+            f"{found.path}: a Stable-Baselines3 file holds no network '{found.network.spec.network}', only that of its "
+            "CnnPolicy; --export torch or onnx keeps any"
+        )
     observations = _observations(found)
     with torch.no_grad():
         expected = found.network(observations).numpy()
@@ -89,11 +94,11 @@ def export(found: Trained, kind: Format, out: Path) -> float:
         fold(network)
     elif kind == "sb3":
         raise WnRlError(
-            f"{found.path}: '{found.param}' does not fold into plain weights, and a Stable-Baselines3 file holds "
+            f"{found.path}: '{found.param}' cannot be folded into plain weights, and a Stable-Baselines3 file holds "
             "nothing else; --export torch or onnx keeps its layers"
         )
     make = {"sb3": _sb3, "torch": _torch, "onnx": _onnx}[kind]
-    with _quiet():
+    with _quiet(), _own_network_told(found):
         data, q_values = make(network.eval(), found)
         got = q_values(observations)
     difference = float(np.abs(got - expected).max())
@@ -105,8 +110,24 @@ def export(found: Trained, kind: Format, out: Path) -> float:
     return difference
 
 
+@contextlib.contextmanager
+def _own_network_told(found: Trained) -> Iterator[None]:
+    """Let what torch says against a network of somebody's own be one line."""
+    try:
+        yield
+    except WnRlError:
+        raise
+    except Exception as error:
+        if type(found.network) is QNetwork:
+            raise
+        raise WnRlError(
+            f"{found.path}: the network '{found.network.spec.network}' cannot be exported: {type(error).__name__}: "
+            f"{one_line(error)[:300]}"
+        ) from None
+
+
 def _other_actions(got: NDArray[np.float32], expected: NDArray[np.float32]) -> bool:
-    """Return whether greedy actions differ where the best two Q-values are further apart than rounding."""
+    """Return whether greedy actions differ although the best two Q-values differ by more than rounding."""
     best = np.sort(expected, axis=1)
     clear = (best[:, -1] - best[:, -2] > TOLERANCE) if expected.shape[1] > 1 else np.zeros(len(expected), bool)
     return bool((got.argmax(1) != expected.argmax(1))[clear].any())
@@ -126,7 +147,7 @@ def _observations(found: Trained) -> Tensor:
     return torch.from_numpy(np.concatenate(observations))
 
 
-def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
+def _sb3(network: Network, found: Trained) -> tuple[bytes, QValues]:
     try:
         import gymnasium
         from stable_baselines3 import DQN
@@ -140,7 +161,7 @@ def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
     spaces = gymnasium.spaces
 
     class Blank(gymnasium.Env[Any, Any]):
-        """Says what observations and actions are like; it is not part of the file."""
+        """Defines the spaces; it is not part of the file."""
 
         observation_space = spaces.Box(0, 255, spec.observation_shape, np.uint8)
         action_space = spaces.Discrete(spec.num_actions)
@@ -149,13 +170,15 @@ def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
         "CnnPolicy",
         Blank(),
         policy_kwargs={"features_extractor_kwargs": {"features_dim": spec.hidden_units}},
-        buffer_size=1,  # load() allocates it; whoever trains on gives DQN.load a buffer_size
+        buffer_size=1,  # load() allocates it; to train further, pass buffer_size to DQN.load
         gamma=found.config.gamma if found.config else 0.99,
         exploration_initial_eps=0.05,
         exploration_final_eps=0.05,
         device="cpu",
     )
-    model.exploration_rate = 0.05  # predict(deterministic=False) then plays as the tests do; learn() would set it
+    model.exploration_rate = (
+        0.05  # predict(deterministic=False) then plays like an evaluation here; learn() would set it
+    )
     weights = network.state_dict()
     theirs = {
         theirs + name.removeprefix(ours): value
@@ -182,14 +205,14 @@ def _sb3(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
     return data, q_values
 
 
-def _program(network: QNetwork) -> torch.export.ExportedProgram:
+def _program(network: Network) -> torch.export.ExportedProgram:
     example = torch.zeros((2, *network.spec.observation_shape), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     with torch.no_grad():
         return torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
 
 
-def _torch(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
+def _torch(network: Network, found: Trained) -> tuple[bytes, QValues]:
     stream = io.BytesIO()
     torch.export.save(_program(network), stream)
     loaded = torch.export.load(io.BytesIO(stream.getvalue())).module()
@@ -202,7 +225,7 @@ def _torch(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
     return stream.getvalue(), q_values
 
 
-def _onnx(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
+def _onnx(network: Network, found: Trained) -> tuple[bytes, QValues]:
     try:
         importlib.import_module("onnxscript")  # torch.onnx needs it
         onnxruntime: Any = importlib.import_module("onnxruntime")
@@ -227,7 +250,7 @@ def _onnx(network: QNetwork, found: Trained) -> tuple[bytes, QValues]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep exporters' remarks about their own insides from the user's terminal."""
+    """Suppress the exporters' internal log messages and warnings."""
     names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
     before = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Whatever can be scored: a checkpoint of this project, a run's latest one, or an SB3 DQN's zip file."""
+"""Trained networks: from a checkpoint of this project, a run's latest checkpoint, or the zip file of an SB3 DQN."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from wn_rl.atari.env import FRAME_SKIP, FULL_ACTION_SET, minimal_actions
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError, UsageError, one_line
-from wn_rl.networks import QNetwork, build_q_network
+from wn_rl.networks import Network, build_q_network
 from wn_rl.runs import checkpoint
 from wn_rl.sb3 import zip_file as sb3_zip
 
-PATIENCE = 4
-"""Attempts to read a checkpoint that is being written, half a second apart."""
+READ_ATTEMPTS = 4
+"""Attempts to read a checkpoint that is being written, 0.5 s apart."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained Q-network and where it comes from; what a Stable-Baselines3 file does not say is None.
+    """A trained Q-network and its origin; what a Stable-Baselines3 file does not store is None.
 
     Attributes:
         path: of the checkpoint directory or zip file.
@@ -35,14 +35,14 @@ class Trained:
         network: on the CPU, in evaluation mode.
         game: its canonical name.
         param: the parameterization.
-        full_action_set: whether it chooses among all 18 actions where the game's minimal set is smaller.
+        full_action_set: whether it has all 18 actions although the game's minimal set is smaller.
         config: of the training run.
         frames: emulator frames of training.
     """
 
     path: Path
     kind: str
-    network: QNetwork
+    network: Network
     game: str
     param: str
     full_action_set: bool
@@ -107,7 +107,7 @@ def _load_sb3(path: Path, game: str | None, param: str | None, options: Mapping[
 
 
 def _full(path: Path, game: str, num_actions: int) -> bool:
-    """Return whether a network of so many actions plays the full set of a game whose minimal one is smaller."""
+    """Return whether a network with this number of actions uses the full set although the minimal one is smaller."""
     minimal = minimal_actions(game)
     if num_actions == minimal:
         return False
@@ -119,18 +119,18 @@ def _full(path: Path, game: str, num_actions: int) -> bool:
 
 
 def _settled(path: Path) -> checkpoint.Checkpoint:
-    for attempt in range(PATIENCE):
+    for attempt in range(READ_ATTEMPTS):
         before = _stamp(path)
         try:
             saved = checkpoint.load(path, with_training=False)
             if saved.notice is None:
                 return saved
-            if attempt == PATIENCE - 1 or (not _being_written(path) and _stamp(path) == before):
+            if attempt == READ_ATTEMPTS - 1 or (not _being_written(path) and _stamp(path) == before):
                 print(saved.notice, file=sys.stderr)
                 return saved
         except CheckpointError as error:
             writing = _being_written(path)
-            if attempt == PATIENCE - 1 or (not writing and _stamp(path) == before):
+            if attempt == READ_ATTEMPTS - 1 or (not writing and _stamp(path) == before):
                 if writing:
                     raise CheckpointError(f"{error}; one is being written there: try again") from None
                 raise
@@ -143,7 +143,7 @@ def _being_written(path: Path) -> bool:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return what changes when a checkpoint is replaced by another."""
+    """Return a value that changes when the checkpoint is replaced."""
     try:
         state = checkpoint.find(path).stat()
     except (CheckpointError, OSError):
@@ -151,7 +151,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return state.st_ino, state.st_mtime_ns
 
 
-def copy_network(network: QNetwork) -> QNetwork:
+def copy_network(network: Network) -> Network:
     """Return a copy of a network with weights of its own, in evaluation mode."""
     copy = build_q_network(network.spec, seed=0)
     copy.load_state_dict(network.state_dict())
@@ -162,7 +162,7 @@ def check_param(param: str | None, options: Mapping[str, Any]) -> None:
     """Check that there is a parameterization of this name with these options.
 
     Raises:
-        UsageError: there is not, or options stand without a name.
+        UsageError: there is none, or there are options without a name.
     """
     if param is None:
         if options:
@@ -174,7 +174,7 @@ def check_param(param: str | None, options: Mapping[str, Any]) -> None:
         raise UsageError(f"--param {param}: {one_line(error)}") from None
 
 
-def greedy(network: QNetwork, device: torch.device | str) -> Any:  # noqa: ANN401 - an evaluation.Policy
+def greedy(network: Network, device: torch.device | str) -> Any:  # noqa: ANN401 - an evaluation.Policy
     """Return the network's greedy policy on ``device``; see :class:`wn_rl.evaluation.episodes.Policy`."""
     network = network.to(device)
 

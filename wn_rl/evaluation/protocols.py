@@ -1,6 +1,6 @@
-"""Test protocols by name: what a score was measured with, in one place.
+"""Evaluation protocols by name: everything that decides how a score is measured.
 
-Two scores can be compared when :meth:`ScoreProtocol.settings` are the same.
+Two scores can be compared if :meth:`ScoreProtocol.settings` are the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from wn_rl.config import TrainConfig
 from wn_rl.errors import UsageError, closest
 
 SAFETY_CAP = 108_000
-"""Emulator frames (30 minutes) after which a game ends where nothing else would end it."""
+"""Frame cap (30 minutes of emulator frames) of an episode that nothing else would end."""
 TRAINING = "training"
 """Name of the protocol that takes the emulator's settings from the checkpoint's own training."""
 
@@ -22,7 +22,7 @@ ActionSet = Literal["minimal", "full", "checkpoint"]
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """How long is played, and how greedily.
+    """How long to play, and with which ε.
 
     Attributes:
         epsilon: probability of a random action.
@@ -41,8 +41,8 @@ class ScoreProtocol(EvaluationProtocol):
 
     Attributes:
         name: of the protocol, before any single setting was changed.
-        max_frames_per_episode: emulator frames after which a game is ended; None for no cap.
-        noop_max: 0 … so many no-ops at the start of an episode.
+        max_frames_per_episode: emulator frames after which an episode is truncated; None for no cap.
+        noop_max: an episode starts with 0 … ``noop_max`` no-ops.
         fire_reset: FIRE is pressed at the start of an episode.
         sticky_actions: probability that a frame repeats the previous action.
         action_set: ``minimal`` or ``full`` (18 actions); ``checkpoint`` takes that of the training.
@@ -69,7 +69,7 @@ class ScoreProtocol(EvaluationProtocol):
         return {key: getattr(self, key) for key in SETTINGS}
 
     def describe(self) -> str:
-        """Return the protocol as one line for people."""
+        """Return the protocol as one line of text."""
         cap, noops = self.max_frames_per_episode, self.noop_max
         sticky = f"sticky actions {self.sticky_actions:g}" if self.sticky_actions else "no sticky actions"
         length = (
@@ -90,13 +90,14 @@ SETTINGS = tuple(
 )  # in the order in which they are reported
 
 PROTOCOLS = {
-    # Salimans & Kingma 2016 used deep_q_rl, whose test epoch this is: no frame cap, the unfinished last game dropped.
+    # Salimans & Kingma 2016 used deep_q_rl, whose test epoch this is: no frame cap, the unfinished last episode
+    # dropped.
     "paper": ScoreProtocol(name="paper", steps=125_000, episodes=0),
-    # Mnih et al. 2015, Methods: 30 games of up to 5 minutes from random no-op starts.
+    # Mnih et al. 2015, Methods: 30 episodes of up to 5 minutes from random no-op starts.
     "nature": ScoreProtocol(name="nature", max_frames_per_episode=18_000),
-    # Machado et al. 2018: sticky actions, all 18 actions, scores over the last 100 training games. ε is the training ε
-    # of Dopamine, the cap that of Dopamine and DreamerV2, which follow these recommendations; the paper's own were not
-    # read.
+    # Machado et al. 2018: sticky actions, all 18 actions, scores over the last 100 training episodes. ε is the training
+    # ε of Dopamine, the cap that of Dopamine and DreamerV2, which follow these recommendations; the paper's own were
+    # not read.
     "machado": ScoreProtocol(
         name="machado",
         epsilon=0.01,
@@ -130,8 +131,8 @@ def check_name(name: str) -> None:
 def find_protocol(name: str, changes: Mapping[str, Any], config: TrainConfig | None = None) -> ScoreProtocol:
     """Return a protocol with single settings changed.
 
-    ``episodes`` and ``steps`` replace each other. Where episodes are counted, nothing says when a game ends, and none
-    of ``changes`` does, it ends after :data:`SAFETY_CAP`: a game need not end by itself.
+    ``episodes`` and ``steps`` replace each other. If episodes are counted and neither the protocol nor ``changes`` has
+    a frame cap, an episode is truncated after :data:`SAFETY_CAP`, since an episode need not end by itself.
 
     Args:
         name: of :func:`protocol_names`.
@@ -146,7 +147,7 @@ def find_protocol(name: str, changes: Mapping[str, Any], config: TrainConfig | N
         base = PROTOCOLS[name]
     elif config is None:
         raise UsageError(
-            f"a Stable-Baselines3 file does not say how its emulators were set: add --protocol {', '.join(PROTOCOLS)}"
+            f"a Stable-Baselines3 file does not store its emulator settings: add --protocol {', '.join(PROTOCOLS)}"
         )
     else:
         base = ScoreProtocol(
@@ -158,7 +159,7 @@ def find_protocol(name: str, changes: Mapping[str, Any], config: TrainConfig | N
         )
     changes = dict(changes)
     if changes.get("steps") and changes.get("episodes"):
-        raise UsageError("--steps counts agent steps and --episodes whole games: give one of them")
+        raise UsageError("--steps counts agent steps and --episodes whole episodes: give one of them")
     if changes.get("steps"):
         changes["episodes"] = 0
     elif changes.get("episodes"):
@@ -170,7 +171,7 @@ def find_protocol(name: str, changes: Mapping[str, Any], config: TrainConfig | N
         raise UsageError("nothing to evaluate: ask for at least 1 of --episodes or --steps")
     if wanted.steps == 0 and wanted.max_frames_per_episode is None and "max_frames_per_episode" not in changes:
         wanted = replace(wanted, max_frames_per_episode=SAFETY_CAP)
-    # What `training` adds to the training's own settings is no change of the user's.
+    # The cap that `training` adds to the training's own settings is not a change by the user.
     changed = [key for key in SETTINGS if getattr(wanted, key) != getattr(base, key)]
     if name == TRAINING:
         changed = [key for key in changed if key in changes]

@@ -1,4 +1,4 @@
-"""Scores of trained networks under a protocol: one, or many of which some may fail."""
+"""Scores of trained networks under a protocol: of one network, or of many of which some may fail."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from wn_rl.machine import pick_device, set_float32_precision
 from wn_rl.runs import directory as runs
 
 MAX_EMULATORS = 30
-"""At most so many play at a time where the user leaves it open and episodes are counted."""
+"""Default of the largest number of parallel emulators if episodes are counted."""
 EMULATORS_FOR_STEPS = 16
-"""So many play at a time where the user leaves it open and agent steps are counted."""
+"""Default number of parallel emulators if agent steps are counted."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A network's score with everything that is needed to compare it.
+    """A network's score with everything that a comparison needs.
 
     Attributes:
         trained: what was scored.
-        protocol: how it was measured; its action set is the one that was played.
+        protocol: how it was measured; its action set is the one that was used.
         seed: of the evaluation.
-        num_envs: emulators that played at a time.
+        num_envs: emulators that played in parallel.
         result: the episodes.
     """
 
@@ -59,13 +59,13 @@ class Score:
 
 @dataclass(frozen=True)
 class How:
-    """How networks are to be scored.
+    """How to score networks.
 
     Attributes:
         protocol: a name of :func:`wn_rl.evaluation.protocols.protocol_names`.
-        changes: single settings over it.
+        changes: settings that override the protocol.
         seed: of the emulators and of the random actions.
-        num_envs: emulators that play at a time; 0 chooses.
+        num_envs: emulators that play in parallel; 0 chooses.
         device: ``auto``, ``cpu`` or ``cuda``.
         num_threads: of the arithmetic on a CPU; 0 takes all cores.
         game: of Stable-Baselines3 files.
@@ -86,12 +86,12 @@ class How:
 
 @dataclass(frozen=True)
 class Setup:
-    """A network and the emulators that it is to play on.
+    """A network and the settings of the emulators that it plays on.
 
     Attributes:
         trained: the network.
-        protocol: how it is to play; its action set is the one that is played.
-        num_envs: emulators that play at a time.
+        protocol: how it plays; its action set is the one that is used.
+        num_envs: emulators that play in parallel.
         device: of the network.
         options: of :func:`wn_rl.make_atari`.
     """
@@ -107,7 +107,8 @@ def prepare(path: Path, how: How) -> Setup:
     """Load a checkpoint, a run's latest one or a Stable-Baselines3 file to play in float32.
 
     Raises:
-        CheckpointError: it is missing, damaged, does not fit its game, or plays another action set than the protocol.
+        CheckpointError: it is missing, damaged, does not fit its game, or was trained with another action set than the
+            protocol's.
         UsageError: a GPU was asked for and there is none, or see :func:`wn_rl.evaluation.protocols.find_protocol`.
     """
     torch.set_num_threads(how.num_threads or os.cpu_count() or 1)
@@ -138,8 +139,8 @@ def emulators(setup: Setup) -> Iterator[AtariVector]:
     try:
         if env.single_observation_space.shape != found.network.spec.observation_shape:
             raise CheckpointError(
-                f"{found.path}: its network sees {found.network.spec.observation_shape}, "
-                f"{found.game} shows {env.single_observation_space.shape}"
+                f"{found.path}: its network takes observations {found.network.spec.observation_shape}, "
+                f"{found.game} gives {env.single_observation_space.shape}"
             )
         yield env
     finally:
@@ -164,21 +165,21 @@ def _with_action_set(found: Trained, protocol: ScoreProtocol) -> ScoreProtocol:
     played: ActionSet = "full" if found.full_action_set else "minimal"
     if protocol.action_set == "checkpoint":
         return replace(protocol, action_set=played)
-    # Where all 18 actions are minimal there is but one set.
+    # In some games the minimal set has all 18 actions.
     if protocol.action_set != played and minimal_actions(found.game) < FULL_ACTION_SET:
         raise CheckpointError(
             f"{found.path} was trained with the {played} action set ({found.network.spec.num_actions} actions) and "
-            f"protocol {protocol.name} plays the {protocol.action_set} one: the action set is chosen in training "
-            "(--full-action-set); --action-set checkpoint scores it all the same and labels the score"
+            f"protocol {protocol.name} uses the {protocol.action_set} one: the action set is chosen in training "
+            "(--full-action-set); --action-set checkpoint scores it anyway and labels the score"
         )
     return protocol
 
 
 def expand(names: Sequence[str]) -> list[Path]:
-    """Return what is to be scored: each name is a checkpoint, a run, an SB3 file, a directory of these, or a glob.
+    """Return the paths to score: each name is a checkpoint, a run, an SB3 file, a directory of these, or a glob.
 
-    A directory that is no run itself is searched with all that it holds, for runs, checkpoints and ``.zip`` files; one
-    line says what was found.
+    A directory that is not a run is searched recursively for runs, checkpoints and ``.zip`` files; one line says what
+    was found.
 
     Raises:
         WnRlError: a name that matches nothing, or a directory without any of these.
@@ -198,7 +199,7 @@ def _is_something(path: Path) -> bool:
 
 
 def score_many(paths: Sequence[Path], how: How) -> Iterator[Score | Failure]:
-    """Yield the score of each path, or why there is none; one that fails does not keep the others from being played.
+    """Yield the score of each path, or the failure; a failure does not stop the others.
 
     Args:
         paths: see :func:`expand`.
@@ -238,9 +239,9 @@ def score_checkpoint(
         episodes: used where ``steps`` is 0.
         epsilon: see :class:`wn_rl.evaluation.protocols.EvaluationProtocol`.
         max_frames_per_episode: cap in emulator frames, 0 for none; None takes that of the training, or
-            :data:`wn_rl.evaluation.protocols.SAFETY_CAP` where it had none and episodes are counted.
+            :data:`wn_rl.evaluation.protocols.SAFETY_CAP` if it had none and episodes are counted.
         seed: of the emulators and of the random actions.
-        num_envs: emulators that play at a time; 0 chooses.
+        num_envs: emulators that play in parallel; 0 chooses.
         device: ``auto``, ``cpu`` or ``cuda``.
         num_threads: of the arithmetic on a CPU; 0 takes all cores.
     """

@@ -1,7 +1,8 @@
 """Aggregates over runs and games with bootstrap intervals, after Agarwal et al. 2021 (arXiv 2108.13264).
 
-A *score* here is one run's mean over its test episodes. ``scores`` maps each game to the scores of its runs (seeds). An
-aggregate over several games needs human-normalized scores: raw points of different games have no common scale.
+A *score* here is one run's mean return over its evaluation episodes. ``scores`` maps each game to the scores of its
+runs (seeds). An aggregate over several games needs human-normalized scores: raw points of different games have no
+common scale.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ CONFIDENCE = 0.95
 FEWEST = 3
 """Runs of each game below which there is no interval."""
 RESAMPLES = 10_000
-"""Bootstrap resamples; a tenth of them where there are so many scores that it would take long."""
+"""Bootstrap resamples; a tenth of them if there are more than :data:`MANY_SCORES` scores, to save time."""
 MANY_SCORES = 20_000
 BLOCK = 2**21
-"""Numbers that are drawn at a time, so that memory stays small."""
+"""Largest number of values drawn at once, which limits memory."""
 
 Scores = Mapping[str, Sequence[float] | NDArray[np.float64]]
 _Resampled = list[NDArray[np.float64]]
@@ -33,9 +34,9 @@ class Estimate:
 
     Attributes:
         value: of the statistic.
-        low: lower end; None where a bootstrap says nothing, see :func:`says_something`.
+        low: lower end; None if a bootstrap is not informative, see :func:`is_informative`.
         high: upper end, likewise.
-        n: how many scores it rests on; of a comparison, how many on either side.
+        n: number of scores; of a comparison, on either side.
     """
 
     value: float
@@ -49,8 +50,8 @@ class Estimate:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
     @property
-    def rests_on(self) -> str:
-        """The number of scores in words, and that there is no interval where there is none."""
+    def sample_size(self) -> str:
+        """The number of scores in words, and "no interval" if there is none."""
         count = f"n = {' and '.join(map(str, self.n))}"
         return f"{count}: no interval" if self.low is None else count
 
@@ -63,7 +64,7 @@ def mean(scores: Scores) -> float:
 def median(scores: Scores) -> float:
     """Return the median over games of each game's mean over runs; for one game, the median over its runs.
 
-    With one game the former would be the mean over runs, which :func:`mean` says already.
+    With one game the former would be the mean over runs, which is :func:`mean`.
     """
     return float(_median(_as_resampled(scores))[0])
 
@@ -87,13 +88,13 @@ def probability_of_improvement(x: Scores, y: Scores) -> float:
     return float(_improvement(_as_resampled(x), _as_resampled({game: y[game] for game in x}))[0])
 
 
-def says_something(sides: Sequence[Scores]) -> bool:
-    """Return whether a bootstrap of these scores tells more than their lowest and highest.
+def is_informative(sides: Sequence[Scores]) -> bool:
+    """Return whether a bootstrap of these scores gives more than their minimum and maximum.
 
-    A resample that draws one and the same run every time must be rarer than the part beyond an end of the interval, or
-    that end is simply the lowest or the highest: two runs of one game give it one time in four, three one in 27, four
-    one in 256; of several games it is the product. With fewer than :data:`FEWEST` runs of any game that game's part is
-    too narrow by far.
+    A resample that draws the same run every time must be rarer than 2.5%, the tail beyond an end of the interval;
+    otherwise that end is simply the minimum or the maximum. Its probability is 1/4 for two runs of one game, 1/27 for
+    three, 1/256 for four; for several games it is the product. With fewer than :data:`FEWEST` runs of any game, that
+    game's contribution to the interval is far too narrow.
     """
     counts = [len(runs) for side in sides for runs in side.values()]
     log = -sum(count * math.log(count) for count in counts)
@@ -104,8 +105,8 @@ def with_interval(statistic: Callable[[Scores], float], scores: Scores, seed: in
     """Return one of the statistics above with its stratified bootstrap interval.
 
     Runs are drawn with replacement within each game, as often as it has runs; the interval holds the middle 95% of
-    what the statistic then is. It speaks of other seeds on the same games. There is none where :func:`says_something`
-    says so, or where all resamples give the same: that is no certainty.
+    what the statistic then is. It is about other seeds on the same games. There is none if :func:`is_informative` is
+    false, or if all resamples give the same value, which would look like certainty.
 
     Args:
         statistic: :func:`mean`, :func:`median` or :func:`interquartile_mean`.
@@ -116,7 +117,7 @@ def with_interval(statistic: Callable[[Scores], float], scores: Scores, seed: in
     known = {mean: _mean, median: _median, interquartile_mean: _interquartile_mean}
     vectorized = known[statistic]
     value, n = statistic(scores), (_count(scores),)
-    if not says_something([scores]):
+    if not is_informative([scores]):
         return Estimate(value, None, None, n)
     return _percentiles(value, _bootstrap(lambda resampled: vectorized(resampled[0]), [scores], seed), n)
 
@@ -129,7 +130,7 @@ def improvement_with_interval(x: Scores, y: Scores, seed: int = 0) -> Estimate:
     """
     value, n = probability_of_improvement(x, y), (_count(x), _count(y))
     sides = [x, {game: y[game] for game in x}]
-    if not says_something(sides):
+    if not is_informative(sides):
         return Estimate(value, None, None, n)
     return _percentiles(value, _bootstrap(lambda resampled: _improvement(*resampled), sides, seed), n)
 
@@ -141,7 +142,7 @@ def mean_interval(values: Sequence[float] | NDArray[np.float64], seed: int = 0) 
 
 def _as_resampled(scores: Scores) -> _Resampled:
     if not scores or not all(len(runs) for runs in scores.values()):
-        raise ValueError("there is no statistic of no runs")
+        raise ValueError("a statistic needs at least one run")
     return [np.asarray(runs, np.float64)[None] for runs in scores.values()]
 
 

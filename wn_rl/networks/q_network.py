@@ -1,15 +1,18 @@
-"""Q-networks, built from a spec."""
+"""The network of Mnih et al. 2015."""
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from wn_rl.errors import CheckpointError
-from wn_rl.networks.spec import QNetworkSpec, WeightInit, treated_names
-from wn_rl.parameterizations import forward, reparameterize
+from wn_rl.networks.base import Network
+from wn_rl.networks.registry import register
+from wn_rl.parameterizations import forward
+
+if TYPE_CHECKING:
+    from wn_rl.networks.spec import QNetworkSpec
 
 BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By number of bytes, the type as which so many uint8 pixels are moved at once."""
@@ -66,13 +69,15 @@ class FirstConvolution(nn.Conv2d):
         return split.permute(0, 2, 4, 1, 3, 5).reshape(units, size // stride, size // stride, -1)
 
 
-class QNetwork(nn.Module):
+@register("nature")
+class QNetwork(Network):
     """The network of Mnih et al. 2015: convolutions, one dense hidden layer, one Q-value per action; ReLU between."""
 
+    has_training_mode = False
+
     def __init__(self, spec: QNetworkSpec) -> None:
-        """Build the network with its spec's initial weights, before any parameterization."""
-        super().__init__()
-        self.spec = spec
+        """Make the layers."""
+        super().__init__(spec)
         channels = spec.observation_shape[0]
         convolutions: list[nn.Conv2d] = []
         for filters, kernel, stride in spec.convolutions:
@@ -82,50 +87,24 @@ class QNetwork(nn.Module):
         self.convolutions = nn.ModuleList(convolutions)
         self.hidden = nn.Linear(spec.flat_features(), spec.hidden_units)
         self.output = nn.Linear(spec.hidden_units, spec.num_actions)
-        layers: list[nn.Conv2d | nn.Linear] = [*convolutions, self.hidden, self.output]
-        for layer in layers:
-            self.initialize_layer(layer)
-
-    def initialize_layer(self, layer: nn.Module) -> None:
-        """Draw the initial weights of a plain layer of this network, as its spec says."""
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        _initialize(layer, self.spec.weight_init)
-
-    def forward(self, observations: Tensor) -> Tensor:
-        """Return Q-values, shape (B, num_actions), of uint8 observations, shape (B, 4, 84, 84).
-
-        The output layer stays in the weights' precision under autocast: the eight bits of a bfloat16 are too coarse
-        for differences between actions.
-        """
-        return self.q_values(self.features(observations))
 
     def features(self, observations: Tensor) -> Tensor:
         """Return what the output layer sees, shape (B, hidden units)."""
-        x = self._pixels(observations)
+        x = self.pixels(observations)
         for index, convolution in enumerate(self.convolutions):
             x = forward(convolution, x)
             # In order of rows before the last ReLU: its backward pass is slow where two orders meet.
             x = _relu(convolution, x.flatten(1) if index == len(self.convolutions) - 1 else x)
         return _relu(self.hidden, forward(self.hidden, x.flatten(1)))
 
-    def _pixels(self, observations: Tensor) -> Tensor:
+    def pixels(self, observations: Tensor) -> Tensor:
         """Return what the first layer takes: pixels from 0 to 1, or packed."""
         first = next(iter(self.convolutions), None)
         if isinstance(first, FirstConvolution) and not first._forward_pre_hooks and first.packs(observations):
             kind = observations.device.type
             low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.precision
             return first.packed(observations).to(low)
-        if observations.device.type == "cuda":
-            # Channels last is what tensor cores take; whole numbers up to 255 are exact in bfloat16, then divided.
-            on = torch.is_autocast_enabled("cuda") and self.precision == torch.float32
-            low = torch.get_autocast_dtype("cuda") if on else self.precision
-            return observations.to(low, memory_format=torch.channels_last) / 255
-        return observations.to(self.precision) / 255
-
-    def q_values(self, features: Tensor) -> Tensor:
-        """Return Q-values, shape (B, num_actions), of :meth:`features`."""
-        with torch.autocast(features.device.type, enabled=False):
-            return forward(self.output, features.to(self.precision))
+        return super().pixels(observations)
 
     def round_weights(self, dtype: torch.dtype) -> None:
         """Round the hidden layers' plain weights once, as autocast to ``dtype`` does in each pass; the output's stay.
@@ -136,49 +115,8 @@ class QNetwork(nn.Module):
         for layer in (*list(self.convolutions)[1:], self.hidden):
             layer.to(dtype)
 
-    @property
-    def precision(self) -> torch.dtype:
-        """The dtype of the trained parameters."""
-        return next(self.output.parameters()).dtype
-
 
 def _relu(layer: nn.Module, x: Tensor) -> Tensor:
     """Return max(x, 0), in place unless a hook of the layer whose output ``x`` is may have kept it."""
     hooked = layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return torch.relu(x) if hooked else torch.relu_(x)
-
-
-def _initialize(layer: nn.Conv2d | nn.Linear, weight_init: WeightInit) -> None:
-    fan_in = layer.weight[0].numel()
-    if weight_init == "he":
-        nn.init.uniform_(layer.weight, -math.sqrt(3 / fan_in), math.sqrt(3 / fan_in))
-        nn.init.constant_(_bias(layer), 0.1)
-    elif weight_init == "normal":
-        nn.init.normal_(layer.weight, std=0.05)
-        nn.init.zeros_(_bias(layer))
-    else:
-        nn.init.uniform_(layer.weight, -math.sqrt(1 / fan_in), math.sqrt(1 / fan_in))
-        nn.init.uniform_(_bias(layer), -math.sqrt(1 / fan_in), math.sqrt(1 / fan_in))
-
-
-def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias
-
-
-def build_q_network(spec: QNetworkSpec, *, seed: int) -> QNetwork:
-    """Build the network that ``spec`` describes, its weights drawn with ``seed``, not the global generator.
-
-    Raises:
-        CheckpointError: its parameterization treats no such layer, or cannot treat it.
-    """
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        torch.manual_seed(seed)
-        network = QNetwork(spec)
-        try:
-            entry = spec.entry()
-            treated = treated_names(entry, len(spec.convolutions)) if spec.layers is None else spec.layers
-            reparameterize(network, entry, include=treated)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"parameterization '{spec.parameterization}': {error}") from None
-    return network

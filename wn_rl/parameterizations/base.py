@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from wn_rl.parameterizations import recurrent
 from wn_rl.parameterizations.former_names import accept_former_names
 from wn_rl.parameterizations.notes import forget_notes, remove_hook
 from wn_rl.parameterizations.notes import parameterization_of as parameterization_of
+from wn_rl.parameterizations.options import read_option
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -288,28 +289,7 @@ def make(kind: type[Parameterization], options: dict[str, Any]) -> Parameterizat
     for field in option_fields(kind):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in options:
             raise ValueError(f"the parameterization '{kind.name}' needs the option '{field.name}'")
-    return kind(**{name: _as(hints[name], name, value) for name, value in options.items()})
-
-
-def _as(hint: Any, name: str, value: object) -> Any:  # noqa: ANN401 - the type is that of the option
-    if get_origin(hint) is Literal:
-        for choice in get_args(hint):
-            if str(choice) == str(value):
-                return choice
-        raise ValueError(f"the option {name} is one of {', '.join(map(str, get_args(hint)))}, not {value!r}")
-    if hint is bool:
-        truth = {"true": True, "false": False}.get(str(value).lower())
-        if truth is None:
-            raise ValueError(f"the option {name} is true or false, not {value!r}")
-        return truth
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"the option {name} is not {value!r}")
-    try:
-        if hint is int and isinstance(value, float) and value != int(value):
-            raise ValueError
-        return hint(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"the option {name} is of type {hint.__name__}, not {value!r}") from None
+    return kind(**{name: read_option(hints[name], name, value) for name, value in options.items()})
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -1,22 +1,24 @@
-"""Figures of curves over seeds: one look for the command line's figure and for the page's.
+"""How figures are drawn: panels of curves over seeds with bands, as PNG, SVG or PDF, and as SVG inside the page.
 
-Groups differ in colour, in line style and in marker, so a figure says the same in grey.
+Groups differ in colour, line style and marker, so a figure can be read in gray.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree
 
 from wn_rl.errors import WnRlError
-from wn_rl.report.bands import Band, Curve, over_seeds
-from wn_rl.report.references import PAPER_SOURCE, ReferenceCurve
+from wn_rl.report.published import PAPER_SOURCE, ReferenceCurve
+from wn_rl.report.statistics import Band, Curve, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
 Format = Literal["png", "svg", "pdf"]
 
 COLOURS = {"standard": "#D55E00", "wn": "#0072B2"}
-"""Of the two groups that nearly every comparison has."""
+"""Colours of the two groups that nearly every comparison has."""
 OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which the colour-blind can tell apart, without its yellow, which is lost on white."""
+"""Okabe and Ito's palette for colour-blind readers, without its yellow, which is hard to see on white."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (4, 1.2, 1, 1.2)), (0, (1.2, 1)), (0, (7, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = "os^DvPX"
 INK, MUTED, GRID, PAPER, BEHIND = "#1b1c1e", "#74767a", "#e3e4e6", "#ffffff", "#fefefe"
@@ -35,9 +37,9 @@ INK, MUTED, GRID, PAPER, BEHIND = "#1b1c1e", "#74767a", "#e3e4e6", "#ffffff", "#
 MARKED_POINTS = 7
 """Markers on a line."""
 LABELS_HEIGHT = 0.43
-"""Of the horizontal axis's numbers and label, inches: a legend below begins there."""
+"""Height of the horizontal axis's tick labels and label, inches: a legend below begins there."""
 INSIDE = 3
-"""Entries of a legend that fit inside the axes; a longer one would hide the curves and stands below."""
+"""Largest number of legend entries inside the axes; a longer legend would hide the curves and is placed below."""
 MISSING = "figures need matplotlib, which is not installed: pip install matplotlib"
 
 
@@ -78,8 +80,8 @@ class Panel:
         title: above it.
         unit: label of the vertical axis.
         series: the groups.
-        level: a horizontal line and its name, or None.
-        references: published curves, drawn in gray as far as ours go.
+        level: name and value of a horizontal line, or None.
+        references: published curves, drawn in gray, up to the last frame of ours.
     """
 
     title: str
@@ -91,7 +93,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as it was drawn.
+    """A figure.
 
     Attributes:
         figure: of matplotlib.
@@ -102,7 +104,7 @@ class Drawing:
     caption_height: float
 
     def render(self, kind: Format) -> bytes:
-        """Return it as a PNG, SVG or PDF file: the same bytes for the same figure."""
+        """Return the figure as a PNG, SVG or PDF file; equal figures give equal bytes."""
         stream = io.BytesIO()
         undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
         with _look():
@@ -123,27 +125,14 @@ def styles_of(groups: Sequence[str]) -> dict[str, Style]:
     return styles
 
 
-def in_order(groups: set[str]) -> list[str]:
-    """Return group labels in the order of every table and legend: the baseline first, numbers by size, then words."""
-
-    def key(group: str) -> tuple[bool, float, str]:
-        try:
-            number = float(group)
-        except ValueError:
-            number = math.inf
-        return group != "standard", number if number == number else math.inf, group
-
-    return sorted(groups, key=key)
-
-
 def check_installed() -> None:
-    """Find out whether figures can be drawn.
+    """Check that figures can be drawn.
 
     Raises:
         WnRlError: matplotlib is missing.
     """
     try:
-        import matplotlib.figure  # noqa: F401 - the question is whether it is there
+        import matplotlib.figure  # noqa: F401 - only whether it is installed
     except ImportError:
         raise WnRlError(MISSING) from None
 
@@ -205,7 +194,8 @@ def draw(
 def plain(text: str) -> str:
     """Return ``text`` with what cannot be printed, line breaks too, as replacement characters.
 
-    Names of directories and values of configurations are other people's, and neither XML nor a font takes them all.
+    Names of directories and values of configurations are untrusted text, and XML and fonts do not allow every
+    character.
     """
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
@@ -241,12 +231,12 @@ def _look() -> Iterator[None]:
         "legend.fancybox": False,
         "legend.fontsize": 7.5,
         "legend.handlelength": 2.8,
-        "text.parse_math": False,  # a dollar in somebody's value is a dollar
+        "text.parse_math": False,  # a dollar sign in a value is no formula
         "svg.fonttype": "none",
         "svg.hashsalt": "wn_rl",
         "pdf.fonttype": 42,
     }
-    # From matplotlib's own defaults, so that nobody's matplotlibrc changes a figure.
+    # From matplotlib's own defaults, so that the user's matplotlibrc does not change a figure.
     settings: Any = {**dict(mpl.rcParamsDefault), "backend": "agg", **look}
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -335,3 +325,59 @@ def _legend_label(one: Series) -> str:
     label = label if len(label) <= 28 else f"{label[:27]}…"
     # matplotlib hides what begins with an underscore
     return f"{' ' if label.startswith('_') else ''}{label} (n = {len(one.curves)})"
+
+
+_SVG = "{http://www.w3.org/2000/svg}"
+_HREF = "{http://www.w3.org/1999/xlink}href"
+_NAMES = dict(
+    zip(
+        (*COLOURS.values(), *OTHER_COLOURS, INK, MUTED, GRID, BEHIND),
+        ("vermillion", "blue", "green", "purple", "orange", "sky", "black", "ink", "muted", "grid", "paper"),
+        strict=True,
+    )
+)
+THEME = {colour.lower(): f"var(--{name})" for colour, name in _NAMES.items()}
+"""CSS variable of each colour of a figure in the page's style sheet."""
+
+
+def inline_svg(svg: bytes, number: int, title: str, *, below: float = 0.0) -> str:
+    """Return an SVG file of :mod:`wn_rl.report.figures` as an element for an HTML page.
+
+    Args:
+        svg: the file.
+        number: of the figure, so that identifiers differ between the figures of a page.
+        title: for screen readers.
+        below: height of the strip with the caption, inches; it is cut off, since the page has the caption as text.
+    """
+    root = ElementTree.fromstring(svg)  # noqa: S314 - matplotlib has just written it
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag == f"{_SVG}metadata" or child.get("id") == "caption":
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        for name, value in list(element.attrib.items()):
+            if name == "id":
+                element.set("id", f"f{number}-{value}")
+            elif name == _HREF:
+                del element.attrib[name]
+                element.set("href", f"#f{number}-{value[1:]}")
+            elif name in ("style", "fill", "stroke", "clip-path"):
+                element.set(name, _themed(value, number))
+    left, top, width, height = (float(part) for part in root.get("viewBox", "0 0 1 1").split())
+    words = ElementTree.Element("title", {"id": f"f{number}-title"})
+    words.text = title
+    root.insert(0, words)
+    root.attrib = {
+        "viewBox": f"{left:g} {top:g} {width:g} {height - 72 * below:g}",
+        "role": "img",
+        "aria-labelledby": f"f{number}-title",
+    }
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _themed(value: str, number: int) -> str:
+    value = re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: THEME.get(found[0].lower(), found[0]), value)
+    value = value.replace(f"fill: {PAPER}", "fill: none")  # the background is the page's
+    value = re.sub(r"font-family: [^;]*", "font-family: inherit", value)
+    return value.replace("url(#", f"url(#f{number}-")

@@ -1,7 +1,7 @@
-"""One HTML page about a set of runs. It carries all it shows and fetches nothing: a browser is told to refuse.
+"""One self-contained HTML page about a set of runs; a content security policy tells the browser to fetch nothing.
 
-Everything that comes from runs (directory names, configuration values, file contents) is other people's text and is
-escaped; none of it enters the script or the style sheet.
+Everything that comes from runs (directory names, configuration values, file contents) is untrusted text and is escaped;
+none of it enters the script or the style sheet.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ from pathlib import Path
 from wn_rl import __version__
 from wn_rl.errors import Failure
 from wn_rl.layout import command
-from wn_rl.report.bands import Interval, meaning
-from wn_rl.report.curves import games_of, groups_of
-from wn_rl.report.diagnostics_panels import FINE_BINS
 from wn_rl.report.figures import plain
-from wn_rl.report.films import Film
+from wn_rl.report.learning_curves import FINE_BINS
 from wn_rl.report.published import SOURCES
-from wn_rl.report.results import RunResult, names_of
-from wn_rl.report.summary import LAST, GroupRow, differences, group_rows, last_mean, warnings
+from wn_rl.report.run_data import RunResult, RunVideo, games_of, groups_of, names_of
+from wn_rl.report.run_tables import LAST, GroupRow, differences, group_rows, last_mean, warnings
+from wn_rl.report.statistics import Interval, meaning
 
 DATA = Path(__file__).parent / "data"
 GENERATOR = "wn_rl report"
-"""The page says so in its head; a directory that holds such a page may be written again."""
+"""In the page's head; a directory that holds such a page may be overwritten."""
 NONE = "–"
 SEEDS = 6
-"""Seeds that a row of the scores lists; where there are more, the table of runs has them."""
+"""Seeds that a row of the scores lists at most; the table of runs has all."""
 UNBROKEN = 24
-"""Letters of a cell's text that are never broken into lines."""
+"""Longest cell text, in characters, that is never broken into lines."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class PageFigure:
     Attributes:
         game: that it is about.
         name: of its files, without the ending.
-        svg: the element, see :func:`wn_rl.report.inline_svg.inline`.
+        svg: the element, see :func:`wn_rl.report.figures.inline_svg`.
         caption: plain text.
     """
 
@@ -59,11 +57,11 @@ class Content:
     Attributes:
         runs: at least one.
         by: configuration key whose values are the groups.
-        failures: what was left out.
+        failures: runs that were left out.
         curves: learning curves.
-        diagnostics: what went on inside.
-        films: to embed.
-        films_left_out: a line for each that is not.
+        diagnostics: figures of training diagnostics.
+        videos: to embed.
+        videos_left_out: a line for each that is not embedded.
         without_events: names of runs whose TensorBoard events are missing, or hold no scalar that can be read.
         files: names of the files beside the page.
         problems: what else went wrong, one line each.
@@ -74,8 +72,8 @@ class Content:
     failures: Sequence[Failure] = ()
     curves: list[PageFigure] = field(default_factory=list)
     diagnostics: list[PageFigure] = field(default_factory=list)
-    films: Sequence[Film] = ()
-    films_left_out: Sequence[str] = ()
+    videos: Sequence[RunVideo] = ()
+    videos_left_out: Sequence[str] = ()
     without_events: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -104,7 +102,7 @@ def render(content: Content) -> str:
         ("scores", "Scores", _scores(content)),
         ("curves", "Learning curves", _figures(content.curves, "figures")),
         ("diagnostics", "Diagnostics", _diagnostics(content)),
-        ("films", "Films", _films(content)),
+        ("videos", "Videos", _videos(content)),
         ("differences", "Configurations", _differences(content)),
         ("runs", "Every run", _runs(content)),
         ("files", "Figures and numbers", _files(content)),
@@ -140,7 +138,7 @@ def render(content: Content) -> str:
 </main>
 <footer class="muted">
 <p>Made by <code>{command("evaluate")} RUNS… --report OUT_DIR</code> of wn_rl {_escape(__version__)} from the files of
-the run directories; no game was played for it. The axis of every figure is emulator frames; scores are raw points.</p>
+the run directories; nothing was played for it. The axis of every figure is emulator frames; scores are raw points.</p>
 </footer>
 <script>{script}</script>
 </body>
@@ -257,14 +255,14 @@ def _scores(content: Content) -> str:
     rows = group_rows(content.runs, content.by)
     heads = [
         ("game", False), (content.by, False), ("seeds", True), ("frames", True), ("best", True), ("final", True),
-        (f"last {LAST}", True), ("human %", True), ("paper normal", True), ("paper wn", True),
+        (f"last {LAST}", True), ("human-normalized score", True), ("paper normal", True), ("paper wn", True),
         ("Mnih 2015", True), ("random", True), ("human", True), ("N", True),
     ]  # fmt: skip
     cells = [_group_cells(row) for row in rows]
-    if len({run.test for run in content.runs}) > 1:
+    if len({run.evaluation_protocol for run in content.runs}) > 1:
         heads.append(("each evaluation", False))
         for row, line in zip(rows, cells, strict=True):
-            line.append(Cell("; ".join(dict.fromkeys(run.test for run in row.runs)), wrap=True))
+            line.append(Cell("; ".join(dict.fromkeys(run.evaluation_protocol for run in row.runs)), wrap=True))
     table = _table("Scores by game and group", heads, cells)
     notes = _list([*warnings(rows), *(failure.message for failure in content.failures), *content.problems], "notes")
     return f"{notes}\n{table}\n{_explanations(rows)}"
@@ -285,7 +283,9 @@ def _group_cells(row: GroupRow) -> list[Cell]:
         _interval_cell(row.best),
         _interval_cell(row.final),
         _interval_cell(row.last),
-        Cell(NONE) if row.human is None else Cell(f"{100 * row.human:.1f}%".replace("-", "−"), row.human),
+        Cell(NONE)
+        if row.human_normalized is None
+        else Cell(f"{100 * row.human_normalized:.1f}%".replace("-", "−"), row.human_normalized),
         _reference_cell(published.paper_normal if published else None),
         _reference_cell(published.paper_wn if published else None),
         _reference_cell(published.mnih if published else None),
@@ -302,21 +302,20 @@ def _explanations(rows: Sequence[GroupRow]) -> str:
     )
     counts = sorted({min(len(row.runs), 3) for row in rows})
     bands = "; ".join(f"{'n ≥ 3' if count == 3 else f'n = {count}'}: {meaning(count)}" for count in counts)
-    tests = list(dict.fromkeys(run.test for row in rows for run in row.runs))
+    protocols = list(dict.fromkeys(run.evaluation_protocol for row in rows for run in row.runs))
     definitions = {
-        "evaluation": f"of each: {tests[0]}." if len(tests) == 1 else "see the last column; they are not all alike.",
+        "evaluation": protocols[0] + "." if len(protocols) == 1 else "see the last column; the runs differ in it.",
         "best": f"the highest mean of a single evaluation of a run, of {many} evaluations: what the paper reports of "
-        "its runs (the highest test score of all epochs). A highest of many is more than what the network scores when "
-        "it is tested again.",
-        "final": "the mean of the last evaluation of the training. Mnih et al. 2015 report 30 games of up to five "
+        "its runs (the highest evaluation return of all epochs). The maximum of many noisy evaluations is higher than "
+        "the network's mean score.",
+        "final": "the mean of the last evaluation of the training. Mnih et al. 2015 report 30 episodes of up to five "
         "minutes of the trained network; evaluate.py RUN --protocol nature plays those, and this page does not.",
-        f"last {LAST}": f"the mean of the last {LAST} evaluations, less of a draw than the last alone.",
+        f"last {LAST}": f"the mean of the last {LAST} evaluations, less noisy than the final evaluation.",
         **({"small print": f"below a score: {bands}. The score is the mean over seeds."} if counts[-1] > 1 else {}),
-        "human %": "human-normalized: the final score on the scale where random play is 0% and the human is 100%.",
+        "human-normalized score": "the final score on the scale where random play is 0% and the human is 100%.",
         "random, human": "Wang et al. 2016 (arXiv 1511.06581, appendix); Mnih et al. 2015 have other human scores.",
         **SOURCES,
-        "N": "emulators that stepped together in training; it changes results a little.",
-        "C, M": "how well a published figure is known: C read in a primary source, M from memory of the paper.",
+        "N": "emulators that stepped in parallel in training; it changes results a little.",
     }
     items = "".join(f"<dt>{_escape(word)}</dt><dd>{_escape(text)}</dd>" for word, text in definitions.items())
     return f'<details open><summary>What the columns mean</summary><dl class="defs">{items}</dl></details>'
@@ -335,36 +334,36 @@ def _diagnostics(content: Content) -> str:
         of_game = [figure for figure in content.diagnostics if figure.game == game]
         parts.append(f"<h3>{_escape(game)}</h3>\n{_figures(of_game, 'figures small')}")
     intro = "Lines are means over seeds, bands as in the learning curves. "
-    intro += f"Of more than {FINE_BINS} points, neighbours are averaged."
+    intro += f"Curves with more than {FINE_BINS} points are downsampled to {FINE_BINS} by averaging neighbours."
     if len(content.without_events) == len(content.runs):
         intro += (
-            " These run directories hold no readable TensorBoard events, so Q-values, loss and gradients are not "
-            "known: only what the CSV files say is shown."
+            " These run directories hold no readable TensorBoard events, so there are no Q-values, losses and "
+            "gradients: only what the CSV files hold is shown."
         )
     elif content.without_events:
         intro += f" Without TensorBoard events, and so missing in some figures: {', '.join(content.without_events)}."
     return f"<p>{_escape(intro)}</p>\n" + "\n".join(parts)
 
 
-def _films(content: Content) -> str:
+def _videos(content: Content) -> str:
     names = dict(zip((run.path for run in content.runs), names_of(content.runs), strict=True))
     shown = []
-    for film in content.films:
-        poster = f' poster="{film.poster_address}"' if film.poster_address else ""
-        label = f"{names[film.run.path]}: {film.path.relative_to(film.run.path)}"
+    for video in content.videos:
+        poster = f' poster="{video.poster_url}"' if video.poster_url else ""
+        label = f"{names[video.run.path]}: {video.path.relative_to(video.run.path)}"
         shown.append(
-            f'<figure><video controls loop muted playsinline preload="metadata"{poster} src="{film.address}" '
+            f'<figure><video controls loop muted playsinline preload="metadata"{poster} src="{video.url}" '
             f'aria-label="{_escape(label)}"></video><figcaption>{_escape(label)}</figcaption></figure>'
         )
-    films = f'<div class="figures small">{"".join(shown)}</div>' if shown else ""
-    left_out = _list((f"Left out: {line}" for line in content.films_left_out), "notes")
-    return films + left_out
+    videos = f'<div class="figures small">{"".join(shown)}</div>' if shown else ""
+    left_out = _list((f"Left out: {line}" for line in content.videos_left_out), "notes")
+    return videos + left_out
 
 
 def _differences(content: Content) -> str:
     found = differences(content.runs, content.by)
     if not found:
-        return "<p>None: the runs differ in nothing but game and seed.</p>"
+        return "<p>None: the runs differ only in game and seed.</p>"
     groups = groups_of(content.runs, content.by)
     heads = "".join(f'<th scope="col" class="wide">{_escape(group)}</th>' for group in groups)
     rows = []
@@ -374,7 +373,7 @@ def _differences(content: Content) -> str:
     label = "Configuration keys that differ, by group"
     return (
         "<p>Keys whose values are not the same in all runs, beside game and seed; several values in a cell "
-        "stand for runs of one group that differ.</p>"
+        "mean that runs of one group differ.</p>"
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table aria-label="{label}">'
         f'<thead><tr><th scope="col">key</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
@@ -414,7 +413,7 @@ def _runs(content: Content) -> str:
 def _files(content: Content) -> str:
     links = [f'<li><a href="{_escape(name)}"><code>{_escape(name)}</code></a></li>' for name in content.files]
     return (
-        "<p>This page carries everything that it shows. Where the directory that it was written to is still around it, "
-        "the same figures are there for a paper, and the numbers that they were drawn from.</p>"
+        "<p>This page is self-contained. The directory that it was written to also holds the figures for a paper, and "
+        "the numbers that they were drawn from.</p>"
         f"<details><summary>{_count(len(content.files), 'file')}</summary><ul>{''.join(links)}</ul></details>"
     )

@@ -1,12 +1,13 @@
 """Rebuild tables and figures of docs/reproduction.md: ``python -m wn_rl.report.reproduction docs/results --out docs``.
 
-Prose is written by hand; what stands between two markers (:mod:`wn_rl.report.generated`) is made here, from the runs'
-files alone. ``--check`` writes nothing and fails where the page does not say what the files say.
+Prose is written by hand. What stands between the lines ``<!-- generated: NAME -->`` and ``<!-- end -->`` is generated
+from the runs' files alone. ``--check`` writes nothing and fails where the page does not say what the files say.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,21 +15,81 @@ from pathlib import Path
 from wn_rl.atari.games import find_game
 from wn_rl.errors import WnRlError, one_line
 from wn_rl.report import figures
-from wn_rl.report.bands import Curve, meaning
+from wn_rl.report.experiment_grid import GAMES, Configuration, ExperimentGrid, read_grid
 from wn_rl.report.figures import Panel, Series
-from wn_rl.report.generated import differing, fill
-from wn_rl.report.ladder import GAMES, Cell, Ladder, read_ladder
-from wn_rl.report.references import PAPER_GAME
-from wn_rl.report.reproduction_tables import blocks, cells_with_runs, figure_name, references_of, title
-from wn_rl.report.results import RunResult
+from wn_rl.report.published import PAPER_GAME
+from wn_rl.report.reproduction_tables import blocks, configurations_with_runs, figure_name, references_of
+from wn_rl.report.run_data import RunResult
+from wn_rl.report.statistics import Curve, meaning
 from wn_rl.runs.directory import write_file
+
+_BEGIN = re.compile(r"^<!-- generated: ([\w-]+) -->$")
+_END = "<!-- end -->"
+
+
+def fill(page: str, blocks: Mapping[str, str]) -> str:
+    """Return the page with the content of every generated part replaced.
+
+    Args:
+        page: Markdown.
+        blocks: the content of each part by name, without the lines of the markers.
+
+    Raises:
+        WnRlError: a part has no end, occurs twice or not at all, or is not in ``blocks``.
+    """
+    lines: list[str] = []
+    seen: list[str] = []
+    inside = False
+    for number, line in enumerate(page.split("\n"), 1):
+        begin = _BEGIN.match(line)
+        if begin is not None:
+            name = begin[1]
+            if inside or name in seen:
+                raise WnRlError(f"line {number}: '{line}' is inside another part, or occurs a second time")
+            if name not in blocks:
+                raise WnRlError(f"line {number}: there is no part '{name}'; there are: {', '.join(blocks)}")
+            seen.append(name)
+            inside = True
+            lines += [line, "", *blocks[name].strip("\n").split("\n"), ""]
+        elif line == _END:
+            if not inside:
+                raise WnRlError(f"line {number}: '{line}' without a generated part before it")
+            inside = False
+        if not inside:
+            lines.append(line)
+    if inside:
+        raise WnRlError(f"part '{seen[-1]}' has no end: add a line '{_END}'")
+    if missing := [name for name in blocks if name not in seen]:
+        raise WnRlError(f"the page has no part '{missing[0]}': add a line '<!-- generated: {missing[0]} -->'")
+    return "\n".join(lines)
+
+
+def differing(old: str, new: str) -> list[str]:
+    """Return the names of the parts in which two pages with the same markers differ."""
+    return [name for name, text in _parts(new).items() if _parts(old).get(name) != text]
+
+
+def _parts(page: str) -> dict[str, str]:
+    parts: dict[str, str] = {}
+    name: str | None = None
+    for line in page.split("\n"):
+        begin = _BEGIN.match(line)
+        if begin is not None:
+            name = begin[1]
+            parts[name] = ""
+        elif line == _END:
+            name = None
+        elif name is not None:
+            parts[name] += line + "\n"
+    return parts
+
 
 PAGE = "reproduction.md"
 WIDTH, HEIGHT = 6.4, 4.0
 """Of a figure, inches."""
 
 
-def draw(ladder: Ladder) -> dict[str, bytes]:
+def draw(grid: ExperimentGrid) -> dict[str, bytes]:
     """Return the figures as PNG files by name, one per game that has a run.
 
     Raises:
@@ -36,37 +97,38 @@ def draw(ladder: Ladder) -> dict[str, bytes]:
     """
     files = {}
     for game in GAMES:
-        cells = cells_with_runs(ladder, game)
-        if not cells:
+        configurations = configurations_with_runs(grid, game)
+        if not configurations:
             continue
         series = tuple(
-            Series(cell.group, tuple(Curve(run.frames, run.scores) for run in runs)) for cell, runs in cells.items()
+            Series(configuration.group, tuple(Curve(run.frames, run.scores) for run in runs))
+            for configuration, runs in configurations.items()
         )
         random_score = find_game(game).random_score
         level = None if random_score is None else ("random play", random_score)
-        # Dopamine's are training returns with sticky actions: in the table, not behind test scores.
+        # Dopamine's are training returns with sticky actions: in the table, but not in a figure of evaluation returns.
         shown = tuple(curve for curve in references_of(game) if not curve.source.startswith("dopamine"))
-        panel = Panel(title(game), "test score (raw points)", series, level, shown)
+        panel = Panel(find_game(game).title, "evaluation return (raw points)", series, level, shown)
         styles = figures.styles_of([one.group for one in series])
-        drawing = figures.draw([panel], styles, _caption(cells), width=WIDTH, height=HEIGHT)
+        drawing = figures.draw([panel], styles, _caption(configurations), width=WIDTH, height=HEIGHT)
         files[figure_name(game)] = drawing.render("png")
     return files
 
 
-def _caption(cells: Mapping[Cell, Sequence[RunResult]]) -> str:
-    bands = "; ".join(f"{cell.group}: {meaning(len(runs))}" for cell, runs in cells.items())
-    game = next(iter(cells)).game
+def _caption(configurations: Mapping[Configuration, Sequence[RunResult]]) -> str:
+    bands = "; ".join(f"{configuration.group}: {meaning(len(runs))}" for configuration, runs in configurations.items())
+    game = next(iter(configurations)).game
     theirs = " The paper's curve is one run, digitized (±10 points)." if game == PAPER_GAME else ""
     return (
-        f"Mean score of the games completed in 125,000 agent steps at ε 0.05, after every epoch of 1M frames. {bands}. "
-        f"Gray: nnabla-rl, mean and range of three seeds.{theirs}"
+        "Mean return of the episodes completed in 125,000 agent steps at ε 0.05, after every epoch of 1M frames. "
+        f"{bands}. Gray: nnabla-rl, mean and range of three seeds.{theirs}"
     )
 
 
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def rebuilt(page: Path, ladder: Ladder) -> tuple[str, str]:
+def rebuilt(page: Path, grid: ExperimentGrid) -> tuple[str, str]:
     """Return a page as it is and as it should be.
 
     Raises:
@@ -79,7 +141,7 @@ def rebuilt(page: Path, ladder: Ladder) -> tuple[str, str]:
     except UnicodeDecodeError:
         raise WnRlError(f"{page} is no text in UTF-8") from None
     try:
-        return old, fill(old, blocks(ladder))
+        return old, fill(old, blocks(grid))
     except WnRlError as error:
         raise WnRlError(f"{page}: {error}") from None
 
@@ -90,15 +152,15 @@ def check(results: Path, out: Path) -> None:
     Raises:
         WnRlError: it does not, and in which parts.
     """
-    ladder = read_ladder(results)
+    grid = read_grid(results)
     page = out / PAGE
-    old, new = rebuilt(page, ladder)
+    old, new = rebuilt(page, grid)
     again = f"python -m wn_rl.report.reproduction {results} --out {out}"
     if old != new:
         parts = ", ".join(differing(old, new)) or "the markers' lines"
         raise WnRlError(f"{page} does not say what the files in {results} say ({parts}): run {again}")
     for game in GAMES:
-        if cells_with_runs(ladder, game) and not (out / figure_name(game)).is_file():
+        if configurations_with_runs(grid, game) and not (out / figure_name(game)).is_file():
             raise WnRlError(f"{out / figure_name(game)} is missing: run {again}")
 
 
@@ -108,10 +170,10 @@ def rebuild(results: Path, out: Path) -> list[Path]:
     Raises:
         WnRlError: a run's files or the page cannot be read or written, or matplotlib is missing.
     """
-    ladder = read_ladder(results)
+    grid = read_grid(results)
     page = out / PAGE
-    _, text = rebuilt(page, ladder)
-    files: dict[Path, str | bytes] = {out / name: data for name, data in draw(ladder).items()}
+    _, text = rebuilt(page, grid)
+    files: dict[Path, str | bytes] = {out / name: data for name, data in draw(grid).items()}
     files[page] = text
     for path, content in files.items():
         write_file(path, content)

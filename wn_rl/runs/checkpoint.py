@@ -24,7 +24,15 @@ from torch import Tensor
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, current, from_mapping
 from wn_rl.errors import CheckpointError, OtherVersionError, WnRlError
-from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network, treated_names, unknown_in_file
+from wn_rl.networks import (
+    Network,
+    QNetworkSpec,
+    build_q_network,
+    unknown_in_file,
+    unknown_network_in_file,
+)
+from wn_rl.networks import get as get_network
+from wn_rl.networks import options as network_options
 from wn_rl.parameterizations import get, resolve
 from wn_rl.runs.safe_load import MAX_DEPTH, Layout, layout_of, open_regular, read_json, read_tensors, shown
 from wn_rl.runs.safe_load import check_state as check_state
@@ -79,7 +87,7 @@ class Checkpoint:
         agent_steps: when it was saved.
         training: state of agent, replay and loop, or empty where only the weights were read.
         path: where it was read from.
-        versions: of this project and of the packages with which it was written.
+        versions: of this project and of the packages with which it was written, and the ``processor`` on which.
         notice: one line for the user if a damaged checkpoint was skipped for the one before it, or None.
         renamed: one line about configuration keys that have other names now; empty if there are none.
     """
@@ -94,7 +102,7 @@ class Checkpoint:
     notice: str | None = None
     renamed: str = ""
 
-    def q_network(self, device: torch.device | str = "cpu") -> QNetwork:
+    def q_network(self, device: torch.device | str = "cpu") -> Network:
         """Build the Q-network with its weights, in evaluation mode.
 
         Raises:
@@ -418,7 +426,14 @@ def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
         raise CheckpointError(unknown_in_file(config.param)) from None
     except ValueError as error:
         raise CheckpointError(f"param_options: {error}") from None
-    treated = treated_names(parameterization, len(spec.convolutions))
+    try:
+        kind = get_network(config.network)
+        options = network_options(kind, config.network_options)
+    except KeyError:
+        raise CheckpointError(unknown_network_in_file(config.network)) from None
+    except ValueError as error:
+        raise CheckpointError(f"network_options: {error}") from None
+    treated = spec.outline().default_layers(parameterization)
     pairs: dict[str, tuple[object, object]] = {
         "the parameterization": (get(spec.parameterization).name, parameterization.name),
         "its options": (spec.entry().options(), parameterization.options()),
@@ -426,6 +441,8 @@ def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
             treated if spec.layers is None else spec.layers,
             treated if config.param_layers is None else config.param_layers,
         ),
+        "the network": (get_network(spec.network).name, kind.name),
+        "the network's options": (network_options(get_network(spec.network), spec.network_options), options),
         "hidden_units": (spec.hidden_units, config.hidden_units),
         "weight_init": (spec.weight_init, config.weight_init or spec.weight_init),
     }

@@ -302,6 +302,7 @@ def q_network(path: Path, param: str | None = None, options: dict[str, Any] | No
         hidden_units=_units(path, ours, "hidden", 65_536),
     )
     network = build_q_network(spec, seed=0)
+    assert isinstance(network, QNetwork)
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in ours.items()}
     for name in sorted(expected.keys() | found.keys()):
@@ -371,6 +372,7 @@ def _for_raw_pixels(path: Path, network: QNetwork) -> QNetwork:
             else replace(spec, parameterization="standard", options={}, layers=None)
         )
         plain = build_q_network(spec, seed=0)
+        assert isinstance(plain, QNetwork)
         plain.load_state_dict(network.state_dict())
         network = plain
     weight = network.convolutions[0].weight

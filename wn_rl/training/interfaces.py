@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wn_rl.config import BackendName, TrainConfig
-from wn_rl.networks import QNetwork
+from wn_rl.networks import Network
 from wn_rl.replay import Minibatch
 
 
@@ -34,7 +34,7 @@ class Agent(Protocol):
     updates: int
 
     @property
-    def q_network(self) -> QNetwork:
+    def q_network(self) -> Network:
         """The network that acts and that a checkpoint carries."""
 
     def q_values(self, observations: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Backend(Protocol):
         """The agent whose work it does."""
 
     @property
-    def q_network(self) -> QNetwork:
+    def q_network(self) -> Network:
         """The network that acts and that a checkpoint carries."""
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wn_rl import networks, parameterizations
 from wn_rl.atari.games import find_game
 from wn_rl.config import TrainConfig, is_auto, validate
 from wn_rl.errors import CheckpointError, UsageError
@@ -43,7 +45,8 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
     if moved:  # what was chosen for another device does not hold for this one
         changes = {"compile": "auto", "backend": "auto"} | changes
     config = replace(saved.config, **changes)
-    if chosen := {key for key in changes if getattr(saved.config, key) != changes[key] and key not in ("device",)}:
+    differs = {key for key in changes if getattr(saved.config, key) != changes[key] and changes[key] != "auto"}
+    if chosen := differs - {"device"}:
         config = replace(config, chosen=tuple(sorted({*saved.config.chosen, *chosen})))
     validate(config)
     return config, saved
@@ -67,11 +70,18 @@ def _canonical(config: TrainConfig, key: str, value: Any) -> Any:  # noqa: ANN40
         return config.num_envs  # what was chosen for this run
     if key == "game":
         return find_game(value).name
-    if key == "param_options":
-        try:
+    try:
+        if key == "param_options":
             return resolve(config.param, value).options()
-        except ValueError as error:
-            raise UsageError(f"param_options: {error}") from None
+        if key == "network_options":
+            return networks.options(networks.get(config.network), value)
+    except ValueError as error:
+        raise UsageError(f"{key}: {error}") from None
+    if key in ("param", "network"):
+        get: Callable[[str], object] = parameterizations.get if key == "param" else networks.get
+        with contextlib.suppress(KeyError):
+            if get(value) is get(getattr(config, key)):
+                return getattr(config, key)
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from wn_rl import diagnostics
 from wn_rl.atari.action_log import ActionLog, Mark
 from wn_rl.atari.env import FRAME_SIDE, STACK_SIZE, make_atari
-from wn_rl.config import TrainConfig
+from wn_rl.config import TrainConfig, to_mapping
 from wn_rl.errors import CheckpointError, NonFiniteLossError
 from wn_rl.evaluation.episodes import (
     EvaluationProtocol,
@@ -25,6 +25,7 @@ from wn_rl.evaluation.episodes import (
     environment_options,
     evaluate,
 )
+from wn_rl.machine import processor
 from wn_rl.replay import Replay
 from wn_rl.replay.host import HostReplay
 from wn_rl.runs import checkpoint
@@ -118,7 +119,7 @@ class Run:
         reported = self._reported() if self._before_closing is None else dict(self._before_closing)
         checkpoint.save(
             path,
-            config=asdict(self.config),
+            config=to_mapping(self.config),
             spec=backend.q_network.spec,
             weights=backend.q_network.state_dict(),
             agent_steps=self.loop.agent_steps,
@@ -133,7 +134,7 @@ class Run:
                     "held_out": _packed(self.held_out),
                 },
             },
-            versions=versions(),
+            versions=versions() | {"processor": processor(self.device)},
             keep_previous=path == self.directory.latest,
         )
 

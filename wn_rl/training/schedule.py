@@ -38,6 +38,12 @@ def scheduled_events(config: TrainConfig, first: int, last: int) -> Iterator[tup
             yield step, TrainEvent.TARGET_COPY
 
 
+def updates_owed(config: TrainConfig, first: int, last: int) -> int:
+    """Return how many updates :func:`owed` yields for the agent steps ``first`` … ``last``."""
+    before = max(first, config.learning_starts) - 1
+    return max(last // config.update_period - before // config.update_period, 0)
+
+
 def epsilon_at(config: TrainConfig, steps: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return ε of each agent step: ``epsilon_start`` until ``learning_starts``, then linear to ``epsilon_end``."""
     fraction = np.clip((steps - config.learning_starts) / max(config.epsilon_decay_steps, 1), 0.0, 1.0)

@@ -13,7 +13,7 @@ import torch
 
 from wn_rl import diagnostics
 from wn_rl.atari.env import FRAME_SKIP
-from wn_rl.config import TrainConfig, is_auto, to_yaml
+from wn_rl.config import TrainConfig, is_auto, network_spec, to_yaml
 from wn_rl.errors import NonFiniteLossError, UsageError, WnRlError
 from wn_rl.evaluation.episodes import EvaluationInterrupted, EvaluationResult
 from wn_rl.layout import command, import_agent
@@ -28,15 +28,18 @@ from wn_rl.machine import (
     keep_freed_memory,
     place_replay,
     plan_memory,
+    precisions,
+    processor,
     resolve_device,
     set_float32_precision,
 )
-from wn_rl.networks import MAX_ACTIONS, QNetworkSpec
+from wn_rl.networks import MAX_ACTIONS
 from wn_rl.replay import Replay
 from wn_rl.runs import checkpoint
 from wn_rl.runs.directory import RunDirectory, versions
 from wn_rl.training.loop import FinishedEpisode
 from wn_rl.training.run import MakeAgent, MakeBackend, Run
+from wn_rl.training.schedule import updates_owed
 from wn_rl.training.signals import Signals
 from wn_rl.training.telemetry import Dashboard, Progress
 
@@ -79,7 +82,7 @@ def train(
         directory: of the run; new unless ``resume`` is given.
         resume: the checkpoint to resume from.
         quiet: print nothing but errors.
-        make_backend: (agent, replay) → backend; None: ``agents.backends.make_backend``.
+        make_backend: (agent, replay) → backend; None: what ``agents.backends.choice`` chooses.
 
     Returns:
         The exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM.
@@ -88,15 +91,14 @@ def train(
         WnRlError: an error that the user can fix; everything saved before is kept.
     """
     # The directory is not part of the experiment: the run's config.yaml repeats it in a directory of its own.
-    chosen = is_auto(config.num_envs)
-    config = replace(resolve_device(config), run_dir=None)
+    wanted, config = config, replace(resolve_device(config), run_dir=None)
     set_float32_precision(config.precision)
     torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
     keep_freed_memory()
     memory = plan_memory(
         config,
         Replay.expected_bytes(config.replay_capacity, config.num_envs),
-        QNetworkSpec(MAX_ACTIONS, hidden_units=config.hidden_units).count_parameters(),
+        network_spec(config, MAX_ACTIONS).count_parameters(),
     )
     device = torch.device(config.device)
     if device.type == "cuda":
@@ -104,25 +106,54 @@ def train(
     check_memory(config, memory, device)
     files = RunDirectory(directory)
     _refuse_finished(config, files, resume)
-    if make_backend is None:
-        make_backend = _backend_maker(as_before=resume is not None and config.backend == resume.config.backend)
     with files.claimed() if resume is None else files.locked():
         if resume is not None:
             _check_newest(resume, files)
+        if make_backend is None:
+            config, make_backend = _choose(wanted, config, make_agent, resume)
         run = Run(config, make_agent, files, make_backend, replay_on_host=memory.replay_on_host)
         try:
             if resume is None:
                 files.create(to_yaml(run.config))
-            notes = [describe_num_envs(config)] if chosen else []
+            notes = [describe_num_envs(config)] if is_auto(wanted.num_envs) else []
+            if resume is not None:
+                notes += _moved(run, resume)
             return _train_locked(run, memory, resume, notes, quiet=quiet)
         finally:
             run.env.close()
 
 
-def _backend_maker(*, as_before: bool) -> MakeBackend:
-    """Return a function that chooses the backend; ``as_before``: a resumed run's may be replaced if it is missing."""
-    backends = import_agent("backends")  # imported late: agents are above this package
-    return functools.partial(backends.make_backend, strict=not as_before)
+def _choose(
+    wanted: TrainConfig, config: TrainConfig, make_agent: MakeAgent, resume: checkpoint.Checkpoint | None
+) -> tuple[TrainConfig, MakeBackend]:
+    """Return the configuration with the arithmetic that the run takes, and what makes its backend.
+
+    Args:
+        wanted: as the user gave it; what is ``auto`` there is open.
+        config: the same, resolved for this machine.
+        make_agent: see :func:`train`.
+        resume: the checkpoint to go on from; another backend may take the place of its own if that is not there.
+    """
+    done = resume.agent_steps if resume is not None else 0
+    as_before = resume is not None and config.backend == resume.config.backend
+    choice = import_agent("backends.choice").choose(  # imported late: agents are above this package
+        config,
+        make_agent,
+        precisions=precisions(wanted, config.device),
+        updates=updates_owed(config, done + 1, config.frames // FRAME_SKIP),
+    )
+    return choice.applied(config), functools.partial(choice.make_backend, strict=not as_before)
+
+
+def _moved(run: Run, resume: checkpoint.Checkpoint) -> list[str]:
+    """Return what to say where the run was on another processor before: it goes on as it was."""
+    before, now = resume.versions.get("processor"), processor(run.device)
+    if before in (None, now):
+        return []
+    return [
+        f"this run was on {before}, here is {now}: it goes on with {run.config.backend} in {run.config.precision}, and "
+        "rounding may differ from here on; --backend auto --precision auto choose for this processor"
+    ]
 
 
 def _refuse_finished(config: TrainConfig, files: RunDirectory, resume: checkpoint.Checkpoint | None) -> None:

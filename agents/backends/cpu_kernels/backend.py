@@ -17,10 +17,10 @@ from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 from wn_rl.training import Agent
 
 from ...dqn import DQN
+from ...optimizers import make_optimizer
 from ...target_network import TargetNetwork
 from .. import interface
-from . import layouts, loader
-from .adamax import FusedAdamax
+from . import layouts, loader, optimizers
 from .kernel_network import KernelNetwork
 from .packed_network import PackedNetwork, PackedWeights
 from .packed_network import unsupported as network_problem
@@ -46,21 +46,23 @@ class CpuKernels(interface.Backend):
         """Pack the weights and give the agent an optimizer whose step is a kernel."""
         super().__init__(agent, replay)
         assert isinstance(agent, DQN)
-        config, library = agent.config, loader.load()
+        config, library, network = agent.config, loader.load(), agent.q_network
         assert not isinstance(library, str)
-        kind = PackedNetwork if layouts.unsupported(agent.q_network, library, agent.precision) else KernelNetwork
-        self.network = kind(agent.q_network, library, precision=agent.precision)
-        assert config.learning_rate is not None
-        betas = (config.adam_beta1, config.adam_beta2)
-        self.optimizer = FusedAdamax(self.network, config.learning_rate, betas, config.optimizer_eps)
+        assert isinstance(network, QNetwork)
+        kind = PackedNetwork if layouts.unsupported(network, library, agent.precision) else KernelNetwork
+        self.network = kind(network, library, precision=agent.precision)
+        self.optimizer = optimizers.FusedOptimizer.like(agent.optimizer, self.network)
         agent.optimizer = self.optimizer
         mean = config.loss_reduction != "sum"
         self._loss = TDLoss(config.gamma, config.reward_clip, mean, agent.statistics.sums)
         self._torch_loss = bool(interface.overridden(agent, DQN, LOSS))
         self._target: tuple[int, PackedWeights] | None = None
         whole = isinstance(self.network, KernelNetwork)
-        self._one_call = whole and not self._torch_loss
-        self.detail = "loss by torch" if self._torch_loss else "" if whole else "products by torch"
+        computed = bool(self.network.computed_from)
+        self._one_call = whole and not self._torch_loss and not computed
+        parts = {"loss": self._torch_loss, "weights": computed, "products": not whole}
+        self.detail = " and ".join(name for name, by_torch in parts.items() if by_torch)
+        self.detail += " by torch" if self.detail else ""
 
     @classmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:
@@ -71,15 +73,15 @@ class CpuKernels(interface.Backend):
         if problem := interface.subclass_problem(agent, DQN, REPLACED):
             return problem
         assert isinstance(agent, DQN)
-        if agent.config.optimizer != "adamax":
-            return f"the optimizer is {agent.config.optimizer}, not adamax"
-        if type(agent.optimizer) is not torch.optim.Adamax or agent.optimizer.state:
-            return "the agent has an optimizer of its own, or one that has made steps"
+        expected = make_optimizer(agent.config, agent.q_network.parameters())
+        if problem := optimizers.unsupported(agent.optimizer, expected):
+            return problem
         for network in (agent.q_network, agent.target_network):
             if type(network) is not QNetwork:
-                return f"the network is a {type(network).__name__}, not a QNetwork"
+                return f"the network is a {type(network).__name__}, and the kernels know nature (QNetwork) alone"
         if type(agent.target) is not TargetNetwork:
             return f"the target is a {type(agent.target).__name__}"
+        assert isinstance(agent.q_network, QNetwork)
         if problem := network_problem(agent.q_network):
             return problem
         library = loader.load()
@@ -119,20 +121,35 @@ class CpuKernels(interface.Backend):
             NonFiniteLossError: the loss of an update is not finite; those before it were made.
             IndexError: a transition or an action does not exist; no update was made.
         """
+        if self.network.computed_from:
+            assert count == 1
+            with self.agent.training_mode():
+                with self.agent.autocast():
+                    self.network.refresh_for_training()
+                self._update(batch, count)
+                self.network.backward_computed()
+                self.optimizer.step_computed()
+        else:
+            self.network.refresh_for_training()
+            self._update(batch, count)
+
+    def _update(self, batch: Minibatch, count: int) -> None:
+        """Make the updates with the weights as they are packed."""
         if self._torch_loss or not isinstance(self.network, KernelNetwork):
             assert count == 1
             self._update_with_loss_by_torch(batch)
             self.agent.count_updates(1)
             return
-        step_sizes, betas, eps = self.optimizer.next_steps(count)
-        made, loss = self.network.update(self._packed_target(), batch, self._loss, step_sizes, betas, eps)
-        self.optimizer.count_steps(step_sizes[:made])
+        steps = self.optimizer.next_steps(count)
+        made, loss = self.network.update(self._packed_target(), batch, self._loss, steps)
+        self.optimizer.count_steps(steps, made)
         self.agent.count_updates(made)
         if made < count and batch.indices is not None:
             self.agent.finite.refuse(loss, batch.indices.view(count, -1)[made])
 
     def _update_with_loss_by_torch(self, batch: Minibatch) -> None:
         """Make one update: both forward passes, torch's loss of the Q-values, the backward pass and the step."""
+        self.network.prepare_training_pass()
         with torch.no_grad():
             next_q_values, q_values, saved = self.network.forward_both(self._packed_target(), batch)
         q_values.requires_grad_()
@@ -142,10 +159,10 @@ class CpuKernels(interface.Backend):
         self.optimizer.step()
 
     def _packed_target(self) -> PackedWeights:
-        """Return the target network's packed weights, after the Q-network's own are up to date."""
-        self.network.refresh()
+        """Return the target network's packed weights."""
         target = self.agent.target
         if self._target is None or self._target[0] != target.copies:
+            assert isinstance(target.network, QNetwork)
             self._target = (target.copies, self.network.pack_network(fold(copy.deepcopy(target.network))))
         return self._target[1]
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wn_rl.networks import QNetwork
+from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import LazyMinibatch, Minibatch
 
 from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size
 from .packed_network import PackedNetwork, PackedWeights, TrainedLayer
-from .structs import BackwardArgs, ForwardArgs, ReplayStorage, TDLossArgs
+from .structs import BackwardArgs, ForwardArgs, OptimizerStep, ReplayStorage, TDLossArgs, WeightKind
 from .workspace import Activations, ObservationFrames, PreparedUpdate, TDLoss, Workspace, as_frames
 
 
@@ -40,10 +41,11 @@ class KernelNetwork(PackedNetwork):
             [self._empty_weight(layer) for layer in self.layers], [layer.b for layer in self.layers]
         )
         self._bias_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
-        # The hidden layer's gradient becomes its step row by row and is never whole.
+        # The hidden layer's gradient becomes its step row by row and is never whole, unless torch takes it further.
         hidden = len(self.convolutions)
         self.v_gradients = [
-            None if index == hidden else torch.zeros_like(layer.v) for index, layer in enumerate(self.layers)
+            None if index == hidden and layer.kind is not WeightKind.GIVEN else torch.zeros_like(layer.v)
+            for index, layer in enumerate(self.layers)
         ]
         self._weight_gradients = [
             None if index == hidden else torch.zeros(layer.v.numel()) for index, layer in enumerate(self.layers)
@@ -165,9 +167,7 @@ class KernelNetwork(PackedNetwork):
         target: PackedWeights,
         batch: Minibatch,
         loss: TDLoss,
-        step_sizes: Sequence[float],
-        betas: tuple[float, float],
-        eps: float,
+        steps: ctypes.Array[OptimizerStep],
     ) -> tuple[int, float]:
         """Make whole updates in one call: :meth:`forward_both`, the loss, :meth:`backward` and :meth:`step`.
 
@@ -176,9 +176,7 @@ class KernelNetwork(PackedNetwork):
             batch: transitions, of all updates one after the other; drawn ones at which nobody has looked are gathered
                 from replay, others must be those of one update.
             loss: what is minimized.
-            step_sizes: of each update's Adamax step: the learning rate / (1 − β1ᵗ).
-            betas: of all steps.
-            eps: of all steps.
+            steps: the optimizer's step of each update.
 
         Returns:
             How many updates were made, and the last loss. The first whose loss is not finite is not made, nor are
@@ -190,7 +188,7 @@ class KernelNetwork(PackedNetwork):
         """
         drawn = batch if isinstance(batch, LazyMinibatch) and batch.is_lazy else None
         indices = None if drawn is None else drawn.indices.long().contiguous()
-        count, transitions = len(step_sizes), len(batch.actions if indices is None else indices)
+        count, transitions = len(steps), len(batch.actions if indices is None else indices)
         size = transitions // count
         if size * count != transitions or (count > 1 and indices is None):
             raise ValueError(f"the transitions cannot be divided among {count} updates")
@@ -211,9 +209,7 @@ class KernelNetwork(PackedNetwork):
             self.structs,
             scratch,
             threads,
-            (ctypes.c_float * count)(*step_sizes),
-            *betas,
-            eps,
+            steps,
             prepared.spare_flat.data_ptr(),
             ctypes.byref(last),
         )
@@ -291,8 +287,8 @@ class KernelNetwork(PackedNetwork):
             args.bias_gradient[index] = self._bias_gradients[index].data_ptr()
         return args
 
-    def step(self, step_size: float, betas: tuple[float, float], eps: float) -> None:
-        """Make the backward pass and an Adamax step; ``step_size`` is the learning rate / (1 − β1ᵗ)."""
+    def step(self, step: OptimizerStep) -> None:
+        """Make the backward pass and an optimizer step of everything that torch does not compute."""
         args, (scratch, threads) = self._backward_args(self._q_gradient), self.workspace.scratch()
         self.library.network_backward_and_step(
             ctypes.byref(self.shape),
@@ -301,37 +297,37 @@ class KernelNetwork(PackedNetwork):
             self.structs,
             scratch,
             threads,
-            step_size,
-            *betas,
-            eps,
+            ctypes.byref(step),
         )
 
     @torch.no_grad()
-    def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], step_size: float) -> None:
+    def write_gradients(self, value_before: Callable[[nn.Parameter, Tensor, Tensor, Tensor], Tensor]) -> None:
         """Write the gradients of the last step to ``.grad``, as :meth:`.PackedNetwork.write_gradients`."""
         for layer, v_gradient, g_gradient, b_gradient in zip(
             self.layers, self.v_gradients, self.g_gradients, self._bias_gradients, strict=True
         ):
-            layer.v.grad = self._hidden_gradient(moments, step_size) if v_gradient is None else v_gradient.clone()
+            if v_gradient is None:
+                layer.v.grad = self._hidden_gradient(value_before)
+            elif layer.kind is not WeightKind.GIVEN:
+                layer.v.grad = v_gradient.clone()
             layer.b.grad = b_gradient.clone()
             if layer.g is not None:
                 layer.g.grad = g_gradient.view_as(layer.g).clone()
 
-    def _hidden_gradient(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], step_size: float) -> Tensor:
+    def _hidden_gradient(self, value_before: Callable[[nn.Parameter, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Return the gradient of the hidden layer's v in the last step, worked out again from what the step left."""
-        layer, g_gradient = self.layers[-2], self.g_gradients[-2][:, None]
+        layer = self.layers[-2]
+        _, row_factor, v_factor = self._per_unit[-2][:, :, None]
         gradients = self.workspace.gradients
         assert gradients is not None
         flat = self.workspace.activations_for(len(self._q_gradient), True).flat
-        dense = gradients.hidden.float().t() @ flat.float()
-        if layer.g is None:
-            return dense
-
-        def before(parameter: nn.Parameter) -> Tensor:
-            state = moments(parameter)
-            return parameter + step_size * state["exp_avg"] / state["exp_inf"]
-
-        v, g = before(layer.v), before(layer.g).view(-1, 1)
-        norm = v.norm(dim=1, keepdim=True)
-        gradient: Tensor = g / norm * dense - g * g_gradient / norm**2 * v
+        rows = gradients.hidden.float().t() @ flat.float()
+        gradient: Tensor = row_factor * rows
+        if layer.kind is WeightKind.SPECTRAL:
+            spectral = layer.module.parametrizations["weight"][0]  # type: ignore[index]
+            assert isinstance(spectral, SpectralNormalized)
+            gradient += v_factor * spectral.running_v
+        if layer.kind in (WeightKind.NORM, WeightKind.NORM_EXP):
+            assert isinstance(layer.v, nn.Parameter)
+            gradient += v_factor * value_before(layer.v, row_factor, rows, v_factor)
         return gradient

@@ -17,14 +17,14 @@ import torch
 
 from wn_rl.errors import one_line
 
-from .structs import STRUCTS, Float, Integer, Pointer, TrainedLayerStruct, precision_code
+from .structs import STRUCTS, Integer, Pointer, TrainedLayerStruct, precision_code
 
 CSRC = Path(__file__).with_name("csrc")
 REFERENCE = CSRC / "reference.c"
 """Plain loops that the tests compare the kernels with; no part of the library that :func:`load` makes."""
 SOURCES = tuple(path for path in sorted(CSRC.glob("*.c")) if path != REFERENCE)
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-"""No ``-ffast-math``: a number that is not finite must stay one."""
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+"""No ``-ffast-math``: a number that is not finite must stay one. Without ``errno`` loops with a root are vectorized."""
 
 
 def compiler() -> str | None:
@@ -33,7 +33,8 @@ def compiler() -> str | None:
     return next((found for name in wanted if name and (found := shutil.which(name))), None)
 
 
-def _cache() -> Path:
+def cache_directory() -> Path:
+    """Return where what was compiled and timed on this machine is kept; it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "wn_rl"
 
@@ -66,11 +67,11 @@ def build(sources: Sequence[Path], *macros: str) -> ctypes.CDLL | str:
             *(path.read_bytes() for path in (*sources, *sorted(CSRC.glob("*.h")))),
             version,
             " ".join(flags).encode(),
-            _processor().encode(),
+            processor().encode(),
         )
         name = f"kernels-{hashlib.sha256(b'|'.join(inputs)).hexdigest()[:20]}.so"
         try:
-            directory = _cache()
+            directory = cache_directory()
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             return _open(command, flags, sources, directory / name)
         except OSError:  # a cache that cannot be written or does not allow programs
@@ -84,7 +85,7 @@ def supports(library: ctypes.CDLL, precision: torch.dtype) -> bool:
     return bool(library.supports_precision(precision_code(precision)))
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return what the processor can do, since the code is made for this one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -122,10 +123,18 @@ def _declare(library: ctypes.CDLL) -> None:
     layers = ctypes.POINTER(TrainedLayerStruct)
     library.supports_precision.argtypes = (Integer,)
     library.supports_precision.restype = Integer
-    library.pack_layers.argtypes = (layers, Integer, Integer)
-    library.step_layers.argtypes = (layers, Integer, Integer, Pointer, Integer, *[Float] * 4)
+    library.pack_layers.argtypes = library.prepare_training_pass.argtypes = (layers, Integer, Integer)
+    library.step_layers.argtypes = (layers, Integer, Integer, Pointer, Integer, Pointer)
+    library.step_tensor.argtypes = (*[Pointer] * 4, Integer, Integer, Pointer)
     library.pack_frames.argtypes = (Pointer, *[Integer] * 9, Pointer)
-    for function in (library.pack_layers, library.step_layers, library.pack_frames, library.struct_sizes):
+    for function in (
+        library.pack_layers,
+        library.prepare_training_pass,
+        library.step_layers,
+        library.step_tensor,
+        library.pack_frames,
+        library.struct_sizes,
+    ):
         function.restype = None
     sizes = (Integer * len(STRUCTS))()
     library.struct_sizes(sizes)
@@ -134,15 +143,13 @@ def _declare(library: ctypes.CDLL) -> None:
     if not supports(library, torch.float32):
         return
     library.network_forward.argtypes = (Pointer, Pointer, Integer, Pointer, Integer)
-    library.network_backward_and_step.argtypes = (*[Pointer] * 5, Integer, *[Float] * 4)
+    library.network_backward_and_step.argtypes = (*[Pointer] * 5, Integer, Pointer)
     library.network_forward.restype = library.network_backward_and_step.restype = None
     library.network_updates.argtypes = (
         *[Pointer] * 4,
         Integer,
         *[Pointer] * 4,
         Integer,
-        Pointer,
-        *[Float] * 3,
-        *[Pointer] * 2,
+        *[Pointer] * 3,
     )
     library.network_updates.restype = Integer

@@ -4,13 +4,14 @@ What is trained stays in float32 where the network has it. Beside it lies a *pac
 precision and in the order in which the CPU computes fastest: convolutions channels last, the first one on blocks of
 pixels (:class:`wn_rl.networks.FirstConvolution`) with the division by 255 in its weights. One C function per update
 takes the packed weights' gradients, turns them into those of what is trained (v and g of weight normalization), makes
-the Adamax step and writes the next packed weights.
+the optimizer's step and writes the next packed weights. A weight whose parameterization the C function does not know is
+computed, and its gradient taken further, by torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from wn_rl.networks import FirstConvolution, QNetwork
-from wn_rl.parameterizations.base import parameterization_of
+from wn_rl.parameterizations.base import Parameterization, WeightParameterization, parameterization_of
+from wn_rl.parameterizations.projected import ProjectedWeights
+from wn_rl.parameterizations.spectral_norm import SpectralNormalization, SpectralNormalized
 from wn_rl.parameterizations.standard import Standard
-from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
+from wn_rl.parameterizations.weight_norm import WeightNormalization
 from wn_rl.replay import Minibatch
 
-from .structs import TrainedLayerStruct
+from .structs import OptimizerStep, TrainedLayerStruct, WeightKind
 
 aten = torch.ops.aten
 
@@ -47,8 +50,9 @@ class TrainedLayer:
 
     Attributes:
         module: the layer.
-        v: the direction; w itself where ``g`` is None.
-        g: the scale of weight normalization.
+        kind: how w is made of v and g.
+        v: the direction; w itself where ``g`` is None; not a parameter where torch computes w.
+        g: the scale, or its logarithm.
         b: the bias.
         offsets: int32, (inputs,): where each of a unit's inputs lies in its packed weight; None: in their order.
         input_scale: by which w is multiplied when it is packed.
@@ -58,7 +62,8 @@ class TrainedLayer:
     """
 
     module: nn.Module
-    v: nn.Parameter
+    kind: WeightKind
+    v: Tensor
     g: nn.Parameter | None
     b: nn.Parameter
     offsets: Tensor | None
@@ -68,15 +73,30 @@ class TrainedLayer:
     bias_gradient: Tensor | None = None
 
 
+def weight_kind(layer: nn.Module) -> WeightKind | str:
+    """Return how the C function makes a layer's weight, or why nothing here can."""
+    entry = parameterization_of(layer)
+    if entry is None or type(entry) is Standard:
+        return WeightKind.PLAIN
+    if type(entry) is WeightNormalization:
+        return WeightKind.NORM if entry.g == "direct" else WeightKind.NORM_EXP
+    if type(entry) is ProjectedWeights:
+        return WeightKind.UNIT if entry.g == "none" else WeightKind.UNIT_SCALED
+    if type(entry) is SpectralNormalization:
+        return WeightKind.SPECTRAL
+    if not isinstance(entry, WeightParameterization):
+        return f"its parameterization is '{entry.name}'"
+    if type(entry).forward is not Parameterization.forward:
+        return f"its parameterization '{entry.name}' has a forward pass of its own"
+    return WeightKind.GIVEN
+
+
 def unsupported(network: QNetwork) -> str:
     """Return why ``network`` cannot be trained on packed weights, an empty text if it can."""
     layers = [*network.convolutions, network.hidden, network.output]
     for layer in layers:
-        entry = parameterization_of(layer)
-        plain = entry is None or type(entry) is Standard
-        if not plain and not (type(entry) is WeightNormalization and entry.g == "direct"):
-            assert entry is not None
-            return f"its parameterization is '{entry.name}'"
+        if isinstance(problem := weight_kind(layer), str):
+            return problem
         if layer._forward_hooks or layer._forward_pre_hooks:
             return "a layer has hooks"
     if any(p.device.type != "cpu" or p.dtype != torch.float32 or not p.is_contiguous() for p in network.parameters()):
@@ -120,9 +140,19 @@ class PackedNetwork:
         self.structs = (TrainedLayerStruct * len(self.layers))()
         self._allocate()
         self.g_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
-        self._norms = [torch.zeros(len(layer.v)) for layer in self.layers]
-        self._trained = [p for layer in self.layers for p in (layer.v, layer.g, layer.b) if p is not None]
+        self._per_unit = [torch.zeros(3, len(layer.v)) for layer in self.layers]  # norm, row_factor, v_factor
+        self._trained = list(network.parameters())
         self._versions: list[int] = []
+        self._computed = {layer.module: layer for layer in self.layers if layer.kind is WeightKind.GIVEN}
+        self._graphs: dict[nn.Module, Tensor] = {}
+        self._spectral = any(layer.kind is WeightKind.SPECTRAL for layer in self.layers)
+        self._spectral_memory: list[Tensor | None] = []  # the structures hold its addresses only
+        self._packed_for_training = False
+        self.computed_from = [
+            parameter
+            for module in self._computed
+            for parameter in module.parametrizations["weight"].parameters()  # type: ignore[index,union-attr]
+        ]
         for index, layer in enumerate(self.layers):
             self._fill_struct(self.structs[index], index, layer)
 
@@ -132,18 +162,17 @@ class PackedNetwork:
         self.packed = PackedWeights([self._empty_weight(layer) for layer in self.layers], [])
         self.packed.biases = [torch.empty(len(weight), dtype=weight.dtype) for weight in self.packed.weights]
         # A gradient in another order than v needs memory of its own.
-        self.v_gradients = [None if layer.offsets is None else torch.zeros_like(layer.v) for layer in self.layers]
+        self.v_gradients = [
+            None if layer.offsets is None and layer.kind is not WeightKind.GIVEN else torch.zeros_like(layer.v)
+            for layer in self.layers
+        ]
 
     def _layer(self, module: nn.Module) -> TrainedLayer:
-        g: Tensor | None = None
-        if isinstance(parameterization_of(module), WeightNormalization):
-            v, g = direction_and_scale(module)
-        else:
-            v = module.weight  # type: ignore[assignment]
+        kind = weight_kind(module)
+        assert isinstance(kind, WeightKind)
+        v, g = _trained_weight(module, kind)
         b = module.bias
-        assert isinstance(v, nn.Parameter)
         assert isinstance(b, nn.Parameter)
-        assert g is None or isinstance(g, nn.Parameter)
         offsets = None
         if isinstance(module, nn.Conv2d):
             inputs = torch.arange(v[0].numel()).view(1, *v.shape[1:])
@@ -152,7 +181,7 @@ class PackedNetwork:
             offsets[order] = torch.arange(len(order), dtype=torch.int32)
         scale = 1 / 255 if isinstance(module, FirstConvolution) else 1.0
         bfloat16 = module is not self.network.output and self.precision is torch.bfloat16
-        return TrainedLayer(module, v, g, b, offsets, scale, bfloat16)
+        return TrainedLayer(module, kind, v, g, b, offsets, scale, bfloat16)
 
     def _empty_weight(self, layer: TrainedLayer) -> Tensor:
         """Return memory for a packed weight."""
@@ -163,7 +192,7 @@ class PackedNetwork:
 
     def _fill_struct(self, struct: Any, index: int, layer: TrainedLayer) -> None:  # noqa: ANN401 - ctypes sets its fields
         struct.units, struct.inputs = len(layer.v), layer.v[0].numel()
-        struct.weight_normalized, struct.packed_bfloat16 = layer.g is not None, layer.bfloat16
+        struct.weight_kind, struct.packed_bfloat16 = layer.kind, layer.bfloat16
         struct.input_scale = layer.input_scale
         addresses = {
             "v": layer.v,
@@ -171,8 +200,16 @@ class PackedNetwork:
             "b": layer.b,
             "g_gradient": self.g_gradients[index],
             "v_gradient": self.v_gradients[index],
-            "norm": self._norms[index],
         }
+        addresses |= zip(("norm", "row_factor", "v_factor"), self._per_unit[index], strict=True)
+        if layer.kind is WeightKind.SPECTRAL:
+            computes = layer.module.parametrizations["weight"][0]  # type: ignore[index]
+            assert isinstance(computes, SpectralNormalized)
+            struct.iterations, struct.normalize_eps = computes.iterations, computes.eps
+            addresses |= {"left": computes.running_u, "right": computes.running_v, "c": computes.running_scale}
+            addresses |= {"product": torch.zeros(struct.units + struct.inputs), "sigma": torch.zeros(1)}
+            addresses["alignment"] = torch.zeros(struct.units)
+            self._spectral_memory += addresses.values()
         for name, tensor in (addresses | self._set_layout(struct, index, layer)).items():
             setattr(struct, name, None if tensor is None else tensor.data_ptr())
 
@@ -180,7 +217,7 @@ class PackedNetwork:
         """Set the layouts of packed weights and gradients; returns the tensors to point at, by field."""
         struct.packed_unit_stride = struct.gradient_unit_stride = struct.inputs
         struct.gradient_bfloat16 = layer.bfloat16
-        struct.v_gradient_bfloat16 = layer.bfloat16 and layer.offsets is None
+        struct.v_gradient_bfloat16 = layer.bfloat16 and self.v_gradients[index] is None
         return {
             "packed_offset": layer.offsets,
             "gradient_offset": layer.offsets,
@@ -189,11 +226,55 @@ class PackedNetwork:
         }
 
     def refresh(self) -> None:
-        """Pack the weights again if somebody else has changed what is trained."""
+        """Pack the weights as acting takes them, if they were packed for training or somebody has changed them."""
         versions = [parameter._version for parameter in self._trained]
-        if versions != self._versions:
-            self.library.pack_layers(self.structs, len(self.layers), torch.get_num_threads())
-            self._versions = versions
+        if versions != self._versions or self._packed_for_training:
+            self._compute_weights()
+            self._packed_for_training = False
+            self._pack(versions)
+
+    def refresh_for_training(self) -> None:
+        """Pack the weights as a training pass takes them, where torch computes them with the graph of their gradient.
+
+        Spectral normalization is left to whoever makes the pass: :meth:`update` in C, :meth:`forward_both` here.
+        """
+        if not self._computed:
+            versions = [parameter._version for parameter in self._trained]
+            if versions != self._versions:
+                self.refresh()
+            self._packed_for_training = self._spectral
+            return
+        with torch.enable_grad():
+            self._compute_weights()
+        self._packed_for_training = True
+        self._pack([parameter._version for parameter in self._trained])
+
+    def prepare_training_pass(self) -> None:
+        """Make the steps of power iteration of spectral normalization, and pack the weights that depend on them."""
+        if self._spectral:
+            self.library.prepare_training_pass(self.structs, len(self.layers), torch.get_num_threads())
+
+    def _compute_weights(self) -> None:
+        for module, layer in self._computed.items():
+            w = module.weight
+            assert isinstance(w, Tensor)
+            self._graphs[module] = w
+            layer.v.copy_(w.detach())
+
+    def _pack(self, versions: list[int]) -> None:
+        self.library.pack_layers(self.structs, len(self.layers), torch.get_num_threads())
+        self._versions = versions
+
+    def backward_computed(self) -> None:
+        """Take the gradients of the weights that torch computes further, to the ``.grad`` of what they are made of."""
+        for layer, v_gradient in zip(self.layers, self.v_gradients, strict=True):
+            if (w := self._graphs.pop(layer.module, None)) is None:
+                continue
+            assert v_gradient is not None
+            made_of = list(layer.module.parametrizations["weight"].parameters())  # type: ignore[index,union-attr]
+            gradients = torch.autograd.grad(w, made_of, v_gradient, allow_unused=True)
+            for parameter, gradient in zip(made_of, gradients, strict=True):
+                parameter.grad = gradient
 
     @torch.no_grad()
     def pack_network(self, folded: QNetwork) -> PackedWeights:
@@ -299,8 +380,8 @@ class PackedNetwork:
         height, width = ((x.shape[2 + i] - kernel[i]) // self.strides[-1] + 1 for i in range(2))
         return channels, height, width
 
-    def step(self, step_size: float, betas: tuple[float, float], eps: float) -> None:
-        """Make an Adamax step of everything; ``step_size`` is the learning rate / (1 − β1ᵗ)."""
+    def step(self, step: OptimizerStep) -> None:
+        """Make an optimizer step of everything that torch does not compute."""
         threads = torch.get_num_threads()
         max_inputs = max(layer.v[0].numel() for layer in self.layers)
         if self._rows.numel() < threads * max_inputs:
@@ -311,20 +392,41 @@ class PackedNetwork:
             struct.packed_gradient = layer.weight_gradient.data_ptr()
             struct.bias_gradient = layer.bias_gradient.data_ptr()
         rows = self._rows.data_ptr()
-        self.library.step_layers(self.structs, len(self.layers), threads, rows, max_inputs, step_size, *betas, eps)
+        self.library.step_layers(self.structs, len(self.layers), threads, rows, max_inputs, ctypes.byref(step))
 
-    def write_gradients(self, moments: Callable[[nn.Parameter], Mapping[str, Tensor]], step_size: float) -> None:
+    def write_gradients(self, value_before: Callable[[nn.Parameter, Tensor, Tensor, Tensor], Tensor]) -> None:
         """Write the gradients of the last step to ``.grad``.
 
         Args:
-            moments: returns a parameter's, by torch's names, as they are after the step.
-            step_size: that of the step.
+            value_before: returns what a parameter was before that step, given its gradient as a function of itself:
+                row_factor · row + v_factor · value, in the order (parameter, row_factor, row, v_factor).
         """
+        del value_before
         for layer, v_gradient, g_gradient in zip(self.layers, self.v_gradients, self.g_gradients, strict=True):
             assert layer.weight_gradient is not None
             assert layer.bias_gradient is not None
-            # Without memory of its own it was written over the packed weight's.
-            layer.v.grad = (layer.weight_gradient if v_gradient is None else v_gradient).float()
+            if layer.kind is not WeightKind.GIVEN:
+                # Without memory of its own it was written over the packed weight's.
+                layer.v.grad = (layer.weight_gradient if v_gradient is None else v_gradient).float()
             layer.b.grad = layer.bias_gradient.float()
             if layer.g is not None:
                 layer.g.grad = g_gradient.view_as(layer.g).clone()
+
+
+UNSCALED = (WeightKind.UNIT, WeightKind.SPECTRAL)
+"""Parameterizations that train v alone."""
+
+
+def _trained_weight(module: nn.Module, kind: WeightKind) -> tuple[Tensor, nn.Parameter | None]:
+    """Return v and g of a layer; where torch computes its weight, memory for it."""
+    if kind is WeightKind.GIVEN:
+        w = module.weight
+        assert isinstance(w, Tensor)
+        return torch.empty(w.shape), None
+    if kind is WeightKind.PLAIN:
+        v, g = module.weight, None
+    else:
+        trained: Any = module.parametrizations["weight"]  # type: ignore[index]
+        v, g = (trained.original, None) if kind in UNSCALED else (trained.original1, trained.original0)
+    assert isinstance(v, nn.Parameter)
+    return v, g

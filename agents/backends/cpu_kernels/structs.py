@@ -6,12 +6,35 @@ Pointers are addresses of contiguous tensors, which the owner of a structure kee
 from __future__ import annotations
 
 import ctypes
+import enum
 
 import torch
 
 MAX_CONVOLUTIONS, MAX_FRAMES, MAX_BLOCKS, MAX_TILE = 8, 64, 64, 12
 """As in ``csrc/structs.h`` and ``csrc/simd.h``."""
 FLOAT32, BFLOAT16 = 0, 1
+
+
+class WeightKind(enum.IntEnum):
+    """How a layer's weight is made of what is trained; see ``csrc/structs.h``."""
+
+    PLAIN = 0
+    NORM = 1
+    NORM_EXP = 2
+    UNIT = 3
+    UNIT_SCALED = 4
+    SPECTRAL = 5
+    GIVEN = 6
+
+
+class OptimizerKind(enum.IntEnum):
+    """The optimizers; see ``csrc/structs.h``."""
+
+    ADAMAX = 0
+    ADAM = 1
+    RMSPROP_MNIH = 2
+
+
 Integer, Float, Pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 Pointers = Pointer * MAX_CONVOLUTIONS
 
@@ -29,13 +52,16 @@ class TrainedLayerStruct(ctypes.Structure):
     """``TrainedLayer``: a layer as a matrix, its moments and its packed weight."""
 
     _fields_ = (
-        *_fields(Integer, "units", "inputs", "weight_normalized"),
+        *_fields(Integer, "units", "inputs", "weight_kind"),
         *_fields(Integer, "packed_bfloat16", "gradient_bfloat16", "v_gradient_bfloat16"),
         *_fields(Integer, "packed_unit_stride", "gradient_unit_stride", "transposed_unit_stride", "transposed_pair"),
         ("input_scale", Float),
         *_fields(Pointer, "packed_offset", "transposed_offset", "gradient_offset"),
-        *_fields(Pointer, "v", "v_exp_avg", "v_exp_inf", "g", "g_exp_avg", "g_exp_inf"),
-        *_fields(Pointer, "b", "b_exp_avg", "b_exp_inf", "g_gradient", "v_gradient", "norm"),
+        *_fields(Pointer, "v", "v_moment1", "v_moment2", "g", "g_moment1", "g_moment2"),
+        *_fields(Pointer, "b", "b_moment1", "b_moment2", "g_gradient", "row_factor", "v_factor", "v_gradient", "norm"),
+        ("iterations", Integer),
+        ("normalize_eps", Float),
+        *_fields(Pointer, "left", "right", "c", "product", "alignment", "sigma"),
         *_fields(Pointer, "packed", "packed_bias", "transposed", "packed_gradient", "bias_gradient"),
     )
 
@@ -100,5 +126,11 @@ class TDLossArgs(ctypes.Structure):
     )
 
 
-STRUCTS = (TrainedLayerStruct, NetworkShape, ForwardArgs, BackwardArgs, ReplayStorage, TDLossArgs)
+class OptimizerStep(ctypes.Structure):
+    """One optimizer step."""
+
+    _fields_ = (("kind", Integer), *_fields(Float, "step_size", "beta1", "beta2", "eps", "correction"))
+
+
+STRUCTS = (TrainedLayerStruct, NetworkShape, ForwardArgs, BackwardArgs, ReplayStorage, TDLossArgs, OptimizerStep)
 """In the order of the C function ``struct_sizes``."""

@@ -14,16 +14,10 @@ from torch import Tensor, nn
 
 from wn_rl.config import TrainConfig
 
-from ...optimizers import OptimizerName
+from ...optimizers import MOMENTS, OptimizerName
 
 ALIGNMENT = 64
 """Each parameter begins at a multiple of so many elements: 256 bytes in float32, as in a GPU's allocator."""
-MOMENTS: dict[OptimizerName, tuple[str, str]] = {
-    "adamax": ("exp_avg", "exp_inf"),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "rmsprop_mnih": ("mean", "square"),
-}
-"""Names of the two moments in torch's optimizer, by optimizer."""
 
 
 class FlatOptimizer(torch.optim.Optimizer):

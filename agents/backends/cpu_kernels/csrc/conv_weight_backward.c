@@ -1,4 +1,4 @@
-/* The gradients by the convolutions' weights and biases, and the convolutions' Adamax step. */
+/* The gradients by the convolutions' weights and biases, and the convolutions' step. */
 #include "kernels.h"
 #include "nonzero_blocks.h"
 #include "outer_product.h"
@@ -114,7 +114,7 @@ void conv_weight_backward(const NetworkShape *shape, const ForwardArgs *args, co
  * next to each other, v has inputs: 16 x 16 numbers are transposed at a time, so that everything is moved in whole
  * vectors. */
 ALWAYS_INLINE void conv_step_template(const Precision precision, const TrainedLayer *layer, int64_t first,
-                                      uint8_t *workspace, const Adamax *adamax) {
+                                      uint8_t *workspace, const OptimizerStep *step) {
     const int64_t inputs = layer->inputs, units = layer->units, pair = pair_size(precision);
     float *rows = (float *)workspace, *columns = rows + 16 * inputs; /* (16, inputs) and (inputs, 16) */
     int32_t *input_of = (int32_t *)(columns + 16 * inputs);          /* in the order of gradient and packed weight */
@@ -127,7 +127,7 @@ ALWAYS_INLINE void conv_step_template(const Precision precision, const TrainedLa
     }
     float scales[16];
     for (int64_t u = 0; u < 16; u++) {
-        step_unit(layer, first + u, rows + u * inputs, adamax);
+        step_unit(layer, first + u, rows + u * inputs, step);
         scales[u] = packed_scale(layer, first + u);
     }
     for (int64_t i = 0; i < inputs; i += 16) {
@@ -164,7 +164,7 @@ ALWAYS_INLINE void conv_step_template(const Precision precision, const TrainedLa
     }
 }
 
-void conv_step(const TrainedLayer *layer, int64_t precision, int64_t first, uint8_t *workspace, const Adamax *adamax) {
-    DISPATCH(precision, conv_step_template, layer, first, workspace, adamax);
+void conv_step(const TrainedLayer *layer, int64_t precision, int64_t first, uint8_t *workspace, const OptimizerStep *step) {
+    DISPATCH(precision, conv_step_template, layer, first, workspace, step);
 }
 #endif

@@ -51,6 +51,26 @@ void hidden_backward(const NetworkShape *shape, const ForwardArgs *args, const B
     DISPATCH(shape->precision, hidden_backward_template, shape, args, back, n);
 }
 
+/* What the step of a hidden layer with spectral normalization needs first, without its gradient: a unit's sums are w.x +
+ * bias, so the sum over its inputs of dL/dw * w is, over the observations,
+ * for u: alignment[u] = sum over n: hidden_gradient[n][u] * (hidden[n][u] - bias[u])
+ * Called by all threads of a team. */
+void find_hidden_alignment(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
+                           const TrainedLayer *layer) {
+#pragma omp for schedule(static)
+    for (int64_t u = 0; u < shape->hidden; u++) {
+        float sum = 0.0f;
+        for (int64_t n = 0; n < args->batch; n++) {
+            const int64_t at = n * shape->hidden + u;
+            const float slope = shape->precision == BFLOAT16
+                                    ? from_bfloat16(((const uint16_t *)back->hidden_gradient)[at])
+                                    : ((const float *)back->hidden_gradient)[at];
+            if (slope != 0.0f) sum += slope * (args->hidden[at] - args->hidden_bias[u]);
+        }
+        layer->alignment[u] = sum;
+    }
+}
+
 /* Sums for `count` observations and 32 inputs over the hidden units, `words` words of them:
  * for n, k: out[n][k] = sum over w: hidden[n][w] . weight[w][k] */
 ALWAYS_INLINE void flat_tile(const Precision precision, const int count, const int32_t *weight, int64_t weight_stride,
@@ -117,7 +137,7 @@ void flat_backward(const NetworkShape *shape, const ForwardArgs *args, const Bac
 ALWAYS_INLINE void hidden_weight_step_template(const Precision precision, const NetworkShape *shape,
                                                const ForwardArgs *args, const BackwardArgs *back,
                                                const TrainedLayer *layer, int64_t first, float *rows,
-                                               const Adamax *adamax) {
+                                               const OptimizerStep *step) {
     const int64_t pair = pair_size(precision), groups = (args->batch + pair - 1) / pair;
     const int64_t flat = shape->flat, hidden = shape->hidden;
     const int32_t *saved = args->saved_input[shape->convolutions], *x = back->hidden_gradient_pairs + first;
@@ -128,8 +148,8 @@ ALWAYS_INLINE void hidden_weight_step_template(const Precision precision, const 
             for (int64_t i = k; i < k + 16 * vectors; i += 16) {
                 const int64_t at = (first + u) * flat + i;
                 __builtin_prefetch(layer->v + at, 1, 2);
-                __builtin_prefetch(layer->v_exp_avg + at, 1, 2);
-                __builtin_prefetch(layer->v_exp_inf + at, 1, 2);
+                __builtin_prefetch(layer->v_moment1 + at, 1, 2);
+                __builtin_prefetch(layer->v_moment2 + at, 1, 2);
             }
         }
         if (vectors == 3)
@@ -145,12 +165,12 @@ ALWAYS_INLINE void hidden_weight_step_template(const Precision precision, const 
             sum += precision == BFLOAT16 ? from_bfloat16(*(const uint16_t *)value) : *(const float *)value;
         }
         ((float *)layer->bias_gradient)[first + u] = sum;
-        step_and_pack_unit(layer, first + u, rows + u * flat, adamax);
+        step_and_pack_unit(layer, first + u, rows + u * flat, step);
     }
 }
 
 void hidden_weight_step(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
-                        const TrainedLayer *layer, int64_t first, float *rows, const Adamax *adamax) {
-    DISPATCH(shape->precision, hidden_weight_step_template, shape, args, back, layer, first, rows, adamax);
+                        const TrainedLayer *layer, int64_t first, float *rows, const OptimizerStep *step) {
+    DISPATCH(shape->precision, hidden_weight_step_template, shape, args, back, layer, first, rows, step);
 }
 #endif

@@ -13,14 +13,16 @@ void output_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t 
 void output_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
                      const TrainedLayer *output, int64_t action);
 void hidden_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t n);
+void find_hidden_alignment(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
+                           const TrainedLayer *layer);
 void flat_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t first,
                    int64_t next, uint8_t *workspace);
 void hidden_weight_step(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
-                        const TrainedLayer *layer, int64_t first, float *rows, const Adamax *adamax);
+                        const TrainedLayer *layer, int64_t first, float *rows, const OptimizerStep *step);
 void conv_input_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t n,
                          uint8_t *workspace);
 void conv_weight_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t l,
                           int64_t line);
 
-void conv_step(const TrainedLayer *layer, int64_t precision, int64_t first, uint8_t *workspace, const Adamax *adamax);
+void conv_step(const TrainedLayer *layer, int64_t precision, int64_t first, uint8_t *workspace, const OptimizerStep *step);
 #endif

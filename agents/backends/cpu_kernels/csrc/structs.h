@@ -17,14 +17,41 @@
 
 typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } Precision;
 
-/* A trained layer as a matrix of output units and inputs, its Adamax moments, and its packed weight.
+/* How a layer's weight w is made of what is trained, unit by unit. */
+typedef enum {
+    WEIGHT_PLAIN = 0,       /* w = v */
+    WEIGHT_NORM = 1,        /* w = g v / |v| */
+    WEIGHT_NORM_EXP = 2,    /* w = exp(g) v / |v| */
+    WEIGHT_UNIT = 3,        /* w = v, and after each step v becomes v / |v| */
+    WEIGHT_UNIT_SCALED = 4, /* w = g v, and after each step v becomes v / |v| */
+    WEIGHT_SPECTRAL = 5,    /* w = c v / sigma, sigma = left' V right: spectral normalization, see spectral_norm.c */
+    WEIGHT_GIVEN = 6        /* w = v, which somebody else computes: only its gradient is written, v stays */
+} WeightKind;
+
+/* The optimizers, with what is kept of earlier gradients. */
+typedef enum {
+    ADAMAX = 0,       /* Kingma & Ba 2015, algorithm 2: exp_avg, exp_inf */
+    ADAM = 1,         /* the same, algorithm 1: exp_avg, exp_avg_sq */
+    RMSPROP_MNIH = 2  /* Mnih et al. 2015: mean, square */
+} OptimizerKind;
+
+/* One optimizer step. */
+typedef struct {
+    int64_t kind;       /* an OptimizerKind */
+    float step_size;    /* the learning rate; Adamax, Adam: / (1 - beta1^t) */
+    float beta1, beta2; /* decay of both moments */
+    float eps;
+    float correction;   /* Adam: 1 / sqrt(1 - beta2^t) */
+} OptimizerStep;
+
+/* A trained layer as a matrix of output units and inputs, its moments, and its packed weight.
  *
  * A packed weight is a copy of w in the order and precision that a kernel reads: element (unit, input) lies at
  * packed_offset[input] + unit * packed_unit_stride. In the transposed one, which pairs units, it lies at
  * transposed_offset[input] + unit / transposed_pair * transposed_unit_stride + unit % transposed_pair. */
 typedef struct {
     int64_t units, inputs;
-    int64_t weight_normalized;         /* 1: w = g v / |v| for each unit; 0: w = v */
+    int64_t weight_kind;               /* a WeightKind */
     int64_t packed_bfloat16;           /* 1: the packed weight is bfloat16; 0: float32 */
     int64_t gradient_bfloat16;         /* the same for packed_gradient and bias_gradient */
     int64_t v_gradient_bfloat16;       /* the same for v_gradient */
@@ -33,12 +60,22 @@ typedef struct {
     const int32_t *packed_offset;      /* (inputs); NULL: the inputs of a unit in their order */
     const int32_t *transposed_offset;  /* (inputs) */
     const int32_t *gradient_offset;    /* (inputs), of packed_gradient; NULL: in their order */
-    float *v, *v_exp_avg, *v_exp_inf;  /* (units, inputs) */
-    float *g, *g_exp_avg, *g_exp_inf;  /* (units) */
-    float *b, *b_exp_avg, *b_exp_inf;  /* (units) */
+    float *v, *v_moment1, *v_moment2;  /* (units, inputs) */
+    float *g, *g_moment1, *g_moment2;  /* (units) */
+    float *b, *b_moment1, *b_moment2;  /* (units) */
     float *g_gradient;                 /* (units), written */
+    float *row_factor, *v_factor;      /* (units), written: v's gradient is row_factor * the packed weight's + v_factor
+                                          * v, as v was before the step */
     void *v_gradient;                  /* (units, inputs), written; NULL: over packed_gradient, if there is one */
     float *norm;                       /* (units): |v| */
+    /* Of WEIGHT_SPECTRAL only: */
+    int64_t iterations;                /* steps of power iteration of a training pass */
+    float normalize_eps;               /* a vector that is shorter counts as of this length when it is normalized */
+    float *left, *right;               /* (units), (inputs): singular vectors, changed by power iteration */
+    const float *c;                    /* (units) */
+    float *product;                    /* (units + inputs): V right, and V' left */
+    float *alignment;                  /* (units): the sum over inputs of dL/dw * w */
+    float *sigma;                      /* (1) */
     void *packed, *packed_bias;        /* without packed_bias kernels read b */
     void *transposed;                  /* packed for the gradient by the layer's input; may be NULL */
     void *packed_gradient, *bias_gradient; /* by the packed weight and by b */

@@ -20,7 +20,7 @@ int64_t supports_precision(int64_t precision) {
 #endif
 }
 
-/* The sizes of the structures, to compare with those of ../structs.py, (6). */
+/* The sizes of the structures, to compare with those of ../structs.py, (7). */
 void struct_sizes(int64_t *sizes) {
     sizes[0] = sizeof(TrainedLayer);
     sizes[1] = sizeof(NetworkShape);
@@ -28,6 +28,7 @@ void struct_sizes(int64_t *sizes) {
     sizes[3] = sizeof(BackwardArgs);
     sizes[4] = sizeof(ReplayStorage);
     sizes[5] = sizeof(TDLossArgs);
+    sizes[6] = sizeof(OptimizerStep);
 }
 
 #ifdef VECTOR_KERNELS
@@ -67,12 +68,12 @@ typedef struct {
 /* A thread's share: the gradients by the convolutions' inputs (pairs of observations), then, once all of these are
  * done, by their weights (rows of kernels), and the hidden layer's steps (8 units each). */
 static void work_off(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
-                     const TrainedLayer *hidden, WorkQueue *queue, uint8_t *workspace, const Adamax *adamax) {
+                     const TrainedLayer *hidden, WorkQueue *queue, uint8_t *workspace, const OptimizerStep *step) {
     const int64_t inputs = (args->batch + 1) / 2, steps = shape->hidden / 8;
     int64_t weights = 0, taken;
     for (int64_t l = 0; l < shape->convolutions; l++) weights += shape->convolution[l].kernel;
     while (THREAD % 2 && (taken = TAKE(next_hidden)) < steps)
-        hidden_weight_step(shape, args, back, hidden, taken * 8, (float *)workspace, adamax);
+        hidden_weight_step(shape, args, back, hidden, taken * 8, (float *)workspace, step);
     for (;;) {
         if (LEFT(next_input, inputs)) {
             if ((taken = TAKE(next_input)) >= inputs) continue;
@@ -85,7 +86,7 @@ static void work_off(const NetworkShape *shape, const ForwardArgs *args, const B
             conv_weight_backward(shape, args, back, l, taken);
         } else if (LEFT(next_hidden, steps)) {
             if ((taken = TAKE(next_hidden)) < steps)
-                hidden_weight_step(shape, args, back, hidden, taken * 8, (float *)workspace, adamax);
+                hidden_weight_step(shape, args, back, hidden, taken * 8, (float *)workspace, step);
         } else if (!LEFT(next_weight, weights)) {
             return;
         } else {
@@ -94,12 +95,10 @@ static void work_off(const NetworkShape *shape, const ForwardArgs *args, const B
     }
 }
 
-/* From dL/dQ to the next weights. `layers` are the convolutions, the hidden and the output layer; step_size is the
- * learning rate / (1 - beta1^t). */
+/* From dL/dQ to the next weights. `layers` are the convolutions, the hidden and the output layer. */
 void network_backward_and_step(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
-                       const TrainedLayer *layers, uint8_t *workspace, int64_t threads, float step_size, float beta1,
-                       float beta2, float eps) {
-    const Adamax adamax = {step_size, beta1, beta2, eps};
+                       const TrainedLayer *layers, uint8_t *workspace, int64_t threads,
+                               const OptimizerStep *step) {
     const TrainedLayer *hidden = &layers[shape->convolutions], *output = hidden + 1;
     WorkQueue queue = {0, 0, 0, 0};
 #pragma omp parallel num_threads(threads)
@@ -111,16 +110,20 @@ void network_backward_and_step(const NetworkShape *shape, const ForwardArgs *arg
         for (int64_t n = 0; n < args->batch; n += 2) hidden_backward(shape, args, back, n);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t k = 0; k < shape->flat; k += 32) flat_backward(shape, args, back, k, k + 32 * threads, mine);
-        work_off(shape, args, back, hidden, &queue, mine, &adamax);
+        if (hidden->weight_kind == WEIGHT_SPECTRAL) find_hidden_alignment(shape, args, back, hidden);
+        work_off(shape, args, back, hidden, &queue, mine, step);
 #pragma omp barrier
+        for (int64_t l = 0; l < shape->convolutions + 2; l++)
+            if (layers[l].weight_kind == WEIGHT_SPECTRAL && &layers[l] != hidden)
+                find_alignment(&layers[l], (float *)mine);
         for (int64_t l = 0; l < shape->convolutions; l++) {
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t unit = 0; unit < layers[l].units; unit += 16)
-                conv_step(&layers[l], shape->precision, unit, mine, &adamax);
+                conv_step(&layers[l], shape->precision, unit, mine, step);
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t unit = 0; unit < output->units; unit++)
-            gather_step_and_pack_unit(output, unit, (float *)mine, &adamax);
+            gather_step_and_pack_unit(output, unit, (float *)mine, step);
     }
 }
 
@@ -135,37 +138,37 @@ static double seconds(void) {
  * transitions are in `loss` already. */
 static float update_once(const NetworkShape *shape, const ForwardArgs *passes, const ReplayStorage *replay,
                          const int64_t *indices, const TDLossArgs *loss, const BackwardArgs *back,
-                         const TrainedLayer *layers, uint8_t *workspace, int64_t threads, float step_size, float beta1,
-                         float beta2, float eps) {
+                         const TrainedLayer *layers, uint8_t *workspace, int64_t threads,
+                         const OptimizerStep *step) {
     const double start = seconds();
     if (replay) gather_transitions(replay, indices, passes[1].batch, loss);
     const double gathered = seconds();
+    prepare_training_pass(layers, shape->convolutions + 2, threads);
     network_forward(shape, passes, 2, workspace, threads);
     const float value = td_loss(loss, passes[1].batch, shape->actions, passes[1].q_values, passes[0].q_values);
     const double halfway = seconds();
     if (loss->allow_nonfinite || isfinite(value))
-        network_backward_and_step(shape, &passes[1], back, layers, workspace, threads, step_size, beta1, beta2, eps);
+        network_backward_and_step(shape, &passes[1], back, layers, workspace, threads, step);
     loss->stage_seconds[0] += gathered - start;
     loss->stage_seconds[1] += halfway - gathered;
     loss->stage_seconds[2] += seconds() - halfway;
     return value;
 }
 
-/* `count` updates, each with a step size and a row of `indices`, (count, batch), of its own, until one is refused.
+/* `count` updates, each with a step and a row of `indices`, (count, batch), of its own, until one is refused.
  * Returns how many were made, and in `last_loss` the last loss; -1, and none is made, where a transition or an
  * action does not exist. The hidden layer's input goes to args->flat and to `spare_flat` alternately, so after a
  * refused update that of the one before is still there. */
 int64_t network_updates(const NetworkShape *shape, const ForwardArgs *passes, const ReplayStorage *replay,
                const int64_t *indices, int64_t count, const TDLossArgs *loss, const BackwardArgs *back,
-               const TrainedLayer *layers, uint8_t *workspace, int64_t threads, const float *step_sizes, float beta1,
-               float beta2, float eps, void *spare_flat, float *last_loss) {
+               const TrainedLayer *layers, uint8_t *workspace, int64_t threads, const OptimizerStep *steps, void *spare_flat, float *last_loss) {
     ForwardArgs both[2] = {passes[0], passes[1]}, *own = &both[1];
     int32_t **saved = &own->saved_input[shape->convolutions];
     const int same_memory = (void *)*saved == own->flat; /* where a word is one element */
     if (!validate_indices(replay, indices, count * own->batch, loss, shape->actions)) return -1;
     for (int64_t made = 0; made < count; made++) {
         *last_loss = update_once(shape, both, replay, replay ? indices + made * own->batch : NULL, loss, back, layers,
-                                 workspace, threads, step_sizes[made], beta1, beta2, eps);
+                                 workspace, threads, steps + made);
         if (!loss->allow_nonfinite && !isfinite(*last_loss)) return made;
         void *next = own->flat == passes[1].flat ? spare_flat : passes[1].flat;
         own->flat = next;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,18 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from agents.backends.cpu_kernels import layouts, loader
-from agents.backends.cpu_kernels.adamax import FusedAdamax
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cpu_kernels.optimizers import FusedAdamax
 from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.backends.cpu_kernels.workspace import MAX_CACHED_SIZES
 from tests.carried import Carried, carried
-from tests.kernel_networks import mostly_black, networks
+from tests.kernel_networks import fused_adamax, mostly_black, networks
 from tests.vectors import needs_passes
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold
 from wn_rl.parameterizations.base import parameterization_of
+from wn_rl.parameterizations.projected import ProjectedWeights
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
 from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 
@@ -65,8 +67,13 @@ def by_hand(
         return x + (x.to(precision).double() - x).detach()
 
     def weight_of(layer: nn.Module) -> Tensor:
-        if isinstance(parameterization_of(layer), WeightNormalization):
+        entry = parameterization_of(layer)
+        if isinstance(entry, ProjectedWeights) and entry.g == "direct":
+            slot: Any = layer.parametrizations["weight"]  # type: ignore[index]
+            return slot.original0.double() * slot.original1.double()
+        if isinstance(entry, WeightNormalization):
             v, g = (tensor.double() for tensor in direction_and_scale(layer))
+            g = g.exp() if entry.g == "exp" else g
             return (g.view(-1, 1) * v.flatten(1) / v.flatten(1).norm(dim=1, keepdim=True)).view_as(v)
         assert isinstance(layer.weight, Tensor)
         return layer.weight.double()
@@ -109,7 +116,7 @@ def test_values_gradients_and_steps_are_those_of_torch(
     nothing = torch.zeros(batch)
     minibatch = Minibatch(x[:batch], nothing, nothing, x[batch:], nothing)
     slopes = torch.randn(batch, spec.num_actions, generator=generator)
-    optimizer = FusedAdamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
+    optimizer = fused_adamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
     compiled.refresh()
     target = compiled.pack_network(fold(copy.deepcopy(compiled.network)))
     *found, seen = compiled.forward_both(target, minibatch)
@@ -130,7 +137,7 @@ def test_values_gradients_and_steps_are_those_of_torch(
         bound = 2e-5 * float(theirs.grad.norm()) + 5e-6 * whole if precision is torch.float32 else 1e-2 * whole
         assert float((ours.grad - theirs.grad).norm()) < bound
     if precision is torch.float32:
-        steps = FusedAdamax(plain, 1e-3, (0.5, 0.999), 1e-8)
+        steps = fused_adamax(plain, 1e-3, (0.5, 0.999), 1e-8)
         plain.refresh()
         plain.backward(plain.forward_both(plain.pack_network(fold(copy.deepcopy(plain.network))), minibatch)[2], slopes)
         steps.step()
@@ -193,7 +200,7 @@ def compare_with_all_visited(
     found = []
     for compiled in (leaving_out, visiting_all):
         generator = torch.Generator().manual_seed(seed)
-        optimizer = FusedAdamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
+        optimizer = fused_adamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
         compiled.refresh()
         target = compiled.pack_network(fold(copy.deepcopy(compiled.network)))
         seen = []
@@ -260,13 +267,14 @@ def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, rewar
         batch = drawn(number)
         with torch.no_grad():
             direction_and_scale(agent.q_network.output)[1].mul_(5.0)  # errors on both sides of 1
+            compiled.refresh()
             next_q_values, q_values, _ = compiled.forward_both(agent._packed_target(), batch)
         leaf = q_values.clone().requires_grad_(True)
         losses, error, value = agent.td_loss_of(batch, leaf, next_q_values)
         loss = losses.sum() if reduction == "sum" else losses.mean()
         loss.backward()  # type: ignore[no-untyped-call]
         steps = agent.optimizer.next_steps(1)
-        _, found = compiled.update(agent._packed_target(), batch, agent._loss, *steps)
+        _, found = compiled.update(agent._packed_target(), batch, agent._loss, steps)
         assert compiled._prepared is not None
         torch.testing.assert_close(compiled._prepared.q_gradient, leaf.grad, rtol=1e-6, atol=0)
         assert found == pytest.approx(float(loss.detach()), rel=1e-5)

@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from agents.backends.cpu_kernels import layouts, loader
-from agents.backends.cpu_kernels.adamax import FusedAdamax
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cpu_kernels.packed_network import channels_last
-from agents.backends.cpu_kernels.structs import ReplayStorage, TDLossArgs
-from tests.kernel_networks import mostly_black, networks
+from agents.backends.cpu_kernels.structs import ReplayStorage, TDLossArgs, WeightKind
+from tests.kernel_networks import fused_adamax, mostly_black, networks
 from tests.vectors import needs_passes
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold
@@ -91,7 +90,7 @@ def test_each_stage_of_an_update_is_its_plain_loop(
     assert not isinstance(library, str)
     network = build_q_network(spec, seed=seed)
     kernels = KernelNetwork(network, library, precision=precision)
-    optimizer = FusedAdamax(kernels, STEP_SIZE * (1 - BETAS[0]), BETAS, EPS)
+    optimizer = fused_adamax(kernels, STEP_SIZE * (1 - BETAS[0]), BETAS, EPS)
     kernels.refresh()
     frames = mostly_black((2 * batch, *spec.observation_shape), lit, generator)
     zeros = torch.zeros(batch)
@@ -202,26 +201,50 @@ def check_step(
         gradient[:, order] = dw.double() * layer.input_scale
         v = before[id(layer.v)].double().view(len(dw), -1).clone()
         g = None if layer.g is None else before[id(layer.g)].double().view(-1).clone()
-        moments = torch.zeros(2, inputs + 1, dtype=torch.float64)
-        for unit in range(len(v)):
-            scale = None if g is None else g[unit]
-            moments.zero_()
-            constants = (STEP_SIZE, *BETAS, EPS)
-            call(reference.reference_step, inputs, gradient[unit], v[unit], scale, moments[0], moments[1], *constants)
+        if layer.kind in (WeightKind.PLAIN, WeightKind.NORM):
+            moments = torch.zeros(2, inputs + 1, dtype=torch.float64)
+            for unit in range(len(v)):
+                scale = None if g is None else g[unit]
+                moments.zero_()
+                arrays = (gradient[unit], v[unit], scale, moments[0], moments[1])
+                call(reference.reference_step, inputs, *arrays, STEP_SIZE, *BETAS, EPS)
+        else:
+            v, g = step_by_autograd(layer.kind, v, g, gradient)
         close = {"rtol": 0.0, "atol": 1e-3 * STEP_SIZE}
         torch.testing.assert_close(layer.v.detach().double().view_as(v), v, **close)
         if layer.g is not None and g is not None:
             torch.testing.assert_close(layer.g.detach().double().view_as(g), g, **close)
         # The packed weight is that of the parameters as they now are.
         v = layer.v.detach().view(len(v), -1)
-        ratio = 1.0 if layer.g is None else layer.g.detach().view(-1, 1) / v.norm(dim=1, keepdim=True)
+        w = weight_of(layer.kind, v, None if layer.g is None else layer.g.detach().flatten())
         packed = kernels.packed.weights[index]
         if index < len(kernels.convolutions):
             found = conv_weight(packed, len(v), kernels.precision).t()
         else:
             found = packed.float()
         tolerance = 2**-8 if packed.dtype is torch.bfloat16 else 1e-5
-        torch.testing.assert_close(found, (v * ratio * layer.input_scale)[:, order], rtol=tolerance, atol=1e-7)
+        torch.testing.assert_close(found, (w * layer.input_scale)[:, order], rtol=tolerance, atol=1e-7)
+
+
+def weight_of(kind: WeightKind, v: Tensor, g: Tensor | None) -> Tensor:
+    """w, (units, inputs), as csrc/structs.h says it of each kind."""
+    if g is None:
+        return v
+    g = g.exp() if kind is WeightKind.NORM_EXP else g
+    return g[:, None] * (v if kind is WeightKind.UNIT_SCALED else v / v.norm(dim=1, keepdim=True))
+
+
+def step_by_autograd(kind: WeightKind, v: Tensor, g: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Adamax's first step of v and g in float64, given dL/dw, and the projection that some kinds make after it."""
+    trained = [tensor.requires_grad_() for tensor in (v, g) if tensor is not None]
+    (weight_of(kind, *trained, *[None] * (2 - len(trained))) * gradient).sum().backward()
+    with torch.no_grad():
+        for tensor in trained:
+            assert tensor.grad is not None
+            tensor -= STEP_SIZE * (1 - BETAS[0]) * tensor.grad / (tensor.grad.abs() + EPS)
+        if kind in (WeightKind.UNIT, WeightKind.UNIT_SCALED):
+            v /= v.norm(dim=1, keepdim=True)
+    return v.detach(), None if g is None else g.detach()
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 10_000), st.booleans(), st.sampled_from([0.0, 0.5, 1.0]))
