@@ -16,7 +16,7 @@ from wn_rl import WeightParameterization, config, reparameterize
 from wn_rl.config import TrainConfig, renamed
 from wn_rl.config.synonyms import SYNONYMS
 from wn_rl.errors import UsageError
-from wn_rl.networks import QNetworkSpec, treated_names
+from wn_rl.networks import QNetworkSpec
 from wn_rl.parameterizations import get, names, registry
 from wn_rl.parameterizations.base import Units
 from wn_rl.parameterizations.former_names import FORMER_NAMES, FormerNameWarning
@@ -62,7 +62,7 @@ def test_a_class_that_overrides_former_names_works_and_is_told() -> None:
         reparameterize(nn.Linear(5, 2), Mine())
     with pytest.raises(ValueError, match="parametrized already"):  # the check of the class above is still made
         reparameterize(layer, Mine())
-    assert treated_names(Mine(), len(QNetworkSpec(1).convolutions))[-1] == "hidden"
+    assert QNetworkSpec(3).outline().default_layers(Mine())[-1] == "hidden"
 
 
 def test_a_subclass_of_a_subclass_calls_the_check_next_above_it() -> None:

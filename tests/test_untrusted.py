@@ -204,7 +204,7 @@ def test_a_header_is_read_as_safetensors_reads_it() -> None:
         (io.BytesIO(struct.pack("<Q", 2**63) + b"{}"), "cut off or too long"),
         (io.BytesIO(struct.pack("<Q", 2**20 + 1) + bytes(2**21)), "cut off or too long"),
         (header([]), "not a mapping"),
-        (header(b'{"a": NaN}'), "NaN is no number"),
+        (header(b'{"a": NaN}'), "NaN is not a number"),
         (header({"a": 1}), "not a tensor's"),
         (header({"a": entry([1], [0, 4], "F8_E5M2")}, 4), "unknown dtype"),
         (header({"a": entry([1], [0, 4]) | {"dtype": ["F32"]}}, 4), "unknown dtype"),
@@ -230,8 +230,8 @@ def test_a_header_that_lies_is_refused(file: io.BytesIO, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b'{"a": NaN}', "NaN is no number"),
-        (b"[Infinity]", "Infinity is no number"),
+        (b'{"a": NaN}', "NaN is not a number"),
+        (b"[Infinity]", "Infinity is not a number"),
         (b"[1e999]", "too large"),
         (b'{"a": 1, "b": {"c": 1, "c": 1}}', "a key appears twice"),
         (b"9" * 41, "41 digits"),
