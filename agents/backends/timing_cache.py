@@ -34,7 +34,7 @@ _NAMES = (
     "learning_starts target_period gamma learning_rate learning_rates optimizer_eps adam_beta1 adam_beta2 "
     "rmsprop_decay epsilon_start epsilon_end epsilon_decay_steps weight_init data_dependent_init init_samples "
     "output_init_std output_init evaluation_period evaluation_steps evaluation_episodes evaluation_epsilon "
-    "evaluation_envs checkpoint_seconds checkpoint_period journal reseed_period log_period"
+    "evaluation_envs checkpoint_seconds checkpoint_period action_log reseed_period log_period"
 )
 CHANGES_NO_TIME = frozenset(_NAMES.split())
 """Configuration keys that change nothing about how long an update takes; all others are part of the key."""
