@@ -22,6 +22,7 @@ from ...target_network import TargetNetwork
 from .. import interface
 from . import layouts, loader, optimizers
 from .kernel_network import KernelNetwork
+from .normalization import unsupported as normalization_problem
 from .packed_network import PackedNetwork, PackedWeights
 from .packed_network import unsupported as network_problem
 from .workspace import TDLoss
@@ -85,7 +86,13 @@ class CpuKernels(interface.Backend):
         if type(agent.target) is not TargetNetwork:
             return f"the target is a {type(agent.target).__name__}"
         assert isinstance(agent.q_network, QNetwork)
-        if problem := network_problem(agent.q_network):
+        if not agent.parameterization.batch_independent:
+            if agent.config.joint_batches:
+                return "joint_batches is on"
+            if agent.config.target_statistics != "running":
+                return "the target network takes the statistics of the minibatch"
+        problem = network_problem(agent.q_network) or normalization_problem(agent.q_network, agent.config.batch_size)
+        if problem:
             return problem
         library = loader.load()
         return library if isinstance(library, str) else ""
@@ -166,7 +173,8 @@ class CpuKernels(interface.Backend):
         target = self.agent.target
         if self._target is None or self._target[0] != target.copies:
             assert isinstance(target.network, QNetwork)
-            self._target = (target.copies, self.network.pack_network(fold(copy.deepcopy(target.network))))
+            network = copy.deepcopy(target.network)
+            self._target = (target.copies, self.network.pack_network(fold(network) if target.folds else network))
         return self._target[1]
 
     def write_gradients(self) -> None:

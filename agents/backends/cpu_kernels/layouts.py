@@ -72,6 +72,10 @@ def whole_tiles(count: int) -> int:
     return -(-count // 16) * 16
 
 
+BESIDE_NORMALIZATIONS = TileStage.FLAT_BACKWARD | TileStage.CONV_INPUT
+"""Stages of the tile unit that know normalizations, which lie between others; the rest is left to the vectors there."""
+
+
 def tile_stages(network: QNetwork, library: ctypes.CDLL, precision: torch.dtype) -> TileStage:
     """Return the stages of an update that the tile unit can compute; none where there is no such unit."""
     stages = TileStage(0)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from wn_rl.parameterizations.base import Normalization
 from wn_rl.replay import Entries
 
 from .layouts import pair_size, transposed_columns, whole_tiles
+from .normalization import PassNormalizations, pass_normalizations
 from .packed_network import PackedWeights
 from .structs import BackwardArgs, ConvShape, ForwardArgs, NetworkShape, ReplayStorage, TDLossArgs
 
@@ -67,6 +70,7 @@ class Activations:
         flat: (B, flat features) in the passes' precision.
         flat_columns: the same as int32 words (flat features / 2, B rounded up to 16); empty without a tile unit.
         hidden: float32 (B, hidden units).
+        normalizations: of a pass that is saved, and what it keeps; None otherwise.
     """
 
     saved_inputs: list[Tensor]
@@ -74,6 +78,7 @@ class Activations:
     flat: Tensor
     flat_columns: Tensor
     hidden: Tensor
+    normalizations: PassNormalizations | None
 
 
 @dataclass
@@ -95,9 +100,12 @@ class Workspace:
         gradients: of the latest backward pass or preparation of one.
     """
 
-    def __init__(self, shape: NetworkShape, precision: torch.dtype) -> None:
-        """Allocate nothing yet."""
+    def __init__(
+        self, shape: NetworkShape, precision: torch.dtype, normalizations: Sequence[Normalization | None]
+    ) -> None:
+        """Allocate nothing yet; ``normalizations`` are those of the network that is trained, by layer."""
         self._shape = shape
+        self._normalizations = normalizations
         self._precision = precision
         self._pair = pair_size(precision)
         self._convs: list[ConvShape] = [shape.convolution[index] for index in range(shape.convolutions)]
@@ -135,9 +143,10 @@ class Workspace:
             rows = whole_tiles(groups) - groups if shape.tiles else 0
             saved.append(flat if self._pair == 1 else _zero_behind(groups, shape.flat, rows * shape.flat))
         nonzero_blocks = torch.empty(groups if save else 0, self._convs[0].in_height, dtype=torch.int64)
+        normalizations = pass_normalizations(shape, self._normalizations, batch) if save else None
         columns = (shape.flat // 2, whole_tiles(batch)) if shape.tiles else (0, 0)
-        flat_columns = torch.empty(columns, dtype=torch.int32)
-        return Activations(saved, nonzero_blocks, flat, flat_columns, torch.empty(batch, shape.hidden))
+        flat_columns, hidden = torch.empty(columns, dtype=torch.int32), torch.empty(batch, shape.hidden)
+        return Activations(saved, nonzero_blocks, flat, flat_columns, hidden, normalizations)
 
     def gradients_for(self, batch: int) -> tuple[ActivationGradients, bool]:
         """Return memory for the gradients of ``batch`` observations, and whether it replaces that of another number."""

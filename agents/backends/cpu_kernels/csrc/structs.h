@@ -64,7 +64,8 @@ typedef struct {
     int64_t units, inputs;
     int64_t weight_kind;               /* a WeightKind */
     int64_t packed_bfloat16;           /* 1: the packed weight is bfloat16; 0: float32 */
-    int64_t gradient_bfloat16;         /* the same for packed_gradient and bias_gradient */
+    int64_t gradient_bfloat16;         /* the same for packed_gradient */
+    int64_t bias_gradient_bfloat16;    /* the same for bias_gradient */
     int64_t v_gradient_bfloat16;       /* the same for v_gradient */
     int64_t packed_unit_stride, gradient_unit_stride, transposed_unit_stride, transposed_pair;
     float input_scale;                 /* the packed weight is w * input_scale: 1 / 255 where inputs are pixels */
@@ -74,6 +75,7 @@ typedef struct {
     float *v, *v_moment1, *v_moment2;  /* (units, inputs) */
     float *g, *g_moment1, *g_moment2;  /* (units) */
     float *b, *b_moment1, *b_moment2;  /* (units) */
+    float *gain, *gain_moment1, *gain_moment2; /* (units), of a normalization behind the layer; NULL: there is none */
     float *g_gradient;                 /* (units), written */
     float *row_factor, *v_factor;      /* (units), written: v's gradient is row_factor * the packed weight's + v_factor
                                           * v, as v was before the step */
@@ -90,6 +92,7 @@ typedef struct {
     void *packed, *packed_bias;        /* without packed_bias kernels read b */
     void *transposed;                  /* packed for the gradient by the layer's input; may be NULL */
     void *packed_gradient, *bias_gradient; /* by the packed weight and by b */
+    const float *gain_gradient;        /* (units) */
 } TrainedLayer;
 
 typedef struct {
@@ -115,6 +118,35 @@ typedef struct {
                                                      to 16 */
 } NetworkShape;
 
+/* Over what the mean and the variance of a normalization are taken. */
+typedef enum {
+    RUNNING = 0, /* none: each unit has running ones */
+    BATCH = 1,   /* each unit: a minibatch and all positions */
+    EXAMPLE = 2, /* each observation: all units and positions */
+    POSITION = 3 /* each position of an observation: the units */
+} StatisticsOver;
+
+/* A normalization of a layer's sums t, between product and bias: y = gain * (t - mean) * scale with
+ * scale = 1 / sqrt(variance + eps), or y = t - mean. A dense layer has one position. All arrays are float32. */
+typedef struct {
+    int64_t over;                      /* a StatisticsOver */
+    int64_t units, positions;
+    int64_t mean_only;                 /* 1: y = t - mean */
+    float eps, rate;                   /* rate: of a minibatch in the running statistics */
+    const float *gain, *bias;          /* (units); gain NULL: 1. The bias is the layer's */
+    float *running_mean, *running_var; /* (units); NULL where there are none */
+    /* Kept for the backward pass, or NULL; BATCH needs them for the forward pass too. */
+    float *sums;                       /* t, (batch, positions, units) */
+    float *mean, *scale, *variance;    /* BATCH: (units); EXAMPLE: (batch); POSITION: (batch, positions) */
+    float *observation_mean, *observation_square; /* BATCH: (batch, units), of an observation's positions: the mean, and
+                                          the sum of the squared deviations from it */
+    uint64_t *nonzero;                 /* BATCH: (batch, MAX_BLOCKS), masks of the output's rows */
+    /* Written by the backward pass. */
+    float *gradient;                   /* (batch, positions, units), by y; of dense layers later by t */
+    float *bias_parts, *gain_parts;    /* (batch, units), gradients of bias and gain from each observation */
+    float *bias_gradient, *gain_gradient; /* (units) */
+} Normalization;
+
 /* One network's forward pass over `batch` observations. With NetworkShape.tiles some arrays go on behind their end:
  * saved_input[l] with 16 * stride * in_channels words of zeros, that of the hidden layer with rows of zeros to a multiple
  * of 16; hidden_gradient and flat_gradient (see below) with rows to a multiple of 16, hidden_gradient with 16 elements
@@ -125,6 +157,8 @@ typedef struct {
     const void *hidden_weight;                     /* elements (hidden, flat) */
     const float *hidden_bias;                      /* (hidden) */
     const float *output_weight, *output_bias;      /* (actions, hidden), (actions) */
+    const Normalization *normalization[MAX_CONVOLUTIONS + 2]; /* of each layer, hidden and output layer included; NULL:
+                                                      it has none */
     const uint8_t *frames;                         /* (any, height, width) */
     const int64_t *frame_indices;                  /* (batch, frames), rows frame_index_stride apart */
     int64_t frame_index_stride, batch;
