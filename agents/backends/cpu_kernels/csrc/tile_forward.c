@@ -38,11 +38,10 @@ typedef struct {
 ALWAYS_INLINE void store_block(const ConvShape *conv, const float *bias, int64_t pair, float (*sums)[32 * 32],
                                int64_t first, int64_t count, int64_t u, int64_t vectors, const LayerOutput *output) {
     const int64_t line = conv->in_width / conv->stride, units = conv->out_channels;
-    int64_t y = first / line, x = first % line;
+    int64_t y = first / line, x = first % line, row = output->next ? plane_row(output->next, y) : 0;
     for (int64_t p = 0; p < count; p++) {
         if (x < conv->out_width) {
-            const int64_t at = (y * conv->out_width + x) * units + u;
-            const int64_t to = output->next ? (plane_row(output->next, y) + x) * units + u : 0;
+            const int64_t at = (y * conv->out_width + x) * units + u, to = (row + x) * units + u;
             for (int64_t v = 0; v < vectors; v++) {
                 const Floats b = load_floats(bias + u + 16 * v);
                 const Floats low = relu(load_floats(sums[0] + 32 * p + 16 * v) + b);
@@ -54,7 +53,9 @@ ALWAYS_INLINE void store_block(const ConvShape *conv, const float *bias, int64_t
                 if (output->words) store_observations(BFLOAT16, output->words + at + 16 * v, NULL, low, high);
             }
         }
-        if (++x == line) x = 0, y++;
+        if (++x < line) continue;
+        x = 0, y++;
+        if (output->next) row = plane_row(output->next, y);
     }
 }
 
