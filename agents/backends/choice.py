@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 from wn_rl.atari.env import FULL_ACTION_SET, minimal_actions
 from wn_rl.config import BackendName, TrainConfig
@@ -16,7 +16,7 @@ from wn_rl.replay import Replay
 from wn_rl.training import Agent
 from wn_rl.training.run import MakeAgent
 
-from . import make_backend, timing, timing_cache
+from . import kind_of, make_backend, timing, timing_cache
 from .interface import Backend
 from .timing import Candidate, Measured
 
@@ -42,7 +42,7 @@ class Choice:
         note: to be added to that line.
     """
 
-    backend: Literal["auto"] | BackendName
+    backend: BackendName
     precision: Precision
     reason: str = ""
     note: str = ""
@@ -83,6 +83,8 @@ def choose(
         measure: times the candidates; None: :func:`agents.backends.timing.measure`.
         cached: whether times that were taken before will do, and these are kept.
     """
+    if config.backend != "auto":
+        kind_of(config.backend)
     as_it_is = Choice(config.backend, precisions[0])
     if config.device != "cpu" or (config.backend != "auto" and len(precisions) == 1):
         return as_it_is
