@@ -270,8 +270,8 @@ def check_state(
 
     Same keys; tensors of the same shape and dtype (the device may differ); values of the same type, numbers finite, a
     counter not below 0. A mapping that is empty in ``expected`` has no content yet, e.g. an optimizer's state before
-    the first step. It may be missing in ``found``. Otherwise it holds finite numbers and texts, or for the index of each
-    parameter the optimizer's tensors: each a scalar or of the parameter's shape, with the same names for every
+    the first step. It may be missing in ``found``. Otherwise it holds finite numbers and texts, or for the index of
+    each parameter the optimizer's tensors: each a scalar or of the parameter's shape, with the same names for every
     parameter.
 
     Args:
