@@ -92,7 +92,7 @@ def test_what_does_not_fit_on_the_host_either_is_refused_by_name(monkeypatch: py
     placed = place_replay(plan, 4 * GB)
     expected = (
         "this run needs 7.8 GB of memory on cpu, and 4.0 GB are free; its largest part is 7.0 GB for "
-        "replay_capacity 1,000,000, beside 800.0 MB for Python and its libraries: lower --replay-capacity (about "
+        "replay_capacity 1,000,000, and 800.0 MB are for Python and its libraries: lower --replay-capacity (about "
         "457,142 would fit), or free some memory"
     )
     with pytest.raises(WnRlError, match=re.escape(expected)):
@@ -105,7 +105,7 @@ def test_where_another_program_holds_the_memory_the_units_show_what_there_is(mon
     monkeypatch.setattr(machine, "free_bytes", lambda device: 3_600_000)
     expected = (
         "this run needs 806.8 MB of memory on cpu, and 3.6 MB are free; its largest part is 6.4 MB for "
-        "init_samples 16, beside 800.0 MB for Python and its libraries: no init_samples would fit; free some "
+        "init_samples 16, and 800.0 MB are for Python and its libraries: no init_samples would fit; free some "
         "memory, or wait"
     )
     with pytest.raises(WnRlError, match=re.escape(expected)):
