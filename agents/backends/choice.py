@@ -92,8 +92,9 @@ def choose(
         stays = f" and {precisions[0]} stays" if len(precisions) > 1 else ""
         return replace(as_it_is, note=f"; nothing is timed for {updates:,} updates{stays}")
     measured, before = _measured(config, make_agent, precisions, measure, cached=cached)
-    if not measured.candidates:  # make_backend says why
-        return as_it_is
+    if not measured.candidates:
+        failed = f"; nothing could be timed: {next(iter(measured.problems.values()))}" if measured.problems else ""
+        return replace(as_it_is, note=failed)
     if not measured.seconds:
         (only,) = measured.candidates
         return replace(as_it_is, precision=only.precision)
