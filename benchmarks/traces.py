@@ -79,7 +79,7 @@ def trace(directory: Path) -> dict[str, Any]:
                 digest = sha(bytes(value.reshape(-1).view(torch.uint8).numpy().tobytes()))
                 if path.name.startswith("model"):
                     found[f"weights {name}"] = digest
-                elif value.numel() > 1 and "digest" not in name and "journal" not in name:
+                elif value.numel() > 1 and "digest" not in name and "journal" not in name and "action_log" not in name:
                     tensors.append(f"{str(value.dtype)[6:]} {tuple(value.shape)} {digest}")
     found["training tensors"] = sorted(tensors)
     for name in ("episodes.csv", "evaluations.csv"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wn_rl.networks import QNetwork
 from wn_rl.parameterizations import fold
-from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 from wn_rl.training import Agent
 
 from ...dqn import DQN
@@ -115,7 +115,7 @@ class CpuKernels(interface.Backend):
         """Make ``count`` updates, where possible in one call; they draw what one by one would draw."""
         size = self.agent.config.batch_size
         if self._one_call and type(self.replay) is Replay:
-            self.update_on(DrawnMinibatch(self.replay.kept, self.replay.draw(count * size)), count)
+            self.update_on(LazyMinibatch(self.replay.storage, self.replay.sample_indices(count * size)), count)
             return
         for _ in range(count):
             self.update_on(self.replay.sample(size))
@@ -154,8 +154,8 @@ class CpuKernels(interface.Backend):
         made, loss = self.network.update(self._packed_target(), batch, self._loss, steps)
         self.optimizer.count_steps(steps, made)
         self.agent.count_updates(made)
-        if made < count and batch.numbers is not None:
-            self.agent.finite.refuse(loss, batch.numbers.view(count, -1)[made])
+        if made < count and batch.indices is not None:
+            self.agent.finite.refuse(loss, batch.indices.view(count, -1)[made])
 
     def _update_with_loss_by_torch(self, batch: Minibatch) -> None:
         """Make one update: both forward passes, torch's loss of the Q-values, the backward pass and the step."""

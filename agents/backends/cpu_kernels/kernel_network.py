@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wn_rl.networks import QNetwork
 from wn_rl.parameterizations.base import bias_of
 from wn_rl.parameterizations.spectral_norm import SpectralNormalized
-from wn_rl.replay import DrawnMinibatch, Minibatch
+from wn_rl.replay import LazyMinibatch, Minibatch
 
 from .layouts import (
     conv_offsets,
@@ -179,8 +179,8 @@ class KernelNetwork(PackedNetwork):
 
         What is saved is valid until the next call. Frames that are still in replay are read there.
         """
-        if isinstance(batch, DrawnMinibatch):
-            frames, indices = batch.kept.frames, batch.places
+        if isinstance(batch, LazyMinibatch):
+            frames, indices = batch.storage.frames, batch.frame_indices
             now, then = ObservationFrames(frames, indices[:, :-1]), ObservationFrames(frames, indices[:, 1:])
         else:
             now, then = as_frames(batch.observations), as_frames(batch.next_observations)
@@ -217,14 +217,14 @@ class KernelNetwork(PackedNetwork):
             IndexError: a transition has an index or an action that does not exist; no update was made.
             ValueError: the observations are not what the network takes, or fields differ in length.
         """
-        drawn = batch if isinstance(batch, DrawnMinibatch) and batch.untouched else None
-        indices = None if drawn is None else drawn.numbers.long().contiguous()
+        drawn = batch if isinstance(batch, LazyMinibatch) and batch.is_lazy else None
+        indices = None if drawn is None else drawn.indices.long().contiguous()
         count, transitions = len(steps), len(batch.actions if indices is None else indices)
         size = transitions // count
         if size * count != transitions or (count > 1 and indices is None):
             raise ValueError(f"the transitions cannot be divided among {count} updates")
         prepared = self._prepared
-        if prepared is None or drawn is None or not prepared.serves(target, drawn.kept, size, loss):
+        if prepared is None or drawn is None or not prepared.serves(target, drawn.storage, size, loss):
             prepared = self._prepared = self._prepare(target, batch, drawn, size, loss)
         scratch, threads = self.workspace.scratch()
         prepared.alternate_flat()
@@ -253,11 +253,11 @@ class KernelNetwork(PackedNetwork):
         return made, last.value
 
     def _prepare(
-        self, target: PackedWeights, batch: Minibatch, drawn: DrawnMinibatch | None, size: int, loss: TDLoss
+        self, target: PackedWeights, batch: Minibatch, drawn: LazyMinibatch | None, size: int, loss: TDLoss
     ) -> PreparedUpdate:
         replay = None
         if drawn is not None:
-            kept, frames = drawn.kept, len(drawn.kept.offsets) - 1
+            kept, frames = drawn.storage, len(drawn.storage.offsets) - 1
             indices = torch.empty(size, frames + 1, dtype=torch.int64)
             then = ObservationFrames(kept.frames, indices[:, 1:])
             now = ObservationFrames(kept.frames, indices[:, :-1])
@@ -282,12 +282,12 @@ class KernelNetwork(PackedNetwork):
         for args in zip(passes, (target, self.packed), (then, now), activations, q_values, strict=True):
             self._fill_forward(*args)
         arrays = (indices, actions, rewards, terminals, q_gradient, loss.sums, self.stage_seconds)
-        settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
+        settings = (loss.gamma, loss.reward_clip, loss.mean, batch.indices is None)
         loss_args = TDLossArgs(*(tensor.data_ptr() for tensor in arrays), *settings)
         backward = self._backward_args(q_gradient)
         return PreparedUpdate(
             target=target,
-            storage=None if drawn is None else weakref.ref(drawn.kept),
+            storage=None if drawn is None else weakref.ref(drawn.storage),
             size=size,
             loss=loss,
             passes=passes,

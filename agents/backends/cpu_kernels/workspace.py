@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wn_rl.parameterizations.base import Normalization
-from wn_rl.replay import Entries
+from wn_rl.replay import uniform
 
 from .layouts import pair_size, transposed_columns, whole_tiles
 from .normalization import PassNormalizations, pass_normalizations
@@ -186,7 +186,7 @@ class PreparedUpdate:
     """
 
     target: PackedWeights
-    storage: weakref.ref[Entries] | None
+    storage: weakref.ref[uniform.ReplayStorage] | None
     size: int
     loss: TDLoss
     passes: ctypes.Array[ForwardArgs]
@@ -198,7 +198,7 @@ class PreparedUpdate:
     spare_flat: Tensor
     alive: list[Any]
 
-    def serves(self, target: PackedWeights, storage: Entries, size: int, loss: TDLoss) -> bool:
+    def serves(self, target: PackedWeights, storage: uniform.ReplayStorage, size: int, loss: TDLoss) -> bool:
         """Whether these are the arguments of such an update."""
         same_replay = self.storage is not None and self.storage() is storage
         return same_replay and self.target is target and self.size == size and self.loss is loss
