@@ -3,6 +3,7 @@
 #ifdef TILE_KERNELS
 #include "frames.h"
 #include "nonzero_blocks.h"
+#include "normalization.h"
 
 /* Where row y of an input lies, in positions. Rows that a stride apart meet come one after the other, so that all output
  * positions of a plane lie at one distance: output (y, x) at y * line + x strides, line = in_width / stride. Those with
@@ -104,7 +105,7 @@ static void pack_pair(const NetworkShape *shape, const ForwardArgs *args, int64_
         args->nonzero_blocks[n / 2 * conv->in_height + y] = nonzero[0][y] | nonzero[1][y];
 }
 
-/* conv_forward on tiles. All blocks are computed, those of zeros too: few tiles meet nothing else. */
+/* conv_forward on tiles, of a network whose convolutions have no normalizations. All blocks are computed, those of zeros too: few tiles meet nothing else. */
 void tile_conv_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t n, int64_t next, uint8_t *workspace) {
     const int64_t second = n + 1 < args->batch ? n + 1 : n, pair = second > n;
     const int64_t frame_bytes =
@@ -177,10 +178,13 @@ ALWAYS_INLINE void hidden_sums(const int a_tiles, const int b_tiles, const uint1
 }
 
 /* The hidden layer's units [first, first + 32), or to the end, for all observations:
- * for n, u: hidden[n][u] = max(0, hidden_bias[u] + sum over k: hidden_weight[u][k] * flat[n][k]) */
+ * for n, u: hidden[n][u] = max(0, hidden_bias[u] + sum over k: hidden_weight[u][k] * flat[n][k])
+ * Sums that will be normalized are left without bias and ReLU. */
 void tile_hidden_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t first) {
     const int64_t flat = shape->flat, hidden = shape->hidden, columns = whole_tiles(args->batch);
     const uint16_t *weight = (const uint16_t *)args->hidden_weight + first * flat;
+    const Normalization *norm = args->normalization[shape->convolutions];
+    float *out = norm && norm->sums ? norm->sums : args->hidden;
     const int a_tiles = tiles_of(hidden - first);
     float sums[32 * 32];
     for (int64_t n = 0; n < args->batch; n += 32) {
@@ -194,9 +198,11 @@ void tile_hidden_forward(const NetworkShape *shape, const ForwardArgs *args, int
                 for (int i = 0; i < 16; i++) rows[i] = (const int32_t *)sums + (u + i) * 32 + m;
                 load_transposed(rows, block);
                 for (int64_t j = 0; j < 16 && n + m + j < args->batch; j++)
-                    store_floats(args->hidden + (n + m + j) * hidden + first + u, relu(block[j][0] + bias));
+                    store_floats(out + (n + m + j) * hidden + first + u,
+                                 norm ? block[j][0] : relu(block[j][0] + bias));
             }
         }
     }
+    if (needs_batch(norm)) batch_statistics(norm, args->batch, first, 16 * a_tiles);
 }
 #endif
