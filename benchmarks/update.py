@@ -138,6 +138,9 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
         )
         found["a call for each update"] = made(config, together=1)
         found["blocks of zeros computed too"] = made(config, visiting)
+        if config.precision == "bfloat16" and found["everything on"].backend.detail.endswith("tile unit"):
+            without = mock.patch.object(loader, "load", return_value=loader.load(vectors="no_tiles"))
+            found["without the tile unit"] = made(config, without)
         found["passes by torch's operations"] = made(config, operations)
         found["the same, frames packed by torch"] = made(config, operations, packing)
         found["autograd, Adamax through torch.compile"] = made(config, autograd)

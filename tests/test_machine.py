@@ -91,7 +91,7 @@ def test_what_does_not_fit_on_the_host_either_is_refused_by_name(monkeypatch: py
     monkeypatch.setattr(machine, "free_bytes", lambda device: 4 * GB)
     placed = place_replay(plan, 4 * GB)
     expected = (
-        "this run needs 7.8 GB of memory on cpu, and 4.0 GB are free; its largest need is 7.0 GB for "
+        "this run needs 7.8 GB of memory on cpu, and 4.0 GB are free; its largest part is 7.0 GB for "
         "replay_capacity 1,000,000, beside 800.0 MB for Python and its libraries: lower --replay-capacity (about "
         "457,142 would fit), or free some memory"
     )
@@ -104,7 +104,7 @@ def test_where_another_program_holds_the_memory_the_units_show_what_there_is(mon
     plan = MemoryPlan({"init_samples": 6_400_000, "batch_size": 400_000}, {"num_envs": 30})
     monkeypatch.setattr(machine, "free_bytes", lambda device: 3_600_000)
     expected = (
-        "this run needs 806.8 MB of memory on cpu, and 3.6 MB are free; its largest need is 6.4 MB for "
+        "this run needs 806.8 MB of memory on cpu, and 3.6 MB are free; its largest part is 6.4 MB for "
         "init_samples 16, beside 800.0 MB for Python and its libraries: no init_samples would fit; free some "
         "memory, or wait"
     )

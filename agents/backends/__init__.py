@@ -1,4 +1,4 @@
-"""How an agent's work is carried out: backends, equal in what they compute, chosen once at the start of a run."""
+"""Backends: they do an agent's computations, with equal results, and one is chosen at the start of a run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backen
 
     A run times those that do before it comes here, see :mod:`agents.backends.choice`.
 
-    ``compile: off`` with ``auto`` asks for plain torch on a CPU.
+    ``compile: off`` with ``auto`` means ``eager`` on a CPU.
 
     Args:
         agent: before its first update.
-        replay: from which it will draw.
-        strict: refuse if the backend that was asked for does not support the agent; else another takes its place.
+        replay: from which it will sample.
+        strict: raise if the configured backend does not support the agent; otherwise use another one.
 
     Raises:
-        UsageError: a backend was asked for that does not support the agent.
+        UsageError: the configured backend does not support the agent.
     """
     _refuse_former_methods(agent)
     wanted = agent.config.backend
@@ -44,7 +44,7 @@ def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backen
             problems[kind.name] = problem
             if kind.name == wanted and strict:
                 break
-    raise UsageError(f"--backend {wanted}: {problems[wanted]}; --backend auto takes one that can")
+    raise UsageError(f"--backend {wanted}: {problems[wanted]}; --backend auto uses one that does")
 
 
 def why_not(kind: type[Backend], agent: Agent, replay: Replay) -> str:
@@ -64,11 +64,11 @@ FORMER = {
     "update_several": "update",
     "stepper": "update",
 }
-"""Methods that a DQN had once, with those that stand in their place."""
+"""Former methods of a DQN → the methods that replace them."""
 
 
 def _refuse_former_methods(agent: Agent) -> None:
-    """Refuse a subclass that overrides what is not called any more: it would train something else than it says.
+    """Refuse a subclass that overrides a former method, which would not be called.
 
     Raises:
         UsageError: it does.
@@ -76,7 +76,7 @@ def _refuse_former_methods(agent: Agent) -> None:
     for name, now in FORMER.items():
         if isinstance(agent, DQN) and hasattr(agent, name):
             raise UsageError(
-                f"{type(agent).__name__} overrides {name}, which is called no more: override {now} instead"
+                f"{type(agent).__name__} overrides {name}, which is no longer called: override {now} instead"
             )
 
 
@@ -84,7 +84,7 @@ def _reason(agent: Agent, taken: type[Backend], problems: dict[str, str]) -> str
     wanted = agent.config.backend
     if wanted == taken.name:
         return "as asked for"
-    # Why the device's own backend was passed over, or the one that the run had before.
+    # Why the device's own backend was not used, or the one that the run had before.
     own = "cuda_graphs" if agent.device.type == "cuda" else "cpu_kernels"
     missed = own if wanted == "auto" else wanted
     why = f"; not {missed}, since {problems[missed]}" if missed in problems else ""

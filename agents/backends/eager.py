@@ -1,4 +1,4 @@
-"""The reference: the agent's own methods, on minibatches from the replay, with gradients by autograd."""
+"""The reference backend: the agent's own methods on minibatches from the replay, with gradients by autograd."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .interface import Backend
 
 
 class Eager(Backend):
-    """Calls the agent's methods, whatever they are; any agent will do.
+    """Calls the agent's methods; supports every agent.
 
-    With ``compile: on``, on a CPU, adamax's step is one pass that torch compiles.
+    With ``compile: on``, on a CPU, adamax's step is compiled by torch.compile.
     """
 
     name = "eager"
@@ -27,7 +27,7 @@ class Eager(Backend):
         super().__init__(agent, replay)
         if isinstance(agent, DQN) and agent.config.compile == "on" and CompiledAdamax.replaces(agent.optimizer):
             agent.optimizer = CompiledAdamax.like(agent.optimizer)
-            self.detail = "adamax compiled by torch"
+            self.detail = "adamax compiled by torch.compile"
 
     @classmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:

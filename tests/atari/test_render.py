@@ -41,9 +41,9 @@ def play(game: str, seeds: list[int], steps: int, **options: Any) -> list[tuple[
 
 
 def rendered(*arguments: Any, **options: Any) -> list[RenderedFrame]:
-    """The frames without their pictures, of which there are too many to keep."""
+    """The frames without their RGB values, which would take too much memory."""
     nothing = np.zeros((0, 0, 3), np.uint8)
-    return [replace(frame, picture=nothing) for frame in render(*arguments, **options)]
+    return [replace(frame, rgb=nothing) for frame in render(*arguments, **options)]
 
 
 def by_step(frames: list[RenderedFrame]) -> list[Step]:
@@ -122,8 +122,8 @@ def test_pictures_are_those_of_the_console(game: str) -> None:
             expected.append(console.getScreenRGB())
     assert len(frames) == 121
     for frame, picture in zip(frames, expected, strict=True):
-        np.testing.assert_array_equal(frame.picture, picture)
-    assert len({frame.picture.tobytes() for frame in frames}) > 20
+        np.testing.assert_array_equal(frame.rgb, picture)
+    assert len({frame.rgb.tobytes() for frame in frames}) > 20
 
 
 @pytest.mark.parametrize("sticky", [0.0, 0.25])
@@ -139,7 +139,7 @@ def test_a_late_episode_is_reached_by_resets_alone_or_by_its_history(sticky: flo
     frames = list(render("Breakout", played[second + 1 : third], seed=3, **ways, **options))
     assert frames[0].is_reset
     for frame, same in zip(frames, expected, strict=True):
-        np.testing.assert_array_equal(frame.picture, same.picture)
+        np.testing.assert_array_equal(frame.rgb, same.rgb)
         assert (frame.reward, frame.lives, frame.action) == (same.reward, same.lives, same.action)
 
 

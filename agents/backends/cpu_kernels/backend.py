@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wn_rl.networks import QNetwork
 from wn_rl.parameterizations import fold
-from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 from wn_rl.training import Agent
 
 from ...dqn import DQN
@@ -22,6 +22,7 @@ from ...target_network import TargetNetwork
 from .. import interface
 from . import layouts, loader, optimizers
 from .kernel_network import KernelNetwork
+from .normalization import unsupported as normalization_problem
 from .packed_network import PackedNetwork, PackedWeights
 from .packed_network import unsupported as network_problem
 from .workspace import TDLoss
@@ -62,8 +63,10 @@ class CpuKernels(interface.Backend):
         computed = bool(self.network.computed_from)
         self._one_call = whole and not self._torch_loss and not computed
         parts = {"loss": self._torch_loss, "weights": computed, "products": not whole}
-        self.detail = " and ".join(name for name, by_torch in parts.items() if by_torch)
-        self.detail += " by torch" if self.detail else ""
+        by_torch = " and ".join(name for name, is_torchs in parts.items() if is_torchs)
+        on_tiles = isinstance(self.network, KernelNetwork) and self.network.shape.tiles
+        details = (f"{by_torch} by torch" if by_torch else "", "products by the tile unit" if on_tiles else "")
+        self.detail = ", ".join(filter(None, details))
 
     @classmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:
@@ -83,7 +86,13 @@ class CpuKernels(interface.Backend):
         if type(agent.target) is not TargetNetwork:
             return f"the target is a {type(agent.target).__name__}"
         assert isinstance(agent.q_network, QNetwork)
-        if problem := network_problem(agent.q_network):
+        if not agent.parameterization.batch_independent:
+            if agent.config.joint_batches:
+                return "joint_batches is on"
+            if agent.config.target_statistics != "running":
+                return "the target network takes the statistics of the minibatch"
+        problem = network_problem(agent.q_network) or normalization_problem(agent.q_network, agent.config.batch_size)
+        if problem:
             return problem
         library = loader.load()
         return library if isinstance(library, str) else ""
@@ -106,7 +115,7 @@ class CpuKernels(interface.Backend):
         """Make ``count`` updates, where possible in one call; they draw what one by one would draw."""
         size = self.agent.config.batch_size
         if self._one_call and type(self.replay) is Replay:
-            self.update_on(DrawnMinibatch(self.replay.kept, self.replay.draw(count * size)), count)
+            self.update_on(LazyMinibatch(self.replay.storage, self.replay.sample_indices(count * size)), count)
             return
         for _ in range(count):
             self.update_on(self.replay.sample(size))
@@ -145,8 +154,8 @@ class CpuKernels(interface.Backend):
         made, loss = self.network.update(self._packed_target(), batch, self._loss, steps)
         self.optimizer.count_steps(steps, made)
         self.agent.count_updates(made)
-        if made < count and batch.numbers is not None:
-            self.agent.finite.refuse(loss, batch.numbers.view(count, -1)[made])
+        if made < count and batch.indices is not None:
+            self.agent.finite.refuse(loss, batch.indices.view(count, -1)[made])
 
     def _update_with_loss_by_torch(self, batch: Minibatch) -> None:
         """Make one update: both forward passes, torch's loss of the Q-values, the backward pass and the step."""
@@ -164,7 +173,8 @@ class CpuKernels(interface.Backend):
         target = self.agent.target
         if self._target is None or self._target[0] != target.copies:
             assert isinstance(target.network, QNetwork)
-            self._target = (target.copies, self.network.pack_network(fold(copy.deepcopy(target.network))))
+            network = copy.deepcopy(target.network)
+            self._target = (target.copies, self.network.pack_network(fold(network) if target.folds else network))
         return self._target[1]
 
     def write_gradients(self) -> None:

@@ -15,12 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from wn_rl.networks import QNetwork
+from wn_rl.parameterizations.base import bias_of
 from wn_rl.parameterizations.spectral_norm import SpectralNormalized
-from wn_rl.replay import DrawnMinibatch, Minibatch
+from wn_rl.replay import LazyMinibatch, Minibatch
 
-from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size
-from .packed_network import PackedNetwork, PackedWeights, TrainedLayer
+from .layouts import (
+    BESIDE_NORMALIZATIONS,
+    conv_offsets,
+    conv_shapes,
+    network_shape,
+    pack_conv_weight,
+    pair_size,
+    tile_stages,
+)
+from .normalization import PassNormalizations, normalization_of, pass_normalizations
+from .packed_network import PackedNetwork, PackedWeights
 from .structs import BackwardArgs, ForwardArgs, OptimizerStep, ReplayStorage, TDLossArgs, WeightKind
+from .trained_layers import TrainedLayer
 from .workspace import Activations, ObservationFrames, PreparedUpdate, TDLoss, Workspace, as_frames
 
 
@@ -35,10 +46,17 @@ class KernelNetwork(PackedNetwork):
     def _allocate(self) -> None:
         self.pair = pair_size(self.precision)
         self.convolutions = conv_shapes(self.network)
-        self.shape = network_shape(self.network, self.precision, self.block)
-        self.workspace = Workspace(self.shape, self.precision)
+        normalizations = [layer.normalization for layer in self.layers]
+        tiles = tile_stages(self.network, self.library, self.precision)
+        if any(normalization is not None for normalization in normalizations):
+            tiles &= BESIDE_NORMALIZATIONS
+        self.shape = network_shape(self.network, self.precision, self.block, tiles)
+        self.workspace = Workspace(self.shape, self.precision, normalizations)
         self.packed = PackedWeights(
-            [self._empty_weight(layer) for layer in self.layers], [layer.b for layer in self.layers]
+            [self._empty_weight(layer) for layer in self.layers], [layer.b for layer in self.layers], normalizations
+        )
+        self._with_running_statistics: weakref.WeakKeyDictionary[PackedWeights, PassNormalizations] = (
+            weakref.WeakKeyDictionary()
         )
         self._bias_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
         # The hidden layer's gradient becomes its step row by row and is never whole, unless torch takes it further.
@@ -84,14 +102,15 @@ class KernelNetwork(PackedNetwork):
         return tensors
 
     @torch.no_grad()
-    def pack_network(self, folded: QNetwork) -> PackedWeights:
-        """Return packed weights of a network of the same shape without parameterization, a folded target network."""
-        copied = PackedWeights([], [])
-        modules = (*folded.convolutions, folded.hidden, folded.output)
+    def pack_network(self, plain: QNetwork) -> PackedWeights:
+        """Return packed weights of a network of the same shape with plain weights, as :class:`.PackedNetwork`."""
+        copied = PackedWeights([], [], [])
+        modules = (*plain.convolutions, plain.hidden, plain.output)
         for module, layer, packed in zip(modules, self.layers, self.packed.weights, strict=True):
-            w, b = module.weight, module.bias
+            w, b = module.weight, bias_of(module)
             assert isinstance(w, Tensor)
-            assert isinstance(b, Tensor)
+            assert b is not None
+            copied.normalizations.append(normalization_of(module))
             if isinstance(module, nn.Conv2d):
                 copied.weights.append(pack_conv_weight(module, w, self.pair, layer.input_scale).to(packed.dtype))
             else:
@@ -108,6 +127,8 @@ class KernelNetwork(PackedNetwork):
         q_values: Tensor,
     ) -> None:
         hidden = len(self.convolutions)
+        for index, address in enumerate(self._normalizations(weights, activations).addresses()):
+            args.normalization[index] = address
         for index in range(hidden):
             args.conv_weight[index] = weights.weights[index].data_ptr()
             args.conv_bias[index] = weights.biases[index].data_ptr()
@@ -120,7 +141,20 @@ class KernelNetwork(PackedNetwork):
         args.batch, args.frame_index_stride = len(observations.indices), observations.indices.stride(0)
         args.nonzero_blocks = activations.nonzero_blocks.data_ptr()
         args.flat, args.hidden = activations.flat.data_ptr(), activations.hidden.data_ptr()
+        args.flat_columns = activations.flat_columns.data_ptr()
         args.q_values = q_values.data_ptr()
+
+    def _normalizations(self, weights: PackedWeights, activations: Activations) -> PassNormalizations:
+        """Return the normalizations of a pass; for one that is saved, the trained network's on a minibatch."""
+        if activations.normalizations is not None:
+            for index, struct in enumerate(activations.normalizations.structs):
+                if struct is not None:
+                    struct.bias_gradient = self._bias_gradients[index].data_ptr()
+                    struct.gain_gradient = self.gain_gradients[index].data_ptr()
+            return activations.normalizations
+        if weights not in self._with_running_statistics:
+            self._with_running_statistics[weights] = pass_normalizations(self.shape, weights.normalizations)
+        return self._with_running_statistics[weights]
 
     def _forward(
         self, passes: list[tuple[PackedWeights, ObservationFrames, bool]]
@@ -148,8 +182,8 @@ class KernelNetwork(PackedNetwork):
 
         What is saved is valid until the next call. Frames that are still in replay are read there.
         """
-        if isinstance(batch, DrawnMinibatch):
-            frames, indices = batch.kept.frames, batch.places
+        if isinstance(batch, LazyMinibatch):
+            frames, indices = batch.storage.frames, batch.frame_indices
             now, then = ObservationFrames(frames, indices[:, :-1]), ObservationFrames(frames, indices[:, 1:])
         else:
             now, then = as_frames(batch.observations), as_frames(batch.next_observations)
@@ -186,14 +220,14 @@ class KernelNetwork(PackedNetwork):
             IndexError: a transition has an index or an action that does not exist; no update was made.
             ValueError: the observations are not what the network takes, or fields differ in length.
         """
-        drawn = batch if isinstance(batch, DrawnMinibatch) and batch.untouched else None
-        indices = None if drawn is None else drawn.numbers.long().contiguous()
+        drawn = batch if isinstance(batch, LazyMinibatch) and batch.is_lazy else None
+        indices = None if drawn is None else drawn.indices.long().contiguous()
         count, transitions = len(steps), len(batch.actions if indices is None else indices)
         size = transitions // count
         if size * count != transitions or (count > 1 and indices is None):
             raise ValueError(f"the transitions cannot be divided among {count} updates")
         prepared = self._prepared
-        if prepared is None or drawn is None or not prepared.serves(target, drawn.kept, size, loss):
+        if prepared is None or drawn is None or not prepared.serves(target, drawn.storage, size, loss):
             prepared = self._prepared = self._prepare(target, batch, drawn, size, loss)
         scratch, threads = self.workspace.scratch()
         prepared.alternate_flat()
@@ -222,11 +256,11 @@ class KernelNetwork(PackedNetwork):
         return made, last.value
 
     def _prepare(
-        self, target: PackedWeights, batch: Minibatch, drawn: DrawnMinibatch | None, size: int, loss: TDLoss
+        self, target: PackedWeights, batch: Minibatch, drawn: LazyMinibatch | None, size: int, loss: TDLoss
     ) -> PreparedUpdate:
         replay = None
         if drawn is not None:
-            kept, frames = drawn.kept, len(drawn.kept.offsets) - 1
+            kept, frames = drawn.storage, len(drawn.storage.offsets) - 1
             indices = torch.empty(size, frames + 1, dtype=torch.int64)
             then = ObservationFrames(kept.frames, indices[:, 1:])
             now = ObservationFrames(kept.frames, indices[:, :-1])
@@ -251,12 +285,12 @@ class KernelNetwork(PackedNetwork):
         for args in zip(passes, (target, self.packed), (then, now), activations, q_values, strict=True):
             self._fill_forward(*args)
         arrays = (indices, actions, rewards, terminals, q_gradient, loss.sums, self.stage_seconds)
-        settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
+        settings = (loss.gamma, loss.reward_clip, loss.mean, batch.indices is None)
         loss_args = TDLossArgs(*(tensor.data_ptr() for tensor in arrays), *settings)
         backward = self._backward_args(q_gradient)
         return PreparedUpdate(
             target=target,
-            storage=None if drawn is None else weakref.ref(drawn.kept),
+            storage=None if drawn is None else weakref.ref(drawn.storage),
             size=size,
             loss=loss,
             passes=passes,
@@ -283,6 +317,7 @@ class KernelNetwork(PackedNetwork):
             assert weight_gradient is not None
             args.transposed_weight[index] = None if transposed is None else transposed.data_ptr()
             args.conv_gradient[index] = conv_gradient.data_ptr()
+            args.transposed_gradient[index] = gradients.transposed[index].data_ptr() if gradients.transposed else None
             args.weight_gradient[index] = weight_gradient.data_ptr()
             args.bias_gradient[index] = self._bias_gradients[index].data_ptr()
         return args
@@ -303,6 +338,7 @@ class KernelNetwork(PackedNetwork):
     @torch.no_grad()
     def write_gradients(self, value_before: Callable[[nn.Parameter, Tensor, Tensor, Tensor], Tensor]) -> None:
         """Write the gradients of the last step to ``.grad``, as :meth:`.PackedNetwork.write_gradients`."""
+        self._write_gain_gradients()
         for layer, v_gradient, g_gradient, b_gradient in zip(
             self.layers, self.v_gradients, self.g_gradients, self._bias_gradients, strict=True
         ):

@@ -31,8 +31,13 @@ VECTORS = {
     "avx512": ("-march=x86-64-v4", "-mtune=native"),
     "avx2": ("-march=x86-64-v3", "-mtune=native"),
     "sse2": ("-march=x86-64", "-mtune=native"),
+    "tiles": (*PROCESSOR, "-DTILE_STAND_IN"),
+    "no_tiles": (*PROCESSOR, "-DNO_TILES"),
 }
-"""What the compiler may use, by the names of :data:`VARIABLE`; ``native``: whatever this processor has."""
+"""What the compiler may use, by the names of :data:`VARIABLE`; ``native``: whatever this processor has.
+
+``tiles``: the tile unit's kernels in bfloat16 with plain C in place of the unit, slow; ``no_tiles``: without them.
+"""
 VARIABLE = "WN_RL_KERNELS"
 """The environment variable that chooses one of :data:`VECTORS`, to test or time what other processors would run."""
 _NEEDED = {"avx512": "avx512vl", "avx2": "fma", "sse2": "sse2"}
@@ -151,7 +156,8 @@ def _declare(library: ctypes.CDLL) -> None:
     """
     layers = ctypes.POINTER(TrainedLayerStruct)
     library.supports_precision.argtypes = (Integer,)
-    library.supports_precision.restype = Integer
+    library.supports_precision.restype = library.has_tile_unit.restype = Integer
+    library.has_tile_unit.argtypes = ()
     library.pack_layers.argtypes = library.prepare_training_pass.argtypes = (layers, Integer, Integer)
     library.step_layers.argtypes = (layers, Integer, Integer, Pointer, Integer, Pointer)
     library.step_tensor.argtypes = (*[Pointer] * 4, Integer, Integer, Pointer)

@@ -51,7 +51,7 @@ class Squared(DQN):
 
 
 def configured(**changes: Any) -> TrainConfig:
-    values = {"game": "breakout", "hidden_units": 64, "batch_size": 8, "num_threads": 1, "compile": "off"}
+    values = {"game": "breakout", "hidden_units": 32, "batch_size": 8, "num_threads": 1, "compile": "off"}
     return replace(resolve(replace(load("paper"), **(values | changes))), device="cpu")
 
 
@@ -171,7 +171,7 @@ class OnFramesOf(DQN):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("hidden_units", [20, 64])
+@pytest.mark.parametrize("hidden_units", [20, 32])
 @pytest.mark.parametrize(
     ("param", "size"), [("wn", (44, 84)), ("standard", (84, 60))], ids=["wn wide", "standard tall"]
 )

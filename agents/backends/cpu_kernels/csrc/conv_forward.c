@@ -8,25 +8,9 @@
 #include "conv_tile.h"
 #include "kernels.h"
 #include "nonzero_blocks.h"
+#include "normalization.h"
 #ifdef VECTOR_KERNELS
 #include "frames.h"
-
-/* Frames that are prefetched while something else is computed, some cache lines at a time. */
-typedef struct {
-    const uint8_t *frames[2 * MAX_FRAMES];
-    int64_t count, bytes, next, share;
-} FramePrefetch;
-
-static inline void prefetch_frames(FramePrefetch *ahead) {
-    for (int64_t i = 0; i < ahead->share && ahead->count; i++) {
-        __builtin_prefetch(ahead->frames[ahead->count - 1] + ahead->next, 0, 2);
-        ahead->next += 64;
-        if (ahead->next >= ahead->bytes) {
-            ahead->next = 0;
-            ahead->count--;
-        }
-    }
-}
 
 #if VECTOR_LANES == 16
 /* pack_block_row for blocks of 4 x 4 pixels and frames by fours: a block's line of pixels is a word, and 16 lines of 16
@@ -121,13 +105,6 @@ static NOINLINE void conv_positions_16(POSITIONS) {
 }
 #undef POSITIONS
 
-/* The frames of observation n, oldest first. */
-static inline void find_frames(const NetworkShape *shape, const ForwardArgs *args, int64_t n, int64_t frame_bytes,
-                               const uint8_t **frames) {
-    for (int64_t f = 0; f < shape->frames; f++)
-        frames[f] = args->frames + args->frame_indices[n * args->frame_index_stride + f] * frame_bytes;
-}
-
 /* Pack an observation, elements (in_height, in_width, in_channels); `nonzero` (in_height) gets the masks. */
 ALWAYS_INLINE void pack_observation(const Precision precision, const NetworkShape *shape, const uint8_t *const *frames,
                                     void *packed, uint64_t *nonzero) {
@@ -211,75 +188,143 @@ ALWAYS_INLINE void bias_relu(const Precision precision, const ConvShape *conv, c
     }
 }
 
-/* All convolutions for observations n and n + 1 (n twice where there is no other). `next` is the observation that this
- * thread probably takes afterwards: its frames lie anywhere in memory, so they are prefetched. */
-ALWAYS_INLINE void conv_forward_template(const Precision precision, const NetworkShape *shape, const ForwardArgs *args,
-                                         int64_t n, int64_t next, uint8_t *workspace) {
-    const int64_t second = n + 1 < args->batch ? n + 1 : n, pair = second > n, group = n / pair_size(precision);
-    const int64_t frame_bytes =
-        shape->convolution[0].in_width * shape->block * shape->convolution[0].in_height * shape->block;
-    /* Inputs and outputs alternate between two pairs of buffers. */
-    void *in = workspace, *in_second = element_at(precision, in, shape->max_activation);
-    void *out = element_at(precision, in_second, shape->max_activation);
-    void *out_second = element_at(precision, out, shape->max_activation);
-    float *sums = element_at(precision, out_second, shape->max_activation);
-    float *sums_second = sums + shape->max_activation;
-    PositionList list = {.input = (const int32_t **)(sums_second + shape->max_activation)};
-    list.sums = (float **)(list.input + shape->max_positions);
-    uint64_t nonzero[2][MAX_BLOCKS];
+/* The inputs, outputs and sums of two observations in a thread's workspace. Inputs and outputs are exchanged from layer to
+ * layer. */
+typedef struct {
+    void *in[2], *out[2];
+    float *sums[2];
+    PositionList list;
+    uint64_t nonzero[2][MAX_BLOCKS]; /* masks of the input's rows */
+} PairBuffers;
+
+ALWAYS_INLINE void place_buffers(const Precision precision, const NetworkShape *shape, uint8_t *workspace,
+                                 PairBuffers *buffers) {
+    const int64_t size = shape->max_activation;
     for (int i = 0; i < 2; i++) {
-        const uint8_t *frames[MAX_FRAMES];
-        find_frames(shape, args, i ? second : n, frame_bytes, frames);
-        pack_observation(precision, shape, frames, i ? in_second : in, nonzero[i]);
+        buffers->in[i] = element_at(precision, workspace, i * size);
+        buffers->out[i] = element_at(precision, workspace, (2 + i) * size);
+        buffers->sums[i] = (float *)element_at(precision, workspace, 4 * size) + i * size;
     }
-    if (args->saved_input[0]) save_observations(precision, shape, args, group, pair, in, in_second, nonzero);
-    FramePrefetch ahead = {.count = 0, .bytes = frame_bytes, .next = 0};
-    for (int64_t i = next; i < next + 2 && i < args->batch; i++, ahead.count += shape->frames)
-        find_frames(shape, args, i, frame_bytes, ahead.frames + ahead.count);
-    for (int64_t l = 0; l < shape->convolutions; l++) {
-        const ConvShape *conv = &shape->convolution[l];
-        const int64_t channel_words = conv->in_channels / pair_size(precision), channels = conv->out_channels;
-        const int64_t row_stride = conv->in_width * channel_words, row_words = conv->kernel * channel_words;
-        const int32_t *weight = args->conv_weight[l];
-        list.count = 0;
-        for (int i = 0; i < 2; i++) {
-            propagate_nonzero(conv, nonzero[i]);
-            list_nonzero_positions(conv, i ? in_second : in, channel_words, nonzero[i], i ? sums_second : sums, &list);
-        }
-        for (int64_t p = list.count; p < MAX_TILE; p++) {
-            list.input[p] = list.input[0];
-            list.sums[p] = list.sums[0];
-        }
-        FramePrefetch *prefetch = l ? NULL : &ahead;
-        ahead.share = 2 * shape->frames * frame_bytes / 64 / (list.count / 12 + 1) + 1;
-        int64_t u = 0;
+    buffers->list.input = (const int32_t **)(buffers->sums[1] + size);
+    buffers->list.sums = (float **)(buffers->list.input + shape->max_positions);
+}
+
+/* The sums of layer l at all positions of both observations; the masks become those of its output. */
+ALWAYS_INLINE void conv_sums(const Precision precision, const NetworkShape *shape, const ForwardArgs *args, int64_t l,
+                             PairBuffers *buffers, float *const *sums, FramePrefetch *ahead) {
+    const ConvShape *conv = &shape->convolution[l];
+    const int64_t channel_words = conv->in_channels / pair_size(precision), channels = conv->out_channels;
+    const int64_t row_stride = conv->in_width * channel_words, row_words = conv->kernel * channel_words;
+    const int32_t *weight = args->conv_weight[l];
+    PositionList *list = &buffers->list;
+    list->count = 0;
+    for (int i = 0; i < 2; i++) {
+        propagate_nonzero(conv, buffers->nonzero[i]);
+        list_nonzero_positions(conv, buffers->in[i], channel_words, buffers->nonzero[i], sums[i], list);
+    }
+    for (int64_t p = list->count; p < MAX_TILE; p++) {
+        list->input[p] = list->input[0];
+        list->sums[p] = list->sums[0];
+    }
+    FramePrefetch *prefetch = l ? NULL : ahead;
+    ahead->share = 2 * shape->frames * ahead->bytes / 64 / (list->count / 12 + 1) + 1;
+    int64_t u = 0;
 #if VECTOR_LANES == 16
-        for (; u + 64 <= channels; u += 64)
-            conv_positions_64(precision, &list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
-        for (; u + 32 <= channels; u += 32)
-            conv_positions_32(precision, &list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
+    for (; u + 64 <= channels; u += 64)
+        conv_positions_64(precision, list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
+    for (; u + 32 <= channels; u += 32)
+        conv_positions_32(precision, list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
 #endif
-        for (; u < channels; u += 16)
-            conv_positions_16(precision, &list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
-        copy_zero_positions(conv, nonzero[0], sums);
-        copy_zero_positions(conv, nonzero[1], sums_second);
-        const int last = l == shape->convolutions - 1;
-        const int64_t size = conv->out_height * conv->out_width * channels;
-        int32_t *saved = args->saved_input[l + 1] ? args->saved_input[l + 1] + group * size : NULL;
-        int32_t *saved_second = saved && pair ? saved + size : NULL;
-        bias_relu(precision, conv, args->conv_bias[l], last, pair, sums, sums_second,
-                  last ? element_at(precision, args->flat, n * size) : out,
-                  last ? element_at(precision, args->flat, second * size) : out_second, saved, saved_second);
-        void *swapped = in;
-        in = out;
-        out = swapped;
-        swapped = in_second;
-        in_second = out_second;
-        out_second = swapped;
+    for (; u < channels; u += 16)
+        conv_positions_16(precision, list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
+    for (int i = 0; i < 2; i++) copy_zero_positions(conv, buffers->nonzero[i], sums[i]);
+}
+
+/* From layer l's sums for observations n and `second` to the next layer's input, in `out`, or to the hidden layer's. */
+ALWAYS_INLINE void conv_output(const Precision precision, const NetworkShape *shape, const ForwardArgs *args, int64_t l,
+                               int64_t n, int64_t second, const PairBuffers *buffers, void *const *out) {
+    const ConvShape *conv = &shape->convolution[l];
+    const Normalization *norm = args->normalization[l];
+    const int64_t size = conv->out_height * conv->out_width * conv->out_channels, pair = second > n;
+    for (int i = 0; norm && i < 2; i++) {
+        const int64_t of = i ? second : n;
+        normalize(norm, of, needs_batch(norm) ? norm->sums + of * size : buffers->sums[i], buffers->sums[i]);
+    }
+    const int last = l == shape->convolutions - 1;
+    int32_t *saved = args->saved_input[l + 1];
+    if (saved) saved += n / pair_size(precision) * size;
+    bias_relu(precision, conv, args->conv_bias[l], last, pair, buffers->sums[0], buffers->sums[1],
+              last ? element_at(precision, args->flat, n * size) : out[0],
+              last ? element_at(precision, args->flat, second * size) : out[1], saved,
+              saved && pair ? saved + size : NULL);
+}
+
+/* Keep layer l's sums and masks until those of all observations are there. */
+ALWAYS_INLINE void keep_for_batch(const Normalization *norm, int64_t n, int64_t second, const PairBuffers *buffers) {
+    for (int i = 0; i < 2; i++) {
+        const int64_t of = i ? second : n;
+        memcpy(norm->nonzero + of * MAX_BLOCKS, buffers->nonzero[i], sizeof buffers->nonzero[i]);
+        if (!i || second > n) observation_statistics(norm, of);
     }
 }
 
-void conv_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t n, int64_t next, uint8_t *workspace) {
-    DISPATCH(shape->precision, conv_forward_template, shape, args, n, next, workspace);
+/* The convolutions from layer `from` on for observations n and n + 1 (n twice where there is no other): all of them, or
+ * up to the sums of the first that needs the statistics of the minibatch, behind which `from` is to go on. `next` is the
+ * observation that this thread probably takes afterwards: its frames lie anywhere in memory, so they are prefetched. */
+ALWAYS_INLINE void conv_forward_template(const Precision precision, const NetworkShape *shape, const ForwardArgs *args,
+                                         int64_t from, int64_t n, int64_t next, uint8_t *workspace) {
+    const int64_t second = n + 1 < args->batch ? n + 1 : n, group = n / pair_size(precision);
+    const int64_t frame_bytes =
+        shape->convolution[0].in_width * shape->block * shape->convolution[0].in_height * shape->block;
+    PairBuffers buffers;
+    place_buffers(precision, shape, workspace, &buffers);
+    FramePrefetch ahead = {.count = 0, .bytes = frame_bytes, .next = 0};
+    if (from) {
+        for (int i = 0; i < 2; i++)
+            memcpy(buffers.nonzero[i], args->normalization[from - 1]->nonzero + (i ? second : n) * MAX_BLOCKS,
+                   sizeof buffers.nonzero[i]);
+        conv_output(precision, shape, args, from - 1, n, second, &buffers, buffers.in);
+    } else {
+        for (int i = 0; i < 2; i++) {
+            const uint8_t *frames[MAX_FRAMES];
+            find_frames(shape, args, i ? second : n, frame_bytes, frames);
+            pack_observation(precision, shape, frames, buffers.in[i], buffers.nonzero[i]);
+        }
+        if (args->saved_input[0])
+            save_observations(precision, shape, args, group, second > n, buffers.in[0], buffers.in[1],
+                              buffers.nonzero);
+        for (int64_t i = next; i < next + 2 && i < args->batch; i++, ahead.count += shape->frames)
+            find_frames(shape, args, i, frame_bytes, ahead.frames + ahead.count);
+    }
+    for (int64_t l = from; l < shape->convolutions; l++) {
+        const Normalization *norm = args->normalization[l];
+        if (needs_batch(norm)) {
+            const int64_t size = norm->positions * norm->units;
+            float *const sums[2] = {norm->sums + n * size, norm->sums + second * size};
+            conv_sums(precision, shape, args, l, &buffers, sums, &ahead);
+            keep_for_batch(norm, n, second, &buffers);
+            return;
+        }
+        conv_sums(precision, shape, args, l, &buffers, buffers.sums, &ahead);
+        conv_output(precision, shape, args, l, n, second, &buffers, buffers.out);
+        for (int i = 0; i < 2; i++) {
+            void *swapped = buffers.in[i];
+            buffers.in[i] = buffers.out[i];
+            buffers.out[i] = swapped;
+        }
+    }
 }
+
+void conv_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t from, int64_t n, int64_t next,
+                  uint8_t *workspace) {
+    DISPATCH(shape->precision, conv_forward_template, shape, args, from, n, next, workspace);
+}
+
+#ifdef __AVX512BF16__
+/* For tile_forward.c: observation n as elements (in_height, in_width, in_channels), and its masks. */
+void pack_bfloat16_observation(const NetworkShape *shape, const uint8_t *const *frames, void *packed,
+                               uint64_t *nonzero) {
+    pack_observation(BFLOAT16, shape, frames, packed, nonzero);
+}
+#endif
 #endif

@@ -8,6 +8,8 @@
  */
 #include "conv_tile.h"
 #include "kernels.h"
+#include "normalization.h"
+#include "tiles.h"
 #ifdef VECTOR_KERNELS
 
 /* A convolution of stride 1 over an array of words with a zero border: at position (y, x), `rows` rows of
@@ -158,27 +160,53 @@ ALWAYS_INLINE void relu_backward_strided(const Precision precision, const ConvSh
     }
 }
 
-/* conv_gradient of every layer for observations n and n + 1 (n twice where there is no other), from flat_gradient. */
+/* From gradients by y, in `sums`, to gradients by t, there too, for observations n and n + 1 (without `pair` n alone).
+ * Where they depend on the whole minibatch those by y are kept in `gradient`, and returned to when that is `complete`.
+ * Returns whether the gradients by t are there. */
+static int normalization_backward(const Normalization *norm, int64_t batch, int64_t n, int64_t pair, int complete,
+                                  float *sums, float *sums_second) {
+    const int64_t size = norm->positions * norm->units;
+    for (int64_t i = 0; i < 1 + pair; i++) {
+        float *values = i ? sums_second : sums, *kept = norm->gradient + (n + i) * size;
+        if (needs_batch(norm) && complete) {
+            sums_gradient(norm, batch, n + i, kept, values);
+            continue;
+        }
+        observation_gradients(norm, n + i, values);
+        if (needs_batch(norm))
+            memcpy(kept, values, (size_t)size * sizeof(float));
+        else
+            sums_gradient(norm, batch, n + i, values, values);
+    }
+    return complete || !needs_batch(norm);
+}
+
+/* conv_gradient of layer `from` and those below for observations n and n + 1 (n twice where there is no other), from the
+ * gradient by the layer's y; `from` = `convolutions`: of all, from flat_gradient. At the first layer below whose gradient
+ * depends on those of the whole minibatch its gradient by y is left in `gradient`, from which `from` is to go on. */
 ALWAYS_INLINE void conv_input_backward_template(const Precision precision, const NetworkShape *shape,
-                                                const ForwardArgs *args, const BackwardArgs *back, int64_t n,
-                                                uint8_t *workspace) {
+                                                const ForwardArgs *args, const BackwardArgs *back, int64_t from,
+                                                int64_t n, uint8_t *workspace) {
     const int64_t pair = n + 1 < args->batch, group = n / pair_size(precision);
     void *in = workspace, *in_second = element_at(precision, in, shape->max_activation);
     float *sums = element_at(precision, in_second, shape->max_activation), *sums_second = sums + shape->max_activation;
     float *made = sums_second + shape->max_activation, *made_second = made + shape->max_activation;
-    for (int64_t l = shape->convolutions - 1; l >= 0; l--) {
+    for (int64_t l = from < shape->convolutions ? from : shape->convolutions - 1; l >= 0; l--) {
         const ConvShape *conv = &shape->convolution[l];
         const int64_t positions = conv->out_height * conv->out_width, units = conv->out_channels;
         const int64_t size = positions * units, taps = conv->kernel / conv->stride, border = l ? taps - 1 : 0;
         const int64_t padded_width = conv->out_width + 2 * border;
         int32_t *words = back->conv_gradient[l] + group * size, *second = pair ? words + size : NULL;
-        if (l == shape->convolutions - 1) {
+        if (l == shape->convolutions - 1 && l < from) {
             for (int i = 0; i < 2; i++) {
                 const int64_t at = (n + (i ? pair : 0)) * size;
                 relu_backward_channels_last(precision, positions, units, element_at(precision, args->flat, at),
                                             back->flat_gradient + at, i ? sums_second : sums);
             }
         }
+        if (args->normalization[l] &&
+            !normalization_backward(args->normalization[l], args->batch, n, pair, l == from, sums, sums_second))
+            return;
         if (border) {
             const int64_t padded = (conv->out_height + 2 * border) * padded_width * units;
             memset(in, 0, padded * element_bytes(precision));
@@ -213,7 +241,13 @@ ALWAYS_INLINE void conv_input_backward_template(const Precision precision, const
         for (int64_t y = 0; y < s; y++) {
             for (int64_t x = 0; x < s; x++) {
                 const int32_t *weight = back->transposed_weight[l] + (y * s + x) * taps * taps * unit_words * channels;
-                convolve_window(precision, &window, in, in_second, weight, channels, made, made_second);
+                if (USES_TILES(shape, TILE_CONV_INPUT)) {
+                    for (int i = 0; i < 2; i++)
+                        tile_convolve(i ? in_second : in, units, padded_width, window.height, window.width, taps,
+                                      padded_width * units, taps * units, weight, channels, i ? made_second : made);
+                } else {
+                    convolve_window(precision, &window, in, in_second, weight, channels, made, made_second);
+                }
                 relu_backward_strided(precision, conv, &window, y, x, input, input_second, made, made_second, sums,
                                       sums_second);
             }
@@ -221,8 +255,8 @@ ALWAYS_INLINE void conv_input_backward_template(const Precision precision, const
     }
 }
 
-void conv_input_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t n,
-                         uint8_t *workspace) {
-    DISPATCH(shape->precision, conv_input_backward_template, shape, args, back, n, workspace);
+void conv_input_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t from,
+                         int64_t n, uint8_t *workspace) {
+    DISPATCH(shape->precision, conv_input_backward_template, shape, args, back, from, n, workspace);
 }
 #endif

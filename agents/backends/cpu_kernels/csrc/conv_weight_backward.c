@@ -88,7 +88,7 @@ ALWAYS_INLINE void conv_weight_backward_template(const Precision precision, cons
         }
         from += count;
     }
-    if (line) return;
+    if (line || args->normalization[l]) return; /* behind a normalization the bias's gradient is the sum of another */
     for (int64_t u = 0; u < units; u += VECTOR_LANES) {
         Floats sum = zeros();
         for (int64_t i = 0; i < groups * positions; i++) {

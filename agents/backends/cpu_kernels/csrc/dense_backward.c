@@ -22,7 +22,7 @@ void output_backward(const NetworkShape *shape, const ForwardArgs *args, const B
         for (int64_t u = 0; u < shape->hidden; u++) row[u] += slope * h[u];
         bias += slope;
     }
-    ((float *)output->bias_gradient)[action] = bias;
+    if (!args->normalization[shape->convolutions + 1]) ((float *)output->bias_gradient)[action] = bias;
 }
 
 /* The gradient by the hidden layer's sums, of observations n and n + 1:
@@ -180,7 +180,7 @@ ALWAYS_INLINE void hidden_weight_step_template(const Precision precision, const 
             const void *value = element_at(precision, back->hidden_gradient, n * hidden + first + u);
             sum += precision == BFLOAT16 ? from_bfloat16(*(const uint16_t *)value) : *(const float *)value;
         }
-        ((float *)layer->bias_gradient)[first + u] = sum;
+        if (!args->normalization[shape->convolutions]) ((float *)layer->bias_gradient)[first + u] = sum;
         step_and_pack_unit(layer, first + u, rows + u * flat, step);
     }
 }

@@ -9,8 +9,16 @@ import torch
 
 from agents.backends.cpu_kernels import loader
 
-BUILDS = (("native", "float32"), ("native", "bfloat16"), ("avx2", "float32"), ("sse2", "float32"))
+BUILDS = (
+    ("native", "float32"),
+    ("native", "bfloat16"),
+    ("tiles", "bfloat16"),
+    ("avx2", "float32"),
+    ("sse2", "float32"),
+)
 """Vectors (:data:`loader.VECTORS`) and precision. Narrower ones than the processor's have no bfloat16."""
+if "amx_bf16" in loader.processor().split():  # there "native" uses the tile unit
+    BUILDS += (("no_tiles", "bfloat16"),)
 
 
 @pytest.fixture(scope="module", params=BUILDS, ids=["-".join(build) for build in BUILDS])

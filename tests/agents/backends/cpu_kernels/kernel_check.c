@@ -12,6 +12,7 @@
 #include "scalar.h"
 
 int64_t supports_precision(int64_t precision);
+int64_t has_tile_unit(void);
 void pack_layers(const TrainedLayer *layers, int64_t count, int64_t threads);
 void network_forward(const NetworkShape *shape, const ForwardArgs *passes, int64_t count, uint8_t *workspace,
                      int64_t threads);
@@ -46,6 +47,12 @@ static void *array(int64_t bytes) {
     if (!made) exit(2);
     memset(made, 0x5a, bytes);
     return arrays[array_count++] = made;
+}
+/* The same with zeros behind it. */
+static void *array_and_zeros(int64_t bytes, int64_t zeros) {
+    uint8_t *made = array(bytes + zeros);
+    memset(made + bytes, 0, zeros);
+    return made;
 }
 static float *floats(int64_t count) { return array(count * 4); }
 static double *doubles(int64_t count) { return array(count * 8); }
@@ -96,6 +103,30 @@ static void compare(const char *stage, int64_t layer, const float *found, const 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+static int64_t whole_tiles(int64_t count) { return (count + 15) / 16 * 16; }
+
+/* Columns of a layer's transposed gradient, in all lines or in one. */
+static int64_t transposed_columns(const ConvShape *conv, int64_t all) {
+    if (conv->stride == 1) return whole_tiles((conv->out_height - 1) * conv->in_width + conv->out_width);
+    return whole_tiles(conv->out_width) * (all ? conv->out_height : 1);
+}
+
+/* Some of the stages that layouts.tile_stages names, and what they take of the workspace, in bytes. */
+static int64_t draw_tiles(void) {
+    int64_t stages = 63, bytes = larger(16 * shape.flat * 4, (shape.hidden + 31) / 32 * 16 * 32 * 4), past = 0;
+    FOR(l, shape.convolutions) {
+        const ConvShape *conv = &shape.convolution[l];
+        if (conv->kernel * conv->in_channels % 32) stages &= ~(TILE_CONV_FORWARD | TILE_CONV_WEIGHT);
+        if (l && conv->kernel / conv->stride * conv->out_channels % 32) stages &= ~TILE_CONV_INPUT;
+        bytes = larger(bytes, conv->kernel * conv->in_channels * conv->out_channels * 4);
+        past = larger(past, 16 * conv->stride * conv->in_channels * 2);
+        shape.transposed_columns[l] = transposed_columns(conv, 0);
+    }
+    if (random_below(2)) stages &= random_below(64);
+    shape.tiles = stages & TILE_CONV_FORWARD ? stages : stages & ~TILE_CONV_WEIGHT;
+    return larger(bytes, 2 * 32 * 32 * 4 + shape.max_activation * 12 + past);
+}
+
 /* A random shape that layouts.unsupported has nothing against, and the sizes that layouts.network_shape works out. */
 static void draw_shape(void) {
     static const int64_t first_units[] = {16, 32, 48}, more_units[] = {16, 64, 80}, blocks[] = {2, 4, 4, 8};
@@ -139,6 +170,7 @@ static void draw_shape(void) {
     }
     shape.max_positions = 2 * positions + 12;
     bytes = larger(bytes, 6 * shape.max_activation * 4 + 16 * shape.max_positions);
+    if (precision == BFLOAT16 && has_tile_unit()) bytes = larger(bytes, draw_tiles());
     shape.workspace_bytes = (bytes + 63) / 64 * 64;
 }
 
@@ -248,7 +280,7 @@ static void check_step(int64_t l, const float *dw) {
 }
 
 static void check_network(void) {
-    batch = 1 + random_below(9);
+    batch = 1 + random_below(random_below(4) ? 9 : 40);
     draw_shape();
     const int64_t depth = shape.convolutions, groups = (batch + pair - 1) / pair;
     FOR(l, depth + 2) draw_layer(l);
@@ -282,7 +314,10 @@ static void check_network(void) {
     FOR(l, depth) {
         const ConvShape *conv = &shape.convolution[l];
         args.conv_weight[l] = layers[l].packed, args.conv_bias[l] = layers[l].b;
-        args.saved_input[l] = array(groups * conv->in_height * conv->in_width * conv->in_channels * 4);
+        args.saved_input[l] = array_and_zeros(groups * conv->in_height * conv->in_width * conv->in_channels * 4,
+                                              shape.tiles ? 16 * conv->stride * conv->in_channels * 4 : 0);
+        if (shape.tiles & TILE_CONV_WEIGHT)
+            back.transposed_gradient[l] = array(groups * conv->out_channels * transposed_columns(conv, 1) * 4);
         back.transposed_weight[l] = layers[l].transposed;
         back.conv_gradient[l] = array(groups * conv->out_height * conv->out_width * conv->out_channels * 4);
         back.weight_gradient[l] = layers[l].packed_gradient, back.bias_gradient[l] = layers[l].bias_gradient;
@@ -291,11 +326,15 @@ static void check_network(void) {
     args.output_weight = layers[depth + 1].packed, args.output_bias = layers[depth + 1].b;
     args.nonzero_blocks = array(groups * first->in_height * 8);
     args.flat = array(batch * shape.flat * 4 / pair);
-    args.saved_input[depth] = pair == 1 ? args.flat : array(groups * shape.flat * 4);
+    const int64_t rows = shape.tiles ? whole_tiles(batch) : batch;
+    const int64_t more_groups = shape.tiles ? whole_tiles(groups) - groups : 0;
+    args.saved_input[depth] =
+        pair == 1 ? args.flat : array_and_zeros(groups * shape.flat * 4, more_groups * shape.flat * 4);
+    if (shape.tiles) args.flat_columns = array(shape.flat / 2 * rows * 4);
     args.hidden = floats(batch * shape.hidden), args.q_values = floats(batch * shape.actions);
-    back.hidden_gradient = array(batch * shape.hidden * 4 / pair);
+    back.hidden_gradient = array(rows * shape.hidden * 4 / pair + (shape.tiles ? 16 * 2 : 0));
     back.hidden_gradient_pairs = array(groups * shape.hidden * 4);
-    back.flat_gradient = floats(batch * shape.flat);
+    back.flat_gradient = floats(rows * shape.flat);
     uint8_t *workspace = array(threads * shape.workspace_bytes);
     network_forward(&shape, &args, 1, workspace, threads);
 

@@ -33,7 +33,7 @@ def output(*command: str | Path) -> str:
     return ran.stdout
 
 
-@pytest.mark.parametrize("vectors", ["native", "avx2", "sse2"])
+@pytest.mark.parametrize("vectors", ["native", "tiles", "avx2", "sse2"])
 def test_no_kernel_leaves_its_arrays_or_differs_from_its_plain_loop(vectors: str, tmp_path: Path) -> None:
     library, compiler = loader.load(vectors=vectors), loader.compiler()
     if isinstance(library, str) or compiler is None:

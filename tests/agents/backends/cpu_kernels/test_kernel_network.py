@@ -24,10 +24,10 @@ from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold
-from wn_rl.parameterizations.base import entry_of
+from wn_rl.parameterizations.base import parameterization_of
 from wn_rl.parameterizations.projected import ProjectedWeights
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
-from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,7 @@ def by_hand(
         return x + (x.to(precision).double() - x).detach()
 
     def weight_of(layer: nn.Module) -> Tensor:
-        entry = entry_of(layer)
+        entry = parameterization_of(layer)
         if isinstance(entry, ProjectedWeights) and entry.g == "direct":
             slot: Any = layer.parametrizations["weight"]  # type: ignore[index]
             return slot.original0.double() * slot.original1.double()
@@ -235,13 +235,13 @@ def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -
     for number in range(3):
         batch = drawn(number)
         copied = Minibatch(
-            batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.terminals, batch.numbers
+            batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.terminals, batch.indices
         )
-        untouched = drawn(number)
-        assert isinstance(untouched, DrawnMinibatch)
-        assert untouched.untouched
-        first.update(untouched)
-        assert untouched.untouched
+        lazy = drawn(number)
+        assert isinstance(lazy, LazyMinibatch)
+        assert lazy.is_lazy
+        first.update(lazy)
+        assert lazy.is_lazy
         second.update(batch if number == 1 else copied)
     for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -288,7 +288,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> No
     weights = [parameter.detach().clone() for parameter in agent.q_network.parameters()]
     with pytest.raises(NonFiniteLossError):
         agent.update(batch)
-    assert agent.offending_transitions().tolist() == batch.numbers.tolist()  # type: ignore[union-attr]
+    assert agent.offending_transitions().tolist() == batch.indices.tolist()  # type: ignore[union-attr]
     for ours, theirs in zip(weights, agent.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     after = agent.state_dict()
@@ -315,20 +315,20 @@ def test_what_does_not_exist_is_refused(precision: torch.dtype) -> None:
     agent.update(drawn(0))
     before = [parameter.detach().clone() for parameter in agent.q_network.parameters()]
     batch = drawn(1)
-    assert isinstance(batch, DrawnMinibatch)
+    assert isinstance(batch, LazyMinibatch)
     with pytest.raises(IndexError, match="does not exist"):
-        agent.update(DrawnMinibatch(batch.kept, torch.tensor([3, -1])))
-    actions = batch.kept.actions.clone()
-    batch.kept.actions.fill_(4)
+        agent.update(LazyMinibatch(batch.storage, torch.tensor([3, -1])))
+    actions = batch.storage.actions.clone()
+    batch.storage.actions.fill_(4)
     with pytest.raises(IndexError, match="does not exist"):
-        agent.update(DrawnMinibatch(batch.kept, batch.numbers))
-    batch.kept.actions.copy_(actions)
+        agent.update(LazyMinibatch(batch.storage, batch.indices))
+    batch.storage.actions.copy_(actions)
     fewer = Minibatch(batch.observations[:5], *[getattr(batch, entry.name) for entry in fields(batch)[1:]])
     with pytest.raises(ValueError, match="does not fit"):
         agent.update(fewer)
     other = Replay(60, 2, frame_shape=(88, 84))
     with pytest.raises(ValueError, match="does not fit"):
-        agent.update(DrawnMinibatch(other.kept, batch.numbers))
+        agent.update(LazyMinibatch(other.storage, batch.indices))
     assert agent.q_values(batch.observations[:0]).shape == (0, 4)
     for ours, theirs in zip(before, agent.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -340,12 +340,12 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
     for agent in (first, second):
         compiled, batch = agent.network, drawn(0)
         assert isinstance(compiled, KernelNetwork)
-        assert isinstance(batch, DrawnMinibatch)
+        assert isinstance(batch, LazyMinibatch)
         agent.update(batch)
         if agent is first:
             for size in (3, 40):
-                numbers = batch.numbers[:1].expand(size)
-                *_, seen = compiled.forward_both(agent._packed_target(), DrawnMinibatch(batch.kept, numbers))
+                indices = batch.indices[:1].expand(size)
+                *_, seen = compiled.forward_both(agent._packed_target(), LazyMinibatch(batch.storage, indices))
                 compiled.backward(seen, torch.zeros(size, 4))
                 compiled._backward_args(torch.zeros(size, 4))
         agent.update(drawn(1))
