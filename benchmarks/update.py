@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.backends import BACKENDS, make_backend, why_not
 from agents.backends.choice import LOWERED_FOR, Choice, choose
-from agents.backends.cpu_kernels import kernel_network, loader
+from agents.backends.cpu_kernels import layouts, loader
 from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cpu_kernels.packed_network import PackedNetwork
@@ -134,7 +134,7 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
     def made(changed: TrainConfig, *patches: Any, together: int = TOGETHER) -> Variant:  # noqa: ANN401
         return Variant(changed, replay, num_actions, patches, together)
 
-    operations = mock.patch.object(kernel_network, "unsupported", return_value="switched off")
+    operations = mock.patch.object(layouts, "unsupported", return_value="switched off")
     autograd = mock.patch.object(CpuKernels, "unsupported", return_value="switched off")
     pixels = mock.patch.object(FirstConvolution, "packs", return_value=False)
     found = {"everything on": made(config)}
