@@ -6,8 +6,8 @@ recorded with this file from a second work tree.
 
 Each run is a real one through ``train.py``: every parameterization, in float32 and bfloat16, with 1 and 8 emulators,
 with the fastest backend and with plain torch. Kept are SHA-256 of every weight, of every tensor of the training state
-(optimizer, target network, generators), and the rows of the CSV files. What does not depend on the processor (order of
-events, what is drawn and logged) is in the tests, ``tests/traces``.
+(optimizer, target network, generators), and the rows of the CSV files. What no processor changes (which event when,
+what is drawn and logged) is in the tests, ``tests/traces``.
 """
 
 from __future__ import annotations

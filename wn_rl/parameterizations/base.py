@@ -417,9 +417,9 @@ class Normalization(nn.Module):
         raise TypeError(f"{type(self).__name__} has no scale")
 
 
-def _normalize(layer: nn.Module, _inputs: object, t: Tensor) -> Tensor:
-    normalized: Tensor = layer.normalization(t)  # type: ignore[operator]
-    return normalized
+def normalize_output(layer: nn.Module, _inputs: object, t: Tensor) -> Tensor:
+    """Return what the normalization of ``layer`` makes of its output: a forward hook."""
+    return layer.normalization(t)  # type: ignore[operator,no-any-return]
 
 
 class OutputNormalization(Parameterization):
@@ -453,7 +453,7 @@ class OutputNormalization(Parameterization):
         normalization = self.normalization(layer, bias).to(weight.device)
         normalization.train(layer.training)
         layer.add_module("normalization", normalization)
-        layer.register_forward_hook(_normalize)
+        layer.register_forward_hook(normalize_output)
 
     @torch.no_grad()
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
@@ -471,7 +471,7 @@ class OutputNormalization(Parameterization):
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         trained = weight if normalization.bias is None else normalization.bias
-        remove_hook(layer._forward_hooks, _normalize)
+        remove_hook(layer._forward_hooks, normalize_output)
         del layer._modules["normalization"]
         # New parameters: other layers may have come to share the old ones.
         weight_now = Units.of(layer).scale(weight, scale.to(weight.dtype))

@@ -22,6 +22,7 @@ from ...target_network import TargetNetwork
 from .. import interface
 from . import layouts, loader, optimizers
 from .kernel_network import KernelNetwork
+from .normalization import unsupported as normalization_problem
 from .packed_network import PackedNetwork, PackedWeights
 from .packed_network import unsupported as network_problem
 from .workspace import TDLoss
@@ -32,14 +33,15 @@ LOSS = ("td_loss_of", "reduce")
 """The loss given both networks' Q-values: an agent's own is computed by torch between the kernels' two passes."""
 
 
+@interface.register("cpu_kernels")
 class CpuKernels(interface.Backend):
     """Acts and updates by C kernels on packed copies of the weights.
 
-    Where the processor has vectors of 512 bits the updates that a vector step owes are one call, from the minibatches'
-    indices to the next weights; an agent's own :meth:`~agents.dqn.DQN.td_loss_of` is computed by torch in between.
+    Where the kernels have the processor's vectors (``csrc/simd.h``) the updates that a vector step owes are one call,
+    from the minibatches' indices to the next weights; an agent's own :meth:`~agents.dqn.DQN.td_loss_of` is computed by
+    torch in between.
     """
 
-    name = "cpu_kernels"
     agent: DQN
 
     def __init__(self, agent: Agent, replay: Replay) -> None:
@@ -61,8 +63,10 @@ class CpuKernels(interface.Backend):
         computed = bool(self.network.computed_from)
         self._one_call = whole and not self._torch_loss and not computed
         parts = {"loss": self._torch_loss, "weights": computed, "products": not whole}
-        self.detail = " and ".join(name for name, by_torch in parts.items() if by_torch)
-        self.detail += " by torch" if self.detail else ""
+        by_torch = " and ".join(name for name, is_torchs in parts.items() if is_torchs)
+        on_tiles = isinstance(self.network, KernelNetwork) and self.network.shape.tiles
+        details = (f"{by_torch} by torch" if by_torch else "", "products by the tile unit" if on_tiles else "")
+        self.detail = ", ".join(filter(None, details))
 
     @classmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:
@@ -82,7 +86,13 @@ class CpuKernels(interface.Backend):
         if type(agent.target) is not TargetNetwork:
             return f"the target is a {type(agent.target).__name__}"
         assert isinstance(agent.q_network, QNetwork)
-        if problem := network_problem(agent.q_network):
+        if not agent.parameterization.batch_independent:
+            if agent.config.joint_batches:
+                return "joint_batches is on"
+            if agent.config.target_statistics != "running":
+                return "the target network takes the statistics of the minibatch"
+        problem = network_problem(agent.q_network) or normalization_problem(agent.q_network, agent.config.batch_size)
+        if problem:
             return problem
         library = loader.load()
         return library if isinstance(library, str) else ""
@@ -163,7 +173,8 @@ class CpuKernels(interface.Backend):
         target = self.agent.target
         if self._target is None or self._target[0] != target.copies:
             assert isinstance(target.network, QNetwork)
-            self._target = (target.copies, self.network.pack_network(fold(copy.deepcopy(target.network))))
+            network = copy.deepcopy(target.network)
+            self._target = (target.copies, self.network.pack_network(fold(network) if target.folds else network))
         return self._target[1]
 
     def write_gradients(self) -> None:

@@ -1,4 +1,4 @@
-"""The whole update in one call of C, for processors with vectors of 512 bits; others take torch's operations.
+"""The whole update in one call of C: float32 on processors with AVX-512, AVX2, SSE2 or NEON, bfloat16 with AVX512-BF16.
 
 The same arithmetic as :class:`.packed_network.PackedNetwork`'s with float32 where that rounds to bfloat16 between two
 operations: sums, biases, the hidden layer and all gradients of weights. ``csrc/structs.h`` defines the layouts.
@@ -15,12 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from wn_rl.networks import QNetwork
+from wn_rl.parameterizations.base import bias_of
 from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import LazyMinibatch, Minibatch
 
-from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size
-from .packed_network import PackedNetwork, PackedWeights, TrainedLayer
+from .layouts import (
+    conv_offsets,
+    conv_shapes,
+    network_shape,
+    pack_conv_weight,
+    pair_size,
+    tile_stages,
+)
+from .normalization import PassNormalizations, normalization_of, pass_normalizations
+from .packed_network import PackedNetwork, PackedWeights
 from .structs import BackwardArgs, ForwardArgs, OptimizerStep, ReplayStorage, TDLossArgs, WeightKind
+from .trained_layers import TrainedLayer
 from .workspace import Activations, ObservationFrames, PreparedUpdate, TDLoss, Workspace, as_frames
 
 
@@ -35,10 +45,15 @@ class KernelNetwork(PackedNetwork):
     def _allocate(self) -> None:
         self.pair = pair_size(self.precision)
         self.convolutions = conv_shapes(self.network)
-        self.shape = network_shape(self.network, self.precision, self.block)
-        self.workspace = Workspace(self.shape, self.precision)
+        normalizations = [layer.normalization for layer in self.layers]
+        tiles = tile_stages(self.network, self.library, self.precision)
+        self.shape = network_shape(self.network, self.precision, self.block, tiles)
+        self.workspace = Workspace(self.shape, self.precision, normalizations)
         self.packed = PackedWeights(
-            [self._empty_weight(layer) for layer in self.layers], [layer.b for layer in self.layers]
+            [self._empty_weight(layer) for layer in self.layers], [layer.b for layer in self.layers], normalizations
+        )
+        self._with_running_statistics: weakref.WeakKeyDictionary[PackedWeights, PassNormalizations] = (
+            weakref.WeakKeyDictionary()
         )
         self._bias_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
         # The hidden layer's gradient becomes its step row by row and is never whole, unless torch takes it further.
@@ -84,14 +99,15 @@ class KernelNetwork(PackedNetwork):
         return tensors
 
     @torch.no_grad()
-    def pack_network(self, folded: QNetwork) -> PackedWeights:
-        """Return packed weights of a network of the same shape without parameterization, a folded target network."""
-        copied = PackedWeights([], [])
-        modules = (*folded.convolutions, folded.hidden, folded.output)
+    def pack_network(self, plain: QNetwork) -> PackedWeights:
+        """Return packed weights of a network of the same shape with plain weights, as :class:`.PackedNetwork`."""
+        copied = PackedWeights([], [], [])
+        modules = (*plain.convolutions, plain.hidden, plain.output)
         for module, layer, packed in zip(modules, self.layers, self.packed.weights, strict=True):
-            w, b = module.weight, module.bias
+            w, b = module.weight, bias_of(module)
             assert isinstance(w, Tensor)
-            assert isinstance(b, Tensor)
+            assert b is not None
+            copied.normalizations.append(normalization_of(module))
             if isinstance(module, nn.Conv2d):
                 copied.weights.append(pack_conv_weight(module, w, self.pair, layer.input_scale).to(packed.dtype))
             else:
@@ -108,6 +124,8 @@ class KernelNetwork(PackedNetwork):
         q_values: Tensor,
     ) -> None:
         hidden = len(self.convolutions)
+        for index, address in enumerate(self._normalizations(weights, activations).addresses()):
+            args.normalization[index] = address
         for index in range(hidden):
             args.conv_weight[index] = weights.weights[index].data_ptr()
             args.conv_bias[index] = weights.biases[index].data_ptr()
@@ -120,7 +138,20 @@ class KernelNetwork(PackedNetwork):
         args.batch, args.frame_index_stride = len(observations.indices), observations.indices.stride(0)
         args.nonzero_blocks = activations.nonzero_blocks.data_ptr()
         args.flat, args.hidden = activations.flat.data_ptr(), activations.hidden.data_ptr()
+        args.flat_columns = activations.flat_columns.data_ptr()
         args.q_values = q_values.data_ptr()
+
+    def _normalizations(self, weights: PackedWeights, activations: Activations) -> PassNormalizations:
+        """Return the normalizations of a pass; for one that is saved, the trained network's on a minibatch."""
+        if activations.normalizations is not None:
+            for index, struct in enumerate(activations.normalizations.structs):
+                if struct is not None:
+                    struct.bias_gradient = self._bias_gradients[index].data_ptr()
+                    struct.gain_gradient = self.gain_gradients[index].data_ptr()
+            return activations.normalizations
+        if weights not in self._with_running_statistics:
+            self._with_running_statistics[weights] = pass_normalizations(self.shape, weights.normalizations)
+        return self._with_running_statistics[weights]
 
     def _forward(
         self, passes: list[tuple[PackedWeights, ObservationFrames, bool]]
@@ -283,6 +314,7 @@ class KernelNetwork(PackedNetwork):
             assert weight_gradient is not None
             args.transposed_weight[index] = None if transposed is None else transposed.data_ptr()
             args.conv_gradient[index] = conv_gradient.data_ptr()
+            args.transposed_gradient[index] = gradients.transposed[index].data_ptr() if gradients.transposed else None
             args.weight_gradient[index] = weight_gradient.data_ptr()
             args.bias_gradient[index] = self._bias_gradients[index].data_ptr()
         return args
@@ -303,6 +335,7 @@ class KernelNetwork(PackedNetwork):
     @torch.no_grad()
     def write_gradients(self, value_before: Callable[[nn.Parameter, Tensor, Tensor, Tensor], Tensor]) -> None:
         """Write the gradients of the last step to ``.grad``, as :meth:`.PackedNetwork.write_gradients`."""
+        self._write_gain_gradients()
         for layer, v_gradient, g_gradient, b_gradient in zip(
             self.layers, self.v_gradients, self.g_gradients, self._bias_gradients, strict=True
         ):

@@ -77,7 +77,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _pass_addresses(self) -> None:
         """Tell the C structures where the moments are."""
         for struct, layer in zip(self._network.structs, self._network.layers, strict=True):
-            for name in ("v", "g", "b"):
+            for name in ("v", "g", "b", "gain"):
                 parameter = getattr(layer, name)
                 if isinstance(parameter, nn.Parameter):  # a weight that is given has no moments
                     for number, moment in enumerate(self.moments(parameter), start=1):

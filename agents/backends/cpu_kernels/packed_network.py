@@ -19,76 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from wn_rl.networks import FirstConvolution, QNetwork
-from wn_rl.parameterizations.base import Parameterization, WeightParameterization, parameterization_of
-from wn_rl.parameterizations.projected import ProjectedWeights
-from wn_rl.parameterizations.spectral_norm import SpectralNormalization, SpectralNormalized
-from wn_rl.parameterizations.standard import Standard
-from wn_rl.parameterizations.weight_norm import WeightNormalization
+from wn_rl.parameterizations.base import Normalization, bias_of, normalize_output
+from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import Minibatch
 
+from .normalization import SavedPass, normalization_backward, normalization_of, normalized
 from .structs import OptimizerStep, TrainedLayerStruct, WeightKind
+from .trained_layers import TrainedLayer, trained_weight, weight_kind
 
 aten = torch.ops.aten
 
 
-@dataclass
+@dataclass(eq=False)
 class PackedWeights:
     """The weights that the forward and backward pass read.
 
     Attributes:
         weights: from input to output; convolutions (units, channels, k, k) channels last, dense ones (units, inputs).
         biases: (units,), of the weight's dtype. The output layer's are float32, the others in the passes' precision.
+        normalizations: what normalizes each layer's output and adds its bias in place of ``biases``, or None.
     """
 
     weights: list[Tensor]
     biases: list[Tensor]
-
-
-@dataclass
-class TrainedLayer:
-    """A layer of the network with what is trained.
-
-    Attributes:
-        module: the layer.
-        kind: how w is made of v and g.
-        v: the direction; w itself where ``g`` is None; not a parameter where torch computes w.
-        g: the scale, or its logarithm.
-        b: the bias.
-        offsets: int32, (inputs,): where each of a unit's inputs lies in its packed weight; None: in their order.
-        input_scale: by which w is multiplied when it is packed.
-        bfloat16: whether the packed weight is.
-        weight_gradient: by the packed weight, after a backward pass.
-        bias_gradient: by the bias.
-    """
-
-    module: nn.Module
-    kind: WeightKind
-    v: Tensor
-    g: nn.Parameter | None
-    b: nn.Parameter
-    offsets: Tensor | None
-    input_scale: float
-    bfloat16: bool
-    weight_gradient: Tensor | None = None
-    bias_gradient: Tensor | None = None
-
-
-def weight_kind(layer: nn.Module) -> WeightKind | str:
-    """Return how the C function makes a layer's weight, or why nothing here can."""
-    entry = parameterization_of(layer)
-    if entry is None or type(entry) is Standard:
-        return WeightKind.PLAIN
-    if type(entry) is WeightNormalization:
-        return WeightKind.NORM if entry.g == "direct" else WeightKind.NORM_EXP
-    if type(entry) is ProjectedWeights:
-        return WeightKind.UNIT if entry.g == "none" else WeightKind.UNIT_SCALED
-    if type(entry) is SpectralNormalization:
-        return WeightKind.SPECTRAL
-    if not isinstance(entry, WeightParameterization):
-        return f"its parameterization is '{entry.name}'"
-    if type(entry).forward is not Parameterization.forward:
-        return f"its parameterization '{entry.name}' has a forward pass of its own"
-    return WeightKind.GIVEN
+    normalizations: list[Normalization | None]
 
 
 def unsupported(network: QNetwork) -> str:
@@ -97,7 +51,8 @@ def unsupported(network: QNetwork) -> str:
     for layer in layers:
         if isinstance(problem := weight_kind(layer), str):
             return problem
-        if layer._forward_hooks or layer._forward_pre_hooks:
+        own_hooks = [hook for hook in layer._forward_hooks.values() if hook is not normalize_output]
+        if own_hooks or layer._forward_pre_hooks:
             return "a layer has hooks"
     if any(p.device.type != "cpu" or p.dtype != torch.float32 or not p.is_contiguous() for p in network.parameters()):
         return "its parameters are not contiguous float32 on the CPU"
@@ -138,8 +93,9 @@ class PackedNetwork:
         self.strides = [1, *others]
         self.layers = [self._layer(module) for module in (*network.convolutions, network.hidden, network.output)]
         self.structs = (TrainedLayerStruct * len(self.layers))()
-        self._allocate()
         self.g_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
+        self.gain_gradients = [torch.zeros(len(layer.v)) for layer in self.layers]
+        self._allocate()
         self._per_unit = [torch.zeros(3, len(layer.v)) for layer in self.layers]  # norm, row_factor, v_factor
         self._trained = list(network.parameters())
         self._versions: list[int] = []
@@ -159,7 +115,9 @@ class PackedNetwork:
     def _allocate(self) -> None:
         """Allocate packed weights and gradients."""
         self._rows = torch.empty(0)
-        self.packed = PackedWeights([self._empty_weight(layer) for layer in self.layers], [])
+        self._new_statistics: list[tuple[Tensor, Tensor]] = []
+        normalizations = [layer.normalization for layer in self.layers]
+        self.packed = PackedWeights([self._empty_weight(layer) for layer in self.layers], [], normalizations)
         self.packed.biases = [torch.empty(len(weight), dtype=weight.dtype) for weight in self.packed.weights]
         # A gradient in another order than v needs memory of its own.
         self.v_gradients = [
@@ -170,8 +128,8 @@ class PackedNetwork:
     def _layer(self, module: nn.Module) -> TrainedLayer:
         kind = weight_kind(module)
         assert isinstance(kind, WeightKind)
-        v, g = _trained_weight(module, kind)
-        b = module.bias
+        v, g = trained_weight(module, kind)
+        b = bias_of(module)
         assert isinstance(b, nn.Parameter)
         offsets = None
         if isinstance(module, nn.Conv2d):
@@ -181,7 +139,7 @@ class PackedNetwork:
             offsets[order] = torch.arange(len(order), dtype=torch.int32)
         scale = 1 / 255 if isinstance(module, FirstConvolution) else 1.0
         bfloat16 = module is not self.network.output and self.precision is torch.bfloat16
-        return TrainedLayer(module, kind, v, g, b, offsets, scale, bfloat16)
+        return TrainedLayer(module, kind, v, g, b, normalization_of(module), offsets, scale, bfloat16)
 
     def _empty_weight(self, layer: TrainedLayer) -> Tensor:
         """Return memory for a packed weight."""
@@ -198,6 +156,8 @@ class PackedNetwork:
             "v": layer.v,
             "g": layer.g,
             "b": layer.b,
+            "gain": layer.gain,
+            "gain_gradient": self.gain_gradients[index],
             "g_gradient": self.g_gradients[index],
             "v_gradient": self.v_gradients[index],
         }
@@ -217,6 +177,7 @@ class PackedNetwork:
         """Set the layouts of packed weights and gradients; returns the tensors to point at, by field."""
         struct.packed_unit_stride = struct.gradient_unit_stride = struct.inputs
         struct.gradient_bfloat16 = layer.bfloat16
+        struct.bias_gradient_bfloat16 = layer.bfloat16 and layer.normalization is None
         struct.v_gradient_bfloat16 = layer.bfloat16 and self.v_gradients[index] is None
         return {
             "packed_offset": layer.offsets,
@@ -277,14 +238,18 @@ class PackedNetwork:
                 parameter.grad = gradient
 
     @torch.no_grad()
-    def pack_network(self, folded: QNetwork) -> PackedWeights:
-        """Return packed weights of a network of the same shape without parameterization, a folded target network."""
-        copied = PackedWeights([], [])
-        layers = (*folded.convolutions, folded.hidden, folded.output)
+    def pack_network(self, plain: QNetwork) -> PackedWeights:
+        """Return packed weights of a network of the same shape with plain weights, which is not trained.
+
+        Outputs may be normalized; its normalizations are kept as they are, in evaluation mode.
+        """
+        copied = PackedWeights([], [], [])
+        layers = (*plain.convolutions, plain.hidden, plain.output)
         for module, layer, weight in zip(layers, self.layers, self.packed.weights, strict=True):
-            w, b = module.weight, module.bias
+            w, b = module.weight, bias_of(module)
             assert isinstance(w, Tensor)
-            assert isinstance(b, Tensor)
+            assert b is not None
+            copied.normalizations.append(normalization_of(module))
             ordered = channels_last(module, w).permute(0, 3, 1, 2) if isinstance(module, nn.Conv2d) else w
             copied.weights.append(torch.empty_like(weight).copy_(ordered * layer.input_scale))
             copied.biases.append(b.to(weight.dtype, copy=True))
@@ -315,21 +280,40 @@ class PackedNetwork:
 
     @torch.no_grad()
     def forward(self, weights: PackedWeights, observations: Tensor) -> tuple[Tensor, Any]:
-        """Return Q-values, float32 (B, actions), and what :meth:`backward` needs: the input of each layer."""
-        x = self.pack_observations(observations)
-        saved = []
-        for weight, bias, stride in zip(weights.weights, weights.biases, self.strides, strict=False):
-            saved.append(x)
-            x = torch.conv2d(x, weight, bias, stride).relu_()
-        saved.append(x.flatten(1))
-        x = torch.addmm(weights.biases[-2], saved[-1], weights.weights[-2].t()).relu_().float()
-        saved.append(x)
-        return torch.addmm(weights.biases[-1], x, weights.weights[-1].t()), saved
+        """Return Q-values, float32 (B, actions), and what was saved; normalizations have running statistics."""
+        return self._forward_pass(weights, observations, training=False)
 
+    def _forward_pass(
+        self, weights: PackedWeights, observations: Tensor, *, training: bool
+    ) -> tuple[Tensor, SavedPass]:
+        """Return Q-values and what :meth:`backward` needs.
+
+        With ``training`` batch statistics are those of the observations; the running ones take them in at :meth:`step`.
+        """
+        x, saved = self.pack_observations(observations), SavedPass([], [], [])
+        normalizations = weights.normalizations
+
+        def normalize(index: int, t: Tensor) -> Tensor:
+            normalization = normalizations[index]
+            return t if normalization is None else normalized(normalization, t, saved if training else None)
+
+        def dense(index: int) -> Tensor:
+            weight, x = weights.weights[index].t(), saved.inputs[-1]
+            return x @ weight if normalizations[index] else torch.addmm(weights.biases[index], x, weight)
+
+        for index, stride in enumerate(self.strides):
+            saved.inputs.append(x)
+            bias = None if normalizations[index] else weights.biases[index]
+            x = normalize(index, torch.conv2d(x, weights.weights[index], bias, stride)).relu_()
+        saved.inputs.append(x.flatten(1))
+        saved.inputs.append(normalize(-2, dense(-2)).relu_().float())
+        return normalize(-1, dense(-1)), saved
+
+    @torch.no_grad()
     def forward_both(self, target: PackedWeights, batch: Minibatch) -> tuple[Tensor, Tensor, Any]:
-        """Return the Q-values of the target network on the next observations, those of this one, and its inputs."""
+        """Return the Q-values of the target network on the next observations, those of this one, and its saved pass."""
         next_q_values, _ = self.forward(target, batch.next_observations)
-        return (next_q_values, *self.forward(self.packed, batch.observations))
+        return (next_q_values, *self._forward_pass(self.packed, batch.observations, training=True))
 
     def q_values(self, observations: Tensor) -> Tensor:
         """Return Q-values, float32 (B, actions), of uint8 observations."""
@@ -341,21 +325,24 @@ class PackedNetwork:
         """Leave the packed weights' gradients for :meth:`step`.
 
         Args:
-            saved: what :meth:`forward` returned beside the Q-values.
+            saved: what :meth:`forward_both` returned beside the Q-values.
             q_gradient: dL/dQ, float32 (B, actions).
         """
-        *inputs, flat, hidden = saved
+        *inputs, flat, hidden = saved.inputs
         weights, layers = self.packed.weights, self.layers
-        layers[-1].weight_gradient = q_gradient.t() @ hidden
-        layers[-1].bias_gradient = q_gradient.sum(0)
-        dy = aten.threshold_backward((q_gradient @ weights[-1]), hidden, 0).to(self.precision)
+        sums = list(saved.normalized)
+        self._new_statistics = saved.statistics
+        dy = self._normalization_backward(-1, q_gradient, sums)
+        layers[-1].weight_gradient = dy.t() @ hidden
+        dy = aten.threshold_backward(dy @ weights[-1], hidden, 0)
+        dy = self._normalization_backward(-2, dy, sums).to(self.precision)
         layers[-2].weight_gradient = dy.t() @ flat
-        layers[-2].bias_gradient = dy.sum(0)
         dy = aten.threshold_backward(dy @ weights[-2], flat, 0)
         dy = dy.view(len(dy), *self._last_output_shape(inputs[-1]))
         for index in reversed(range(len(inputs))):
             x, weight, stride = inputs[index], weights[index], self.strides[index]
-            wanted = [index > 0, True, True]
+            dy = self._normalization_backward(index, dy, sums).to(self.precision)
+            wanted = [index > 0, True, layers[index].normalization is None]
             dx, dw, db = aten.convolution_backward(
                 dy.contiguous(memory_format=torch.channels_last),
                 x,
@@ -370,9 +357,25 @@ class PackedNetwork:
                 wanted,
             )
             layers[index].weight_gradient = dw.contiguous(memory_format=torch.channels_last)
-            layers[index].bias_gradient = db
+            if db is not None:
+                layers[index].bias_gradient = db
             if index > 0:
                 dy = aten.threshold_backward(dx, x, 0)
+
+    def _normalization_backward(self, index: int, dy: Tensor, saved: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the gradient by a layer's sums from that by its normalized output; leaves those of bias and γ.
+
+        Without normalization that is ``dy``, and the bias's gradient is left for a dense layer only.
+        """
+        layer = self.layers[index]
+        if layer.normalization is None:
+            if dy.dim() == 2:
+                layer.bias_gradient = dy.to(self.packed.weights[index].dtype).sum(0)
+            return dy
+        dt, layer.bias_gradient, gain_gradient = normalization_backward(layer.normalization, *saved.pop(), dy)
+        if gain_gradient is not None:
+            self.gain_gradients[index].copy_(gain_gradient)
+        return dt
 
     def _last_output_shape(self, x: Tensor) -> tuple[int, int, int]:
         """Return (channels, height, width) of the last convolution's output, given its input."""
@@ -393,6 +396,8 @@ class PackedNetwork:
             struct.bias_gradient = layer.bias_gradient.data_ptr()
         rows = self._rows.data_ptr()
         self.library.step_layers(self.structs, len(self.layers), threads, rows, max_inputs, ctypes.byref(step))
+        for running, new in self._new_statistics:
+            running.copy_(new)
 
     def write_gradients(self, value_before: Callable[[nn.Parameter, Tensor, Tensor, Tensor], Tensor]) -> None:
         """Write the gradients of the last step to ``.grad``.
@@ -402,6 +407,7 @@ class PackedNetwork:
                 row_factor · row + v_factor · value, in the order (parameter, row_factor, row, v_factor).
         """
         del value_before
+        self._write_gain_gradients()
         for layer, v_gradient, g_gradient in zip(self.layers, self.v_gradients, self.g_gradients, strict=True):
             assert layer.weight_gradient is not None
             assert layer.bias_gradient is not None
@@ -412,21 +418,7 @@ class PackedNetwork:
             if layer.g is not None:
                 layer.g.grad = g_gradient.view_as(layer.g).clone()
 
-
-UNSCALED = (WeightKind.UNIT, WeightKind.SPECTRAL)
-"""Parameterizations that train v alone."""
-
-
-def _trained_weight(module: nn.Module, kind: WeightKind) -> tuple[Tensor, nn.Parameter | None]:
-    """Return v and g of a layer; where torch computes its weight, memory for it."""
-    if kind is WeightKind.GIVEN:
-        w = module.weight
-        assert isinstance(w, Tensor)
-        return torch.empty(w.shape), None
-    if kind is WeightKind.PLAIN:
-        v, g = module.weight, None
-    else:
-        trained: Any = module.parametrizations["weight"]  # type: ignore[index]
-        v, g = (trained.original, None) if kind in UNSCALED else (trained.original1, trained.original0)
-    assert isinstance(v, nn.Parameter)
-    return v, g
+    def _write_gain_gradients(self) -> None:
+        for layer, gain_gradient in zip(self.layers, self.gain_gradients, strict=True):
+            if layer.gain is not None:
+                layer.gain.grad = gain_gradient.clone()

@@ -35,6 +35,17 @@ class OptimizerKind(enum.IntEnum):
     RMSPROP_MNIH = 2
 
 
+class TileStage(enum.IntFlag):
+    """Stages of an update that the tile unit computes; see ``csrc/structs.h``."""
+
+    CONV_FORWARD = 1
+    HIDDEN_FORWARD = 2
+    FLAT_BACKWARD = 4
+    HIDDEN_WEIGHT = 8
+    CONV_INPUT = 16
+    CONV_WEIGHT = 32
+
+
 Integer, Float, Pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 Pointers = Pointer * MAX_CONVOLUTIONS
 
@@ -53,16 +64,18 @@ class TrainedLayerStruct(ctypes.Structure):
 
     _fields_ = (
         *_fields(Integer, "units", "inputs", "weight_kind"),
-        *_fields(Integer, "packed_bfloat16", "gradient_bfloat16", "v_gradient_bfloat16"),
+        *_fields(Integer, "packed_bfloat16", "gradient_bfloat16", "bias_gradient_bfloat16", "v_gradient_bfloat16"),
         *_fields(Integer, "packed_unit_stride", "gradient_unit_stride", "transposed_unit_stride", "transposed_pair"),
         ("input_scale", Float),
         *_fields(Pointer, "packed_offset", "transposed_offset", "gradient_offset"),
         *_fields(Pointer, "v", "v_moment1", "v_moment2", "g", "g_moment1", "g_moment2"),
-        *_fields(Pointer, "b", "b_moment1", "b_moment2", "g_gradient", "row_factor", "v_factor", "v_gradient", "norm"),
+        *_fields(Pointer, "b", "b_moment1", "b_moment2", "gain", "gain_moment1", "gain_moment2"),
+        *_fields(Pointer, "g_gradient", "row_factor", "v_factor", "v_gradient", "norm"),
         ("iterations", Integer),
         ("normalize_eps", Float),
         *_fields(Pointer, "left", "right", "c", "product", "alignment", "sigma"),
         *_fields(Pointer, "packed", "packed_bias", "transposed", "packed_gradient", "bias_gradient"),
+        ("gain_gradient", Pointer),
     )
 
 
@@ -81,7 +94,20 @@ class NetworkShape(ctypes.Structure):
         *_fields(Integer, "precision", "convolutions"),
         ("convolution", ConvShape * MAX_CONVOLUTIONS),
         *_fields(Integer, "frames", "block", "flat", "hidden", "actions"),
-        *_fields(Integer, "max_activation", "max_positions", "workspace_bytes"),
+        *_fields(Integer, "max_activation", "max_positions", "workspace_bytes", "tiles"),
+        ("transposed_columns", Integer * MAX_CONVOLUTIONS),
+    )
+
+
+class NormalizationStruct(ctypes.Structure):
+    """``Normalization``: how a layer's sums are normalized, and what the passes over a minibatch keep of it."""
+
+    _fields_ = (
+        *_fields(Integer, "over", "units", "positions", "mean_only"),
+        *_fields(Float, "eps", "rate"),
+        *_fields(Pointer, "gain", "bias", "running_mean", "running_var", "sums", "mean", "scale", "variance"),
+        *_fields(Pointer, "observation_mean", "observation_square", "nonzero"),
+        *_fields(Pointer, "gradient", "bias_parts", "gain_parts", "bias_gradient", "gain_gradient"),
     )
 
 
@@ -90,10 +116,12 @@ class ForwardArgs(ctypes.Structure):
 
     _fields_ = (
         *_fields(Pointers, "conv_weight", "conv_bias"),
-        *_fields(Pointer, "hidden_weight", "hidden_bias", "output_weight", "output_bias", "frames", "frame_indices"),
+        *_fields(Pointer, "hidden_weight", "hidden_bias", "output_weight", "output_bias"),
+        ("normalization", Pointer * (MAX_CONVOLUTIONS + 2)),
+        *_fields(Pointer, "frames", "frame_indices"),
         *_fields(Integer, "frame_index_stride", "batch"),
         ("saved_input", Pointer * (MAX_CONVOLUTIONS + 1)),
-        *_fields(Pointer, "nonzero_blocks", "flat", "hidden", "q_values"),
+        *_fields(Pointer, "nonzero_blocks", "flat", "flat_columns", "hidden", "q_values"),
     )
 
 
@@ -103,7 +131,7 @@ class BackwardArgs(ctypes.Structure):
     _fields_ = (
         ("transposed_weight", Pointers),
         *_fields(Pointer, "q_gradient", "hidden_gradient", "hidden_gradient_pairs", "flat_gradient"),
-        *_fields(Pointers, "conv_gradient", "weight_gradient", "bias_gradient"),
+        *_fields(Pointers, "conv_gradient", "transposed_gradient", "weight_gradient", "bias_gradient"),
     )
 
 
@@ -132,5 +160,14 @@ class OptimizerStep(ctypes.Structure):
     _fields_ = (("kind", Integer), *_fields(Float, "step_size", "beta1", "beta2", "eps", "correction"))
 
 
-STRUCTS = (TrainedLayerStruct, NetworkShape, ForwardArgs, BackwardArgs, ReplayStorage, TDLossArgs, OptimizerStep)
+STRUCTS = (
+    TrainedLayerStruct,
+    NetworkShape,
+    ForwardArgs,
+    BackwardArgs,
+    ReplayStorage,
+    TDLossArgs,
+    OptimizerStep,
+    NormalizationStruct,
+)
 """In the order of the C function ``struct_sizes``."""

@@ -5,7 +5,8 @@
 #include "structs.h"
 
 /* conv_forward.c, dense_forward.c */
-void conv_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t n, int64_t next, uint8_t *workspace);
+void conv_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t from, int64_t n, int64_t next,
+                  uint8_t *workspace);
 void hidden_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t first, int64_t next);
 void output_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t n);
 
@@ -19,8 +20,8 @@ void flat_backward(const NetworkShape *shape, const ForwardArgs *args, const Bac
                    int64_t next, uint8_t *workspace);
 void hidden_weight_step(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
                         const TrainedLayer *layer, int64_t first, float *rows, const OptimizerStep *step);
-void conv_input_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t n,
-                         uint8_t *workspace);
+void conv_input_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t from,
+                         int64_t n, uint8_t *workspace);
 void conv_weight_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t l,
                           int64_t line);
 

@@ -188,7 +188,7 @@ static void project_unit(const TrainedLayer *layer, int64_t unit) {
     for (int64_t i = 0; i < layer->inputs; i++) v[i] *= scale;
 }
 
-/* Make the step of one unit's v, g and b. `row` (inputs) is the gradient by the packed weight, in the order of v; it
+/* Make the step of one unit's v, g, b and gain. `row` (inputs) is the gradient by the packed weight, in the order of v; it
  * becomes the gradient by v. With s = input_scale:
  * weight norm, equation 3 of Salimans & Kingma 2016: dg = s row.v / |v|;  dv = s g / |v| row - g dg / |v|^2 v
  *     (with exp(g) in place of g, whose own gradient is exp(g) dg);
@@ -244,9 +244,12 @@ void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const Optimi
             memcpy((float *)v_gradient + unit * inputs, row, inputs * sizeof(float));
         }
     }
-    float b_gradient = layer->gradient_bfloat16 ? from_bfloat16(((const uint16_t *)layer->bias_gradient)[unit])
+    float b_gradient = layer->bias_gradient_bfloat16 ? from_bfloat16(((const uint16_t *)layer->bias_gradient)[unit])
                                                 : ((const float *)layer->bias_gradient)[unit];
     layer->b[unit] = step_one(layer->b[unit], b_gradient, layer->b_moment1 + unit, layer->b_moment2 + unit, step);
+    if (layer->gain)
+        layer->gain[unit] = step_one(layer->gain[unit], layer->gain_gradient[unit], layer->gain_moment1 + unit,
+                                     layer->gain_moment2 + unit, step);
 }
 
 /* step_unit, then the unit's next packed weights, unless more must happen before they are known. */

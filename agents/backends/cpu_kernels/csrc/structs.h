@@ -17,6 +17,17 @@
 
 typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } Precision;
 
+/* Stages of an update in bfloat16 that the tile unit computes instead of vectors, see tiles.h: bits of
+ * NetworkShape.tiles. */
+typedef enum {
+    TILE_CONV_FORWARD = 1,
+    TILE_HIDDEN_FORWARD = 2,
+    TILE_FLAT_BACKWARD = 4,
+    TILE_HIDDEN_WEIGHT = 8,
+    TILE_CONV_INPUT = 16,
+    TILE_CONV_WEIGHT = 32
+} TileStage;
+
 /* How a layer's weight w is made of what is trained, unit by unit. */
 typedef enum {
     WEIGHT_PLAIN = 0,       /* w = v */
@@ -53,7 +64,8 @@ typedef struct {
     int64_t units, inputs;
     int64_t weight_kind;               /* a WeightKind */
     int64_t packed_bfloat16;           /* 1: the packed weight is bfloat16; 0: float32 */
-    int64_t gradient_bfloat16;         /* the same for packed_gradient and bias_gradient */
+    int64_t gradient_bfloat16;         /* the same for packed_gradient */
+    int64_t bias_gradient_bfloat16;    /* the same for bias_gradient */
     int64_t v_gradient_bfloat16;       /* the same for v_gradient */
     int64_t packed_unit_stride, gradient_unit_stride, transposed_unit_stride, transposed_pair;
     float input_scale;                 /* the packed weight is w * input_scale: 1 / 255 where inputs are pixels */
@@ -63,6 +75,7 @@ typedef struct {
     float *v, *v_moment1, *v_moment2;  /* (units, inputs) */
     float *g, *g_moment1, *g_moment2;  /* (units) */
     float *b, *b_moment1, *b_moment2;  /* (units) */
+    float *gain, *gain_moment1, *gain_moment2; /* (units), of a normalization behind the layer; NULL: there is none */
     float *g_gradient;                 /* (units), written */
     float *row_factor, *v_factor;      /* (units), written: v's gradient is row_factor * the packed weight's + v_factor
                                           * v, as v was before the step */
@@ -79,6 +92,7 @@ typedef struct {
     void *packed, *packed_bias;        /* without packed_bias kernels read b */
     void *transposed;                  /* packed for the gradient by the layer's input; may be NULL */
     void *packed_gradient, *bias_gradient; /* by the packed weight and by b */
+    const float *gain_gradient;        /* (units) */
 } TrainedLayer;
 
 typedef struct {
@@ -97,15 +111,54 @@ typedef struct {
     int64_t max_activation;                   /* numbers in the largest activation, zero border included */
     int64_t max_positions;                    /* entries in a list of output positions of two observations */
     int64_t workspace_bytes;                  /* of each thread */
+    int64_t tiles;                            /* TileStages; 0 unless has_tile_unit() and the precision is bfloat16 */
+    int64_t transposed_columns[MAX_CONVOLUTIONS]; /* with a TILE_CONV_WEIGHT: what a line of output positions takes in
+                                                     BackwardArgs.transposed_gradient: out_width, or with stride 1 all
+                                                     lines at once: (out_height - 1) * in_width + out_width; rounded up
+                                                     to 16 */
 } NetworkShape;
 
-/* One network's forward pass over `batch` observations. */
+/* Over what the mean and the variance of a normalization are taken. */
+typedef enum {
+    RUNNING = 0, /* none: each unit has running ones */
+    BATCH = 1,   /* each unit: a minibatch and all positions */
+    EXAMPLE = 2, /* each observation: all units and positions */
+    POSITION = 3 /* each position of an observation: the units */
+} StatisticsOver;
+
+/* A normalization of a layer's sums t, between product and bias: y = gain * (t - mean) * scale with
+ * scale = 1 / sqrt(variance + eps), or y = t - mean. A dense layer has one position. All arrays are float32. */
+typedef struct {
+    int64_t over;                      /* a StatisticsOver */
+    int64_t units, positions;
+    int64_t mean_only;                 /* 1: y = t - mean */
+    float eps, rate;                   /* rate: of a minibatch in the running statistics */
+    const float *gain, *bias;          /* (units); gain NULL: 1. The bias is the layer's */
+    float *running_mean, *running_var; /* (units); NULL where there are none */
+    /* Kept for the backward pass, or NULL; BATCH needs them for the forward pass too. */
+    float *sums;                       /* t, (batch, positions, units) */
+    float *mean, *scale, *variance;    /* BATCH: (units); EXAMPLE: (batch); POSITION: (batch, positions) */
+    float *observation_mean, *observation_square; /* BATCH: (batch, units), of an observation's positions: the mean, and
+                                          the sum of the squared deviations from it */
+    uint64_t *nonzero;                 /* BATCH: (batch, MAX_BLOCKS), masks of the output's rows */
+    /* Written by the backward pass. */
+    float *gradient;                   /* (batch, positions, units), by y; of dense layers later by t */
+    float *bias_parts, *gain_parts;    /* (batch, units), gradients of bias and gain from each observation */
+    float *bias_gradient, *gain_gradient; /* (units) */
+} Normalization;
+
+/* One network's forward pass over `batch` observations. With NetworkShape.tiles some arrays go on behind their end:
+ * saved_input[l] with 16 * stride * in_channels words of zeros, that of the hidden layer with rows of zeros to a multiple
+ * of 16; hidden_gradient and flat_gradient (see below) with rows to a multiple of 16, hidden_gradient with 16 elements
+ * more, all finite. */
 typedef struct {
     const int32_t *conv_weight[MAX_CONVOLUTIONS];  /* words (kernel, kernel, in_channels / pair, out_channels) */
     const float *conv_bias[MAX_CONVOLUTIONS];      /* (out_channels) */
     const void *hidden_weight;                     /* elements (hidden, flat) */
     const float *hidden_bias;                      /* (hidden) */
     const float *output_weight, *output_bias;      /* (actions, hidden), (actions) */
+    const Normalization *normalization[MAX_CONVOLUTIONS + 2]; /* of each layer, hidden and output layer included; NULL:
+                                                      it has none */
     const uint8_t *frames;                         /* (any, height, width) */
     const int64_t *frame_indices;                  /* (batch, frames), rows frame_index_stride apart */
     int64_t frame_index_stride, batch;
@@ -114,8 +167,10 @@ typedef struct {
     int32_t *saved_input[MAX_CONVOLUTIONS + 1];
     uint64_t *nonzero_blocks;                      /* (batch / pair, in_height): bit x is set where block x of the first
                                                       input has a nonzero pixel; other blocks of saved_input[0] are not
-                                                      written */
+                                                      written but with a TILE_CONV_WEIGHT */
     void *flat;                                    /* elements (batch, flat) */
+    int32_t *flat_columns;                         /* with a TILE_HIDDEN_FORWARD: the same as words (flat / 2, batch rounded
+                                                      up to 16) that pair inputs */
     float *hidden, *q_values;                      /* (batch, hidden), (batch, actions) */
 } ForwardArgs;
 
@@ -129,6 +184,8 @@ typedef struct {
     int32_t *hidden_gradient_pairs;                /* the same as words (batch / pair, hidden) that pair observations */
     float *flat_gradient;                          /* (batch, flat): by the hidden layer's input */
     int32_t *conv_gradient[MAX_CONVOLUTIONS];      /* words (batch / pair, positions, out_channels) */
+    int32_t *transposed_gradient[MAX_CONVOLUTIONS]; /* with a TILE_CONV_WEIGHT: conv_gradient as words (batch / pair,
+                                                      out_channels, columns), see tile_backward.c */
     float *weight_gradient[MAX_CONVOLUTIONS];      /* (kernel, kernel, in_channels, out_channels) */
     float *bias_gradient[MAX_CONVOLUTIONS];        /* (out_channels) */
 } BackwardArgs;

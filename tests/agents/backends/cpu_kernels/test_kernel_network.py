@@ -20,7 +20,6 @@ from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.backends.cpu_kernels.workspace import MAX_CACHED_SIZES
 from tests.carried import Carried, carried
 from tests.kernel_networks import fused_adamax, mostly_black, networks
-from tests.vectors import needs_passes
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
@@ -31,8 +30,6 @@ from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_a
 from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 
 CPU = torch.device("cpu")
-LIBRARY = loader.load()
-PRECISIONS = [pytest.param(getattr(torch, name), marks=needs_passes(name), id=name) for name in ("float32", "bfloat16")]
 
 
 def units_on(compiled: KernelNetwork, batch: int) -> list[Tensor]:
@@ -93,16 +90,16 @@ def gradient(network: QNetwork) -> Tensor:
 
 
 def both(spec: QNetworkSpec, precision: torch.dtype) -> tuple[KernelNetwork, PackedNetwork]:
-    assert not isinstance(LIBRARY, str)
+    library = loader.load()
+    assert not isinstance(library, str)
     network = build_q_network(spec, seed=1)
-    assert layouts.unsupported(network, LIBRARY, precision) == ""
+    assert layouts.unsupported(network, library, precision) == ""
     return (
-        KernelNetwork(network, LIBRARY, precision=precision),
-        PackedNetwork(copy.deepcopy(network), LIBRARY, precision=precision),
+        KernelNetwork(network, library, precision=precision),
+        PackedNetwork(copy.deepcopy(network), library, precision=precision),
     )
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @given(spec=networks(), batch=st.integers(1, 13), seed=st.integers(0, 1000), lit=st.sampled_from([1.0, 0.3, 0.03, 0.0]))
 @settings(deadline=None, max_examples=60)
 def test_values_gradients_and_steps_are_those_of_torch(
@@ -165,7 +162,6 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("spec", LARGE)
 @pytest.mark.parametrize(("lit", "filled"), [(0.97, 1.0), (0.5, 0.02), (0.1, 1.0)])
 def test_what_is_left_out_of_large_frames_changes_no_bit(
@@ -174,7 +170,6 @@ def test_what_is_left_out_of_large_frames_changes_no_bit(
     compare_with_all_visited(spec, precision, 5, 0, lit, filled)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @given(
     spec=networks(),
     batch=st.integers(1, 13),
@@ -218,7 +213,6 @@ def compare_with_all_visited(
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_result_depends_on_the_number_of_threads(precision: torch.dtype) -> None:
     threads = torch.get_num_threads()
     found = []
@@ -236,7 +230,6 @@ def test_no_result_depends_on_the_number_of_threads(precision: torch.dtype) -> N
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -> None:
     first, second = made(precision), made(precision)
     for number in range(3):
@@ -254,7 +247,6 @@ def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("reward_clip", [0.0, 0.5, 1.0])
 def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, reward_clip: float) -> None:
@@ -286,7 +278,6 @@ def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, rewar
     assert (torch.cat(sizes) < 1).any()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> None:
     agent = made(precision)
     agent.update(drawn(0))
@@ -308,7 +299,6 @@ def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> No
             assert torch.equal(tensor, after["optimizer"][index][name])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_somebody_writes_into_a_minibatch_counts(precision: torch.dtype) -> None:
     agents = [made(precision, compile=choice) for choice in ("on", "off")]
     for agent in agents:
@@ -320,7 +310,6 @@ def test_what_somebody_writes_into_a_minibatch_counts(precision: torch.dtype) ->
     assert ours.td_error == pytest.approx(theirs.td_error, rel=1e-4 if precision is torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_does_not_exist_is_refused(precision: torch.dtype) -> None:
     agent = made(precision)
     agent.update(drawn(0))
@@ -345,7 +334,6 @@ def test_what_does_not_exist_is_refused(precision: torch.dtype) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_passes_of_another_size_between_two_updates_change_nothing(precision: torch.dtype) -> None:
     """The memory of the way back is made anew for them, and no update may go on with the old one."""
     first, second = made(precision), made(precision)
@@ -365,7 +353,6 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_leaves_the_working_weights_that_are_made_of_what_is_trained(precision: torch.dtype) -> None:
     agent = made(precision)
     compiled = agent.network
@@ -383,7 +370,6 @@ def test_a_step_leaves_the_working_weights_that_are_made_of_what_is_trained(prec
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: torch.dtype) -> None:
     agent = made(precision)
     agent.update(drawn(0))
@@ -399,9 +385,10 @@ def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: t
 
 def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_can() -> None:
     network = build_q_network(QNetworkSpec(4, "wn"), seed=0)
-    if isinstance(LIBRARY, str) or not loader.supports(LIBRARY, torch.float32):
-        pytest.skip("no compiler, or no vectors of 512 bits")
-    assert layouts.unsupported(network, LIBRARY, torch.float32) == ""
+    library = loader.load()
+    if isinstance(library, str) or not loader.supports(library, torch.float32):
+        pytest.skip("no compiler, or no vectors")
+    assert layouts.unsupported(network, library, torch.float32) == ""
     assert isinstance(made(torch.float32).network, KernelNetwork)
 
 
@@ -418,10 +405,11 @@ def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_
     ],
 )
 def test_what_the_passes_cannot_compute_is_said(changes: dict[str, object], reason: str) -> None:
-    if isinstance(LIBRARY, str) or not loader.supports(LIBRARY, torch.float32):
-        pytest.skip("no compiler, or no vectors of 512 bits")
+    library = loader.load()
+    if isinstance(library, str) or not loader.supports(library, torch.float32):
+        pytest.skip("no compiler, or no vectors")
     network = build_q_network(QNetworkSpec(4, **changes), seed=0)  # type: ignore[arg-type]
-    assert reason in layouts.unsupported(network, LIBRARY, torch.float32)
+    assert reason in layouts.unsupported(network, library, torch.float32)
 
 
 def made(precision: torch.dtype, **changes: object) -> Carried:
