@@ -196,7 +196,7 @@ WAYS: list[tuple[str, dict[str, object]]] = [
     ("bn", {}),
     ("bn", {"param_layers": HIDDEN, "optimizer": "adam"}),
     ("mean_only_bn", {"optimizer": "rmsprop_mnih", "optimizer_eps": 0.01}),
-    ("mean_only_bn", {"param_layers": ("convolutions.0", "output")}),
+    ("mean_only_bn", {"param_layers": ("convolutions.0", "convolutions.1")}),
     ("wn_mean_only_bn", {}),
     *((param, {"optimizer": "adam"}) for param in ("standard", "wn", "sn", "wn_projected")),
     *((param, {"optimizer": "rmsprop_mnih", "optimizer_eps": 0.01}) for param in ("standard", "wn", "centred")),
