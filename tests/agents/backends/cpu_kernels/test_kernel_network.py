@@ -153,7 +153,6 @@ def test_values_gradients_and_steps_are_those_of_torch(
     compare_with_torch(precision, spec, batch, seed, lit)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @given(
     spec=networks(NORMALIZED, LAYERS),
     batch=st.integers(1, 13),
