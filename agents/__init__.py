@@ -1,1 +1,1 @@
-"""Agents: what decides and learns; the loop around them is in wn_rl."""
+"""Agents: they choose actions and learn; the loop around them is in wn_rl."""

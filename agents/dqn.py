@@ -1,6 +1,6 @@
 """Deep Q-learning with a replay memory and a target network (Mnih et al. 2015, algorithm 1).
 
-The loop of :mod:`wn_rl.training` says when what happens; :mod:`agents.backends` may carry it out faster.
+The loop of :mod:`wn_rl.training` schedules the events; :mod:`agents.backends` may compute them faster.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class DQN:
     """The agent: a Q-network, its target network and an optimizer.
 
     Attributes:
-        q_network: Q; in evaluation mode but for the update, so layers with batch statistics act on running ones.
+        q_network: Q; in evaluation mode except in the update, so layers with batch statistics act on running ones.
         target: Q̂.
         optimizer: of the Q-network's parameters.
         generator: draws the actions.
         updates: made so far.
-        statistics: means of the updates since they were read.
-        finite: whether a loss was not finite, and of which transitions.
+        statistics: means of the updates since the last reading.
+        finite: checks that losses are finite, and keeps the transitions of the first one that is not.
     """
 
     def __init__(self, config: TrainConfig, num_actions: int, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class DQN:
         Args:
             config: a resolved configuration (``learning_rate``, ``data_dependent_init`` and ``weight_init`` set).
             num_actions: of the environment.
-            device: where the networks live.
+            device: of the networks.
         """
         assert config.weight_init is not None
         self.config = config
@@ -72,12 +72,12 @@ class DQN:
 
     @property
     def target_network(self) -> Network:
-        """The target network with its parameterization; who changes its weights does so before the next update."""
+        """The target network with its parameterization; change its weights only between updates."""
         return self.target.network
 
     def autocast(self) -> torch.autocast:
         """Return the context of a forward pass: hidden layers in the configuration's precision."""
-        # The cache of rounded weights brings nothing to one pass, and a recorded pass must not find them in it.
+        # One pass gains nothing from the cache of rounded weights, and a captured one must not find them in it.
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16, cache_enabled=False
         )
@@ -98,24 +98,24 @@ class DQN:
         return self.epsilon_greedy(q_values, torch.from_numpy(epsilon).to(self.device))
 
     def epsilon_greedy(self, q_values: Tensor, epsilon: Tensor) -> Tensor:
-        """Return :func:`epsilon_greedy` actions, int64 (B,), drawn from the agent's generator."""
+        """Return :func:`epsilon_greedy` actions, int64 (B,), with the agent's generator."""
         return epsilon_greedy(q_values, epsilon, self.generator)
 
     def initialize(self, observations: Tensor) -> None:
-        """Initialize the network from replayed observations, if its parameterization asks for it, then the target.
+        """Initialize the network from observations in replay, if so configured, then copy it to the target network.
 
         Salimans & Kingma 2016, section 3, in full precision; the output layer's Q-values get the standard deviation
-        ``output_init_std`` instead of 1 (see docs/algorithm.md for why) unless ``output_init`` is ``literal``.
+        ``output_init_std`` instead of 1 (see docs/algorithm.md for why) unless ``output_init`` is ``unit-variance``.
         """
         if self.config.data_dependent_init:
-            std = 1.0 if self.config.output_init == "literal" else self.config.output_init_std
+            std = 1.0 if self.config.output_init == "unit-variance" else self.config.output_init_std
             initialize_from_data(self.q_network, observations, std_of=output_deviations(self.q_network, std))
         self.copy_target()
 
     def forward(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
-        """Return Q(s, ·) with its graph and Q̂(s', ·) without one, each (B, actions).
+        """Return Q(s, ·) with its gradient and Q̂(s', ·) without one, each (B, actions).
 
-        Where batch statistics matter, ``joint_batches`` lets each network see both states as one batch.
+        With batch statistics and ``joint_batches``, each network sees both states as one batch.
         """
         joint = self.config.joint_batches and not self.parameterization.batch_independent
         with self.autocast():
@@ -131,7 +131,7 @@ class DQN:
     def td_loss_of(self, batch: Minibatch, q_values: Tensor, next_q_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what :meth:`td_loss` does, given the Q-values of both networks, each (B, actions).
 
-        An agent with another loss overrides this; a backend that computes the networks itself calls it too.
+        Override this for another loss; a backend that computes the networks itself calls it too.
         """
         rewards = batch.rewards
         if self.config.reward_clip > 0:
@@ -147,9 +147,9 @@ class DQN:
         return self.td_loss_of(batch, *self.forward(batch))
 
     def reduce(self, batch: Minibatch, losses: Tensor, td_error: Tensor, q_value: Tensor) -> Tensor:
-        """Return the loss of a minibatch, a scalar, from what :meth:`td_loss` returned; its statistics are noted."""
+        """Return the loss of a minibatch, a scalar, from the results of :meth:`td_loss`, and add to the statistics."""
         loss = losses.sum() if self.config.loss_reduction == "sum" else losses.mean()
-        self.finite.check(loss, batch.numbers)
+        self.finite.check(loss, batch.indices)
         self.statistics.add(losses, td_error, q_value)
         return loss
 
@@ -172,8 +172,8 @@ class DQN:
 
     @contextlib.contextmanager
     def training_mode(self) -> Iterator[None]:
-        """Have the networks in training mode for an optimizer step; afterwards the weights are projected."""
-        # Only some parameterizations and networks care for the mode, and switching walks the whole module tree.
+        """Put the networks into training mode for an optimizer step; project the weights after it."""
+        # Only some parameterizations and networks depend on the mode, and switching visits the whole module tree.
         switch_mode = self.parameterization.has_training_mode or self.q_network.has_training_mode
         if switch_mode:
             self.q_network.train()
@@ -189,7 +189,7 @@ class DQN:
                 self.target_network.eval()
 
     def count_updates(self, count: int) -> None:
-        """Count updates that were made."""
+        """Add to the number of updates made."""
         self.updates += count
         self.statistics.updates += count
 
@@ -207,15 +207,15 @@ class DQN:
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else self._restored_gradient_norm
 
     def read_statistics(self) -> Statistics:
-        """Return the means of the updates since the last reading and start anew; waits for the device."""
+        """Return the means of the updates since the last reading and reset them; waits for the device."""
         return self.statistics.read()
 
     def offending_transitions(self) -> Tensor | None:
-        """Return the numbers in replay of the first minibatch whose loss was not finite, int64 (B,); None: none."""
+        """Return the replay indices of the first minibatch whose loss was not finite, int64 (B,); None if all were."""
         return self.finite.transitions()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but the Q-network's weights: target network, optimizer, random state, counters."""
+        """Return the state except the Q-network's weights: target network, optimizer, random state, counters."""
         return {
             "target_network": self.target_network.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],

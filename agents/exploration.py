@@ -1,4 +1,4 @@
-"""How an agent chooses actions from Q-values."""
+"""Exploration: actions from Q-values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def epsilon_greedy(q_values: Tensor, epsilon: Tensor, generator: torch.Generator) -> Tensor:
-    """Return actions, int64 (B,): random with probability ε, else the one of the highest Q-value.
+    """Return ε-greedy actions, int64 (B,): random with probability ε, otherwise the one with the highest Q-value.
 
-    The same random numbers are drawn whatever ε is.
+    The number of random numbers drawn does not depend on ε.
 
     Args:
         q_values: shape (B, actions).

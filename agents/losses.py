@@ -1,4 +1,4 @@
-"""The equations that an agent learns by, one function each: symbols, shapes and source, no state."""
+"""The equations of the algorithms, one function each: symbols, shapes and source, no state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def td_targets(rewards: Tensor, terminals: Tensor, next_q_values: Tensor, gamma:
     """Return y = r + γ · max_a' Q̂(s', a'), or r where s' is terminal (Mnih et al. 2015, algorithm 1).
 
     Args:
-        rewards: r, shape (B,), clipped already.
+        rewards: r, shape (B,), already clipped.
         terminals: bool, shape (B,).
         next_q_values: Q̂(s', ·), of the target network, shape (B, actions).
         gamma: γ, discount per agent step.
@@ -22,7 +22,7 @@ def td_targets(rewards: Tensor, terminals: Tensor, next_q_values: Tensor, gamma:
 
 
 def huber(td_error: Tensor, delta: float = 1.0) -> Tensor:
-    """Return ½x² within ±δ and δ(|x| − ½δ) beyond: the clipped TD error of Mnih et al. 2015 as a loss.
+    """Return the Huber loss: ½x² within ±δ and δ(|x| − ½δ) beyond, the clipped TD error of Mnih et al. 2015.
 
     Args:
         td_error: x, any shape.

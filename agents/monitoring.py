@@ -1,4 +1,4 @@
-"""What an agent tells of its updates: the means of the loss, and the first minibatch whose loss was not finite."""
+"""Monitoring of updates: the means of the loss, and the first minibatch whose loss was not finite."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class LossStatistics:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Start with none."""
+        """Start with no updates."""
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.updates = 0
 
     @torch.no_grad()
     def add(self, losses: Tensor, td_error: Tensor, q_value: Tensor) -> None:
-        """Add one update's values, each of shape (B,); whoever makes the update counts it."""
+        """Add one update's values, each of shape (B,); the caller counts the update in :attr:`updates`."""
         self.sums += torch.stack([losses.mean(), td_error.abs().mean(), q_value.mean()])
 
     def read(self) -> Statistics:
-        """Return the means since the last reading and start anew; waits for the device."""
+        """Return the means since the last reading and reset the sums; waits for the device."""
         count = self.updates
         loss, td_error, q_value = (self.sums / count).tolist() if count else [math.nan] * 3
         self.sums.zero_()
@@ -40,49 +40,50 @@ class LossStatistics:
 
 
 class FiniteCheck:
-    """Watches that losses are finite.
+    """Checks that losses are finite.
 
-    On a CPU the first loss that is not stops the update before it spoils the weights. On a GPU nothing may be read back
-    then: the transitions are noted on the device, and :meth:`on_device` comes back with the next actions.
+    On a CPU the first loss that is not finite stops the update before it reaches the weights. On a GPU nothing may be
+    read back at that point: the transitions are stored on the device, and :meth:`on_device` is read with the next
+    actions.
 
     Attributes:
-        offending: int64, shape (B,): the transitions of the first minibatch whose loss was not finite, from the left;
-            −1 where there are none.
+        offending: int64, shape (B,): the replay indices of the first minibatch whose loss was not finite, then −1; all
+            −1 if there is none.
     """
 
     def __init__(self, batch_size: int, device: torch.device, next_update: Callable[[], int]) -> None:
-        """Make room for the numbers of ``batch_size`` transitions; ``next_update`` returns an update's number."""
+        """Allocate for ``batch_size`` transitions; ``next_update`` returns the number of the next update."""
         self._next_update = next_update
         self.offending = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
         self.reads_back = device.type == "cpu"
 
-    def check(self, loss: Tensor, numbers: Tensor | None) -> None:
-        """Look at the loss of the next update, a scalar; ``numbers`` None: not from a replay, unchecked.
+    def check(self, loss: Tensor, indices: Tensor | None) -> None:
+        """Check the loss of the next update, a scalar; nothing is checked with ``indices`` None: not from a replay.
 
         Raises:
             NonFiniteLossError: on a CPU, it is not finite.
         """
-        if numbers is None:
+        if indices is None:
             return
         if self.reads_back:
-            self.refuse(loss.item(), numbers)
+            self.refuse(loss.item(), indices)
             return
-        numbers = numbers[: len(self.offending)]
-        place = self.offending[: len(numbers)]
+        indices = indices[: len(self.offending)]
+        target = self.offending[: len(indices)]
         known = loss.isfinite() | (self.offending[0] >= 0)
-        place.copy_(torch.where(known, place, numbers))
+        target.copy_(torch.where(known, target, indices))
 
-    def refuse(self, loss: float, numbers: Tensor) -> None:
-        """Stop at a loss that is not finite, of the transitions with these numbers.
+    def refuse(self, loss: float, indices: Tensor) -> None:
+        """Raise if a loss, that of the transitions with these replay indices, is not finite.
 
         Raises:
             NonFiniteLossError: it is not.
         """
         if math.isfinite(loss):
             return
-        if len(self.offending) != len(numbers):
-            self.offending = torch.empty_like(numbers)
-        self.offending.copy_(numbers)
+        if len(self.offending) != len(indices):
+            self.offending = torch.empty_like(indices)
+        self.offending.copy_(indices)
         raise NonFiniteLossError(f"the loss of update {self._next_update():,} is {loss}")
 
     def on_device(self) -> Tensor:
@@ -90,6 +91,6 @@ class FiniteCheck:
         return self.offending[:1] >= 0
 
     def transitions(self) -> Tensor | None:
-        """Return the numbers in replay of the first minibatch whose loss was not finite; None: all were."""
+        """Return the replay indices of the first minibatch whose loss was not finite; None if all were."""
         found = self.offending[self.offending >= 0]
         return found if len(found) else None

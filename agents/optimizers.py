@@ -1,4 +1,4 @@
-"""Optimizers that torch does not have, and the choice by name."""
+"""Optimizers that torch does not have, and :func:`make_optimizer`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class RMSpropMnih(torch.optim.Optimizer):
     """RMSProp as Mnih et al. 2015 used it (their code; Graves 2013, equations 38-41, without the heavy ball).
 
     With m and v the running means of the gradient and of its square, both with the same decay,
-    Δw = −lr · ∇ / √(v − m² + ε). The variance, not the second moment, scales the step, and ε lies inside the root,
-    so ``torch.optim.RMSprop(centered=True)`` is close but not it.
+    Δw = −lr · ∇ / √(v − m² + ε). The variance, not the second moment, scales the step, and ε is inside the root,
+    so ``torch.optim.RMSprop(centered=True)`` is close but not equal.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RMSpropMnih(torch.optim.Optimizer):
         Args:
             params: what to train.
             lr: learning rate.
-            decay: of both running means.
+            decay: decay of both running means.
             eps: added to the variance; 0.01 fits a loss *summed* over the minibatch.
         """
         super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
@@ -84,7 +84,7 @@ def _adamax(
     beta2: float,
     eps: float,
 ) -> None:
-    """Update in place: Kingma & Ba 2015, algorithm 2, with torch's placing of ε; ``rate`` is lr / (1 − β1ᵗ)."""
+    """Update in place: Kingma & Ba 2015, algorithm 2, with ε where torch has it; ``rate`` is lr / (1 − β1ᵗ)."""
     for parameter, gradient, mean, maximum in zip(params, gradients, means, maxima, strict=True):
         new_mean = torch.lerp(mean, gradient, 1 - beta1)
         new_maximum = torch.maximum(maximum * beta2, gradient.abs() + eps)
@@ -100,9 +100,9 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 class CompiledAdamax(torch.optim.Adamax):
-    """torch's Adamax as one pass over each tensor that torch compiles, on a CPU with a C++ compiler.
+    """Adamax as one pass over each tensor, compiled by torch.compile, on a CPU with a C++ compiler.
 
-    torch makes about 16 passes over memory. Same state dict as torch's, same values but for rounding.
+    torch's own makes about 16 passes over memory. Same state dict as torch's, same values up to rounding.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -126,7 +126,7 @@ class CompiledAdamax(torch.optim.Adamax):
 
     @classmethod
     def like(cls, optimizer: torch.optim.Optimizer) -> CompiledAdamax:
-        """Return one for the parameters of an Adamax, with its arguments."""
+        """Return one with the parameters and the arguments of an Adamax."""
         (group,) = optimizer.param_groups
         return cls(group["params"], group["lr"], group["betas"], group["eps"])
 
@@ -144,7 +144,7 @@ class CompiledAdamax(torch.optim.Adamax):
         self._steps += 1
         (group,) = self.param_groups
         trained: list[nn.Parameter] = group["params"]
-        # A tensor, since a number would be compiled into the code.
+        # A tensor, since a number would become a constant of the compiled code.
         rate = torch.tensor(group["lr"] / (1 - group["betas"][0] ** self._steps), dtype=trained[0].dtype)
         moments = [self._moments(parameter) for parameter in trained]
         arguments = (
@@ -160,7 +160,8 @@ class CompiledAdamax(torch.optim.Adamax):
             self._compiled(*arguments)
         except BackendCompilerFailed as error:
             print(
-                f"the optimizer step could not be compiled and runs as it is: {one_line(error)[:200]}", file=sys.stderr
+                f"the optimizer step could not be compiled and runs uncompiled: {one_line(error)[:200]}",
+                file=sys.stderr,
             )
             self._compiled = self._plain
             self._compiled(*arguments)
@@ -178,7 +179,7 @@ class CompiledAdamax(torch.optim.Adamax):
 
 
 def make_optimizer(config: TrainConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer over ``params`` that the configuration names; only the keys that it has are used."""
+    """Return the configured optimizer over ``params``; only the keys of that optimizer are used."""
     assert config.learning_rate is not None
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "adamax":

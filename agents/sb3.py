@@ -1,4 +1,4 @@
-"""The bridge to Stable-Baselines3 under its former name: :mod:`wn_rl.sb3`, to which files saved before still refer."""
+"""The former name of :mod:`wn_rl.sb3`, the bridge to Stable-Baselines3, to which older saved files still refer."""
 
 from __future__ import annotations
 

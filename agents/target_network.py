@@ -1,4 +1,4 @@
-"""The target network between two copies: fixed, so that it need not be computed through its parameterization."""
+"""The target network. Between two copies it is fixed, so it can be computed with folded, plain weights."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from wn_rl.parameterizations import fold
 
 
 class TargetNetwork:
-    """Q̂ of Mnih et al. 2015: the Q-network of the last copy.
+    """Q̂ of Mnih et al. 2015: the Q-network at the last target copy.
 
-    Where its parameterization can be folded into the weights it is computed by a plain network: the same values but for
-    rounding, at the price of a plain network.
+    If its parameterization can be folded into the weights, a plain network computes it: the same values up to rounding,
+    at the cost of a plain network.
 
     Attributes:
-        network: with its parameterization, as a checkpoint holds it.
-        folds: whether it is computed by a plain network.
-        copies: how many times :meth:`load_state_dict` was called: whoever keeps what it computed of the weights, say
-            another copy of them, compares.
+        network: with its parameterization, as in a checkpoint.
+        folds: whether a plain network computes it.
+        copies: number of calls of :meth:`load_state_dict`; if it has changed, anything computed from the weights
+            is out of date.
     """
 
     def __init__(self, network: Network, *, folds: bool, precision: torch.dtype) -> None:
-        """Wrap ``network``, which nobody trains.
+        """Wrap ``network``, which is not trained.
 
         Args:
             network: the target network.
-            folds: its parameterization can be folded, and its statistics stay as they are.
-            precision: in which the hidden layers are computed.
+            folds: its parameterization can be folded, and its statistics are fixed.
+            precision: of the hidden layers.
         """
         self.network = network.requires_grad_(False)
         self.folds = folds
         self._precision = precision
         self._folded: Network | None = None
-        self._keeps_place = False
+        self._keeps_addresses = False
         self.copies = 0
 
     def __call__(self, observations: Tensor) -> Tensor:
@@ -52,9 +52,9 @@ class TargetNetwork:
         q_values = self._folded(observations)
         return q_values
 
-    def keep_place(self) -> None:
-        """Never move the tensors that are computed with, from now on: what was recorded finds them where they were."""
-        self._keeps_place = True
+    def keep_addresses(self) -> None:
+        """From now on keep the tensors at their addresses, on which a captured CUDA graph depends."""
+        self._keeps_addresses = True
         if self.folds and self._folded is None:
             self._folded = self._fold()
 
@@ -62,7 +62,7 @@ class TargetNetwork:
         """Copy weights and buffers of a Q-network."""
         self.network.load_state_dict(weights)
         self.copies += 1
-        if self._keeps_place and self._folded is not None:
+        if self._keeps_addresses and self._folded is not None:
             self._folded.load_state_dict(self._fold().state_dict())
         else:
             self._folded = None

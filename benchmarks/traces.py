@@ -6,8 +6,8 @@ recorded with this file from a second work tree.
 
 Each run is a real one through ``train.py``: every parameterization, in float32 and bfloat16, with 1 and 8 emulators,
 with the fastest backend and with plain torch. Kept are SHA-256 of every weight, of every tensor of the training state
-(optimizer, target network, generators), and the rows of the CSV files. What no processor changes (which event when, what
-is drawn and logged) is in the tests, ``tests/traces``.
+(optimizer, target network, generators), and the rows of the CSV files. What no processor changes (which event when,
+what is drawn and logged) is in the tests, ``tests/traces``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def trace(directory: Path) -> dict[str, Any]:
                 digest = sha(bytes(value.reshape(-1).view(torch.uint8).numpy().tobytes()))
                 if path.name.startswith("model"):
                     found[f"weights {name}"] = digest
-                elif value.numel() > 1 and "digest" not in name and "journal" not in name:
+                elif value.numel() > 1 and "digest" not in name and "journal" not in name and "action_log" not in name:
                     tensors.append(f"{str(value.dtype)[6:]} {tuple(value.shape)} {digest}")
     found["training tensors"] = sorted(tensors)
     for name in ("episodes.csv", "evaluations.csv"):

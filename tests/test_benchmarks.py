@@ -44,7 +44,7 @@ def test_no_default_names_a_tracked_file(name: str) -> None:
         ("update", ["--updates", "0"]),
         ("throughput", ["--segments", "0"]),
         ("throughput", ["--seconds", "nan"]),
-        ("rebuild", ["--rounds", "0"]),
+        ("resume", ["--rounds", "0"]),
     ],
 )
 def test_nothing_to_measure_is_a_usage_error(name: str, words: list[str]) -> None:

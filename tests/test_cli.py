@@ -321,7 +321,7 @@ class Scaled(nn.Module):
 class ScaledWeights(WeightParameterization):
     factor: float = 2.0
 
-    def computes(self, units, weight):
+    def make_parametrization(self, units, weight):
         return Scaled(self.factor)
 
 
@@ -392,8 +392,12 @@ def test_a_users_own_class_is_imported_from_the_command_line_and_never_from_a_fi
         ("--param broken_entries:Nothing", 2, "RuntimeError: on purpose"),
         ("--param :x", 2, "cannot import ''"),
         ("--param exit_entries:x", 2, "cannot import 'exit_entries': SystemExit"),
-        ("--param my_entries:Empty --data-dependent-init True", 2, "data_dependent_init: Empty does not say how"),
-        ("--param my_entries:Empty", 1, "parameterization 'my_entries:Empty': Empty does not say how it computes"),
+        ("--param my_entries:Empty --data-dependent-init True", 2, "data_dependent_init: Empty does not define"),
+        (
+            "--param my_entries:Empty",
+            1,
+            "parameterization 'my_entries:Empty': Empty does not define make_parametrization",
+        ),
         ("--param wn_projected --param-options g=none --data-dependent-init True", 2, "'wn_projected' has no scale"),
         ("--param wn --param-options g", 2, "'g' is not NAME=VALUE"),
         ("--param wn --param-options g=log", 2, "g is one of direct, exp, not 'log'"),

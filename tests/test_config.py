@@ -92,7 +92,7 @@ def test_a_file_beats_the_preset(tmp_path: Path) -> None:
         ("- a\n- b\n", "mapping"),
         ("", "mapping"),
         ("gamma: [1\n", "not valid YAML"),
-        ("gamma: 0.9\ngamma: 0.8\n", "stands twice"),
+        ("gamma: 0.9\ngamma: 0.8\n", "appears twice"),
         ("gama: 0.9\n", "unknown key 'gama'. Did you mean 'gamma'"),
         ("gamma: much\n", "gamma: 'much' is not a number"),
         ("frames: 1.5\n", "frames: 1.5 is not a whole number"),

@@ -41,7 +41,7 @@ def test_every_entry_and_every_option_has_a_line() -> None:
             continue  # a benchmark or a test that ran before in this process registered it
         assert sum(line.startswith(f"| `{name}` |") for line in rows) >= 2, name
         treated = {"all": "all", "hidden": "all but the output", "penultimate": "the one before the output"}[
-            entry.treats
+            entry.default_layers
         ]
         (claims,) = (line.split("|") for line in rows if line.startswith(f"| `{name}` |") and line.count("|") == 7)
         assert claims[4].strip() == ("no" if entry.batch_independent else "yes"), name

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from agents.dqn import DQN
 from evaluate import main as evaluate
@@ -49,3 +50,18 @@ def test_a_run_of_format_3_goes_on_and_evaluates(
         assert [row["frames"] for row in csv.DictReader(file)] == ["600", "1200", "1800"]
     assert evaluate([str(run), "--episodes", "1", "--max-frames-per-episode", "100", "--device", "cpu"]) == 0
     assert "Breakout" in capsys.readouterr().out
+
+
+def test_a_run_of_format_3_is_told_its_keys_new_names_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = unpacked("wn", tmp_path)
+    assert yaml.safe_load((run / "config.yaml").read_text())["journal"] == "whole"
+    assert (run / "journal.bin").exists()
+    told = "a run of an earlier version: 'journal: whole' is now 'action_log: full'\n"
+    for frames, times in ((1260, 1), (1320, 0)):
+        resumed, saved = open_for_resume(run, {"frames": frames})
+        assert train(resumed, DQN, run, resume=saved) == 0
+        assert capsys.readouterr().out.count(told) == times
+        written = yaml.safe_load((run / "config.yaml").read_text())
+        assert (written["action_log"], "journal" in written) == ("full", False)
+    assert set(checkpoint.load(run).training["loop"]) == {"agent_steps", "vector_steps", "action_log"}
+    assert not (run / "action_log.bin").exists()  # the file keeps its name

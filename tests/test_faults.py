@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_minibatch(
     assert str(tmp_path / "nonfinite") in message
     seen = load_file(tmp_path / "nonfinite" / "minibatch.safetensors")
     assert seen["observations"].shape == (config.batch_size, 4, 84, 84)
-    assert seen["actions"].shape == seen["numbers"].shape == (config.batch_size,)
+    assert seen["actions"].shape == seen["indices"].shape == (config.batch_size,)
     assert seen["q_values"].isfinite().all()  # the weights were not spoiled
     statistics = json.loads((tmp_path / "nonfinite" / "statistics.json").read_text())
     assert statistics["updates"] == 59
@@ -177,11 +177,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_minibatch(
 def test_a_minibatch_with_an_infinite_loss_is_kept_on_the_device_where_nothing_may_be_read_back() -> None:
     agent = DQN(tiny(param="standard"), 4, torch.device("cpu"))
     agent.finite.reads_back = False  # as on a GPU
-    numbers = torch.arange(4)
-    agent.finite.check(torch.tensor(1.0), numbers)
+    indices = torch.arange(4)
+    agent.finite.check(torch.tensor(1.0), indices)
     assert agent.offending_transitions() is None
-    agent.finite.check(torch.tensor(math.inf), numbers)
-    agent.finite.check(torch.tensor(math.nan), numbers + 4)
+    agent.finite.check(torch.tensor(math.inf), indices)
+    agent.finite.check(torch.tensor(math.nan), indices + 4)
     found = agent.offending_transitions()
     assert found is not None
     assert found.tolist() == [0, 1, 2, 3]  # the first one

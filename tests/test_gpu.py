@@ -182,7 +182,7 @@ def test_graphs_survive_loading_a_state_and_a_watched_update(precision: str) -> 
         losses.append(agent.read_statistics().loss)
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert sides.graphs.updating.recorded
-    sides.graphs.watch_next_update()
+    sides.graphs.measure_next_update()
     sides.graphs.update()
     assert all(math.isfinite(value) and value > 0 for value in sides.graphs.effective_learning_rates().values())
     assert math.isfinite(agent.gradient_norm())
@@ -231,7 +231,7 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(capsys: pytest.CaptureFixture[
     assert float(total) == pytest.approx(expected, rel=1e-5)
     assert torch.cuda.current_stream() == stream
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("summing cannot be recorded as a CUDA graph and runs slower: ")
+    assert line.startswith("summing cannot be captured as a CUDA graph and runs slower: ")
     # Another piece of work can still be recorded afterwards.
     other = Repeated("adding", lambda: total.add_(1) and None, CudaRecorder(CUDA), [])
     before = float(total)
@@ -367,7 +367,7 @@ def test_a_loss_that_is_not_finite_stops_the_next_vector_step() -> None:
         loop.vector_step()
     offending = loop.agent.offending_transitions()
     assert offending is not None
-    low, high = loop.replay.drawable
+    low, high = loop.replay.index_range
     assert bool(((offending >= low) & (offending < high)).all())
     loop.env.close()
 

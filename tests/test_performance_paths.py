@@ -236,7 +236,7 @@ def test_float32_updates_equal_the_plain_ones(param: str, changes: dict[str, obj
 def test_statistics_are_those_of_the_plain_path(param: str, changes: dict[str, object]) -> None:
     fused, plain = (agent(param, compile=choice, **changes) for choice in ("on", "off"))
     for dqn in (fused, plain):
-        dqn.watch_next_update()
+        dqn.measure_next_update()
         dqn.update(minibatch(32))
     assert fused.effective_learning_rates() == pytest.approx(plain.effective_learning_rates(), rel=1e-3)
     assert fused.gradient_norm() == pytest.approx(plain.gradient_norm(), rel=1e-4)
@@ -422,8 +422,8 @@ def test_same_seed_same_threads_same_weights(num_envs: int) -> None:
     assert first.updates > 50
     for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(first_replay.kept.frames, second_replay.kept.frames)
-    assert torch.equal(first_replay.kept.actions, second_replay.kept.actions)
+    assert torch.equal(first_replay.storage.frames, second_replay.storage.frames)
+    assert torch.equal(first_replay.storage.actions, second_replay.storage.actions)
 
 
 @needs_compiler
@@ -436,8 +436,8 @@ def test_replay_holds_the_same_whatever_path_the_updates_take() -> None:
         assert dqn.updates > 30
         found.append(replay)
     first, second = found
-    assert torch.equal(first.kept.frames, second.kept.frames)
-    assert torch.equal(first.kept.rewards, second.kept.rewards)
+    assert torch.equal(first.storage.frames, second.storage.frames)
+    assert torch.equal(first.storage.rewards, second.storage.rewards)
     ours, theirs = first.sample(16), second.sample(16)
     for entry in fields(Minibatch):
         assert torch.equal(getattr(ours, entry.name), getattr(theirs, entry.name))

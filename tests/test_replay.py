@@ -86,7 +86,7 @@ def test_every_drawable_transition_is_what_the_environment_gave(
         model.step(data.draw(st.lists(outcomes, min_size=num_envs, max_size=num_envs)), replay)
         # Exactly the transitions of the last `rows` vector steps can be drawn, oldest first.
         expected = [transition for row in model.transitions[-rows:] for transition in row]
-        low, high = replay.drawable
+        low, high = replay.index_range
         assert high - low == len(replay) == len(expected)
         if not expected:
             continue

@@ -49,7 +49,12 @@ def state_of(directory: Path) -> dict[str, Any]:
     """Return everything that decides how a run goes on, and what it wrote so far."""
     saved = checkpoint.load(directory)
     state = flat(saved.training) | {name: weight.tolist() for name, weight in saved.weights.items()}
-    ignored = {"run/seconds", "run/best/seconds", "run/final/seconds", "loop/journal"}  # wall times; where chunks end
+    ignored = {
+        "run/seconds",
+        "run/best/seconds",
+        "run/final/seconds",
+        "loop/action_log",
+    }  # wall times; where chunks end
     return {key: value for key, value in state.items() if key not in ignored} | {
         "evaluations": rows(directory / "evaluations.csv"),
         "episodes": rows(directory / "episodes.csv"),
@@ -87,7 +92,7 @@ def interrupted_run(directory: Path, config: TrainConfig, after: list[int]) -> N
         pytest.param({"param": "wn"}, marks=pytest.mark.slow),
         {"param": "wn", "num_envs": 1},
         {"param": "wn", "num_envs": 16, "precision": "bfloat16"},
-        {"param": "wn", "sticky_actions": 0.25, "num_envs": 2, "journal": "replay", "checkpoint_period": 60},
+        {"param": "wn", "sticky_actions": 0.25, "num_envs": 2, "action_log": "replay", "checkpoint_period": 60},
         pytest.param({"param": "standard", "optimizer": "rmsprop_mnih", "learning_rate": 1e-4}, marks=pytest.mark.slow),
         {"param": "wn", "compile": "on"},
     ],
@@ -228,7 +233,7 @@ def hook(event, arguments):
 def save(steps):
     weights = build_q_network(spec, seed=steps).state_dict()
     checkpoint.save(path, config=asdict(config), spec=spec, weights=weights, agent_steps=steps,
-                    training={"loop": {"rows": steps}}, versions={"wn_rl": "1"}, keep_previous=steps != 2)
+                    training={"loop": {"vector_steps": steps}}, versions={"wn_rl": "1"}, keep_previous=steps != 2)
 
 armed = False
 sys.addaudithook(hook)
@@ -279,7 +284,7 @@ def test_a_kill_at_each_step_of_writing_a_checkpoint_leaves_the_old_or_the_new_o
         place = tmp_path / str(fatal)
         assert run(place, fatal).returncode == -signal.SIGKILL
         saved = checkpoint.load(place / "latest")
-        assert saved.training["loop"]["rows"] == saved.agent_steps
+        assert saved.training["loop"]["vector_steps"] == saved.agent_steps
         saved.q_network()
         found.append(saved.agent_steps)
     assert set(found) == {2, 3}
@@ -348,20 +353,20 @@ class TestRefusals:
             train(config, DQN, run, resume=saved, quiet=True)
         assert self.files(run) == before
 
-    def test_a_damaged_journal(self, run: Path) -> None:
-        data = bytearray((run / "journal.bin").read_bytes())
+    def test_a_damaged_action_log(self, run: Path) -> None:
+        data = bytearray((run / "action_log.bin").read_bytes())
         data[len(data) // 2] ^= 1
-        (run / "journal.bin").write_bytes(data)
-        self.refused(run, r"journal\.bin is damaged")
+        (run / "action_log.bin").write_bytes(data)
+        self.refused(run, r"action_log\.bin is damaged")
 
-    def test_no_journal(self, run: Path) -> None:
-        (run / "journal.bin").unlink()
-        self.refused(run, r"cannot read .*journal\.bin")
+    def test_no_action_log(self, run: Path) -> None:
+        (run / "action_log.bin").unlink()
+        self.refused(run, r"cannot read .*action_log\.bin")
 
-    def test_the_journal_of_another_run(self, run: Path, tmp_path: Path) -> None:
+    def test_the_action_log_of_another_run(self, run: Path, tmp_path: Path) -> None:
         stopped_run(tmp_path / "other", tiny(seed=2))
-        (run / "journal.bin").write_bytes((tmp_path / "other" / "journal.bin").read_bytes())
-        self.refused(run, "is not the journal that belongs to the checkpoint|ends before the checkpoint")
+        (run / "action_log.bin").write_bytes((tmp_path / "other" / "action_log.bin").read_bytes())
+        self.refused(run, "is not the action log that belongs to the checkpoint|ends before the checkpoint")
 
     def change(self, run: Path, edit: Callable[[dict[str, Any]], None]) -> None:
         file = run / "checkpoints" / "latest" / "checkpoint.json"
@@ -372,15 +377,15 @@ class TestRefusals:
     def test_emulators_that_do_something_else(self, run: Path) -> None:
         # As another version of ale-py might: here with other no-ops at the start of an episode.
         self.change(run, lambda values: values["config"].update(noop_max=3))
-        self.refused(run, "differs from the one of the run|ends other episodes than in the run")
+        self.refused(run, "differs from that of the run|other episodes end than in the run")
 
     def test_another_version_of_ale_py(self, run: Path) -> None:
         self.change(run, lambda values: values["versions"].update({"ale-py": "0.9.9"}))
         self.refused(run, r"made with ale-py 0\.9\.9, .* pip install ale-py==0\.9\.9")
 
-    def test_a_checkpoint_without_a_journal(self, run: Path) -> None:
-        self.change(run, lambda values: (values.update(format=2), values["training"].pop("loop/rows")))
-        self.refused(run, "kept no journal: it can be evaluated, not resumed")
+    def test_a_checkpoint_without_an_action_log(self, run: Path) -> None:
+        self.change(run, lambda values: (values.update(format=2), values["training"].pop("loop/vector_steps")))
+        self.refused(run, "without an action log: it can be evaluated, not resumed")
 
     def test_a_checkpoint_of_a_later_version(self, run: Path) -> None:
         self.change(run, lambda values: values.update(format=99))
@@ -436,18 +441,18 @@ class TestRefusals:
         assert found["replay/checksum"] == wanted["replay/checksum"]
 
 
-def test_a_trimmed_journal_keeps_what_the_checkpoint_before_needs(tmp_path: Path) -> None:
+def test_a_trimmed_action_log_keeps_what_the_checkpoint_before_needs(tmp_path: Path) -> None:
     config = tiny(
         param="standard",
         frames=9000,
-        journal="replay",
+        action_log="replay",
         checkpoint_period=200,
         evaluation_period=10**6,
         max_frames_per_episode=200,
     )
     stopped_run(tmp_path, config, after=270)
     mark = checkpoint.load(tmp_path).training["loop"]
-    history = read_history(tmp_path / "journal.bin", 3, 0, Mark(mark["rows"], mark["journal"]))
+    history = read_history(tmp_path / "action_log.bin", 3, 0, Mark(mark["vector_steps"], mark["action_log"]))
     assert history.first_row > 0  # it was trimmed
     os.truncate(tmp_path / "checkpoints" / "latest" / "training.safetensors", 100)
     resumed, saved = open_for_resume(tmp_path, {"frames": 4400})

@@ -94,7 +94,7 @@ def test_staged_and_host_replays_hold_and_draw_what_the_plain_one_does(
     ages, first = rng.integers(0, 6, num_envs), frames()
     for replay in replays:
         if started_at:
-            replay.start_at(started_at, 2 * started_at, ages, first)
+            replay.restore_at(started_at, 2 * started_at, ages, first)
         else:
             replay.start(first)
     for step in range(steps):
@@ -111,7 +111,7 @@ def test_staged_and_host_replays_hold_and_draw_what_the_plain_one_does(
             assert torch.equal(other.observations(), plain.observations())
         assert torch.equal(host.stage_observations(), plain.observations())
         # After start_at nothing is drawn before the ring is full.
-        whole = not started_at or step >= plain.rows_kept
+        whole = not started_at or step >= plain.num_rows
         if len(plain) == 0 or not whole:
             continue
         expected = parts(plain.sample(6))
@@ -122,9 +122,9 @@ def test_staged_and_host_replays_hold_and_draw_what_the_plain_one_does(
                 assert value.dtype == expected[name].dtype
     for other in (staged, host):
         assert other.checksum() == plain.checksum()
-        assert other.drawable == plain.drawable
-        low, high = plain.drawable
-        if high > low and started_at and steps <= plain.rows_kept:
+        assert other.index_range == plain.index_range
+        low, high = plain.index_range
+        if high > low and started_at and steps <= plain.num_rows:
             continue
         if high > low:
             for name, value in parts(plain.transitions(torch.arange(low, high))).items():

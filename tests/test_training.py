@@ -25,8 +25,9 @@ from wn_rl.config import TrainConfig, from_mapping, load, resolve
 from wn_rl.errors import CheckpointError, NonFiniteLossError, UsageError
 from wn_rl.replay import Minibatch, Replay
 from wn_rl.runs import checkpoint
-from wn_rl.training import Event, TrainingLoop, epsilon_at, owed
+from wn_rl.training import TrainEvent, TrainingLoop, epsilon_at, scheduled_events
 from wn_rl.training.resume import open_for_resume
+from wn_rl.training.schedule import updates_owed
 from wn_rl.training.session import train
 
 TINY = {
@@ -61,18 +62,18 @@ class RecordingDQN(DQN):
 
     def __init__(self, config: TrainConfig, num_actions: int, device: torch.device) -> None:
         super().__init__(config, num_actions, device)
-        self.events: list[tuple[Event, int]] = []
+        self.events: list[tuple[TrainEvent, int]] = []
         self.read: Callable[[], int] = lambda: 0
 
     def update(self, batch: Minibatch) -> None:
-        self.events.append((Event.UPDATE, self.read()))
+        self.events.append((TrainEvent.UPDATE, self.read()))
         self.updates += 1
 
     def copy_target(self) -> None:
-        self.events.append((Event.TARGET_COPY, self.read()))
+        self.events.append((TrainEvent.TARGET_COPY, self.read()))
 
     def initialize(self, observations: torch.Tensor) -> None:
-        self.events.append((Event.INITIALIZE, self.read()))
+        self.events.append((TrainEvent.INITIALIZE, self.read()))
 
 
 @pytest.mark.parametrize(("num_envs", "target_period"), [(1, 30), (3, 30), (16, 30), (16, 3)])
@@ -81,24 +82,24 @@ def test_events_happen_at_the_agent_steps_of_the_schedule(num_envs: int, target_
     env = make_atari("breakout", num_envs, seed=5, max_frames_per_episode=config.max_frames)
     agent = RecordingDQN(config, env.num_actions, torch.device("cpu"))
     replay = Replay(config.replay_capacity, num_envs)
-    agent.read = lambda: replay.drawable[1]
+    agent.read = lambda: replay.index_range[1]
     loop = TrainingLoop(config, env, make_backend(agent, replay), replay)
     loop.start()
-    expected: list[tuple[Event, int]] = []
+    expected: list[tuple[TrainEvent, int]] = []
     resets = 0
     for _ in range(400 // num_envs):
         before = loop.agent_steps
-        assert before == replay.drawable[1]
+        assert before == replay.index_range[1]
         loop.vector_step()
         resets += num_envs - (loop.agent_steps - before)
         for step in range(before + 1, loop.agent_steps + 1):
             # An update sees the transitions of the vector steps before its own, whatever its number.
             if step == 50:
-                expected.append((Event.INITIALIZE, before))
+                expected.append((TrainEvent.INITIALIZE, before))
             if step >= 50 and step % 4 == 0:
-                expected.append((Event.UPDATE, before))
+                expected.append((TrainEvent.UPDATE, before))
             if step >= 50 and step % target_period == 0:
-                expected.append((Event.TARGET_COPY, before))
+                expected.append((TrainEvent.TARGET_COPY, before))
         assert agent.events == expected
     assert resets > 0
     assert len(expected) > 50
@@ -107,22 +108,24 @@ def test_events_happen_at_the_agent_steps_of_the_schedule(num_envs: int, target_
 @given(cuts=st.lists(st.integers(1, 40), max_size=20))
 def test_owed_events_do_not_depend_on_how_the_steps_are_cut_into_vector_steps(cuts: list[int]) -> None:
     config = tiny(learning_starts=17, update_period=4, target_period=10)
-    whole = list(owed(config, 1, sum(cuts)))
+    whole = list(scheduled_events(config, 1, sum(cuts)))
     pieces, first = [], 1
     for cut in cuts:
-        pieces += owed(config, first, first + cut - 1)
+        pieces += scheduled_events(config, first, first + cut - 1)
+        updates = sum(event is TrainEvent.UPDATE for _, event in scheduled_events(config, first, first + cut - 1))
+        assert updates_owed(config, first, first + cut - 1) == updates
         first += cut
     assert pieces == whole
 
 
 def test_owed_events_written_out() -> None:
     config = tiny(learning_starts=8, update_period=4, target_period=6)
-    assert list(owed(config, 1, 16)) == [
-        (8, Event.INITIALIZE),
-        (8, Event.UPDATE),
-        (12, Event.UPDATE),
-        (12, Event.TARGET_COPY),
-        (16, Event.UPDATE),
+    assert list(scheduled_events(config, 1, 16)) == [
+        (8, TrainEvent.INITIALIZE),
+        (8, TrainEvent.UPDATE),
+        (12, TrainEvent.UPDATE),
+        (12, TrainEvent.TARGET_COPY),
+        (16, TrainEvent.UPDATE),
     ]
 
 
@@ -217,7 +220,9 @@ def test_a_run_directory_holds_what_it_promises(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     for key in ("game", "param", "preset", "seed", "frames", "final_evaluation", "best_evaluation", "wall_seconds"):
         assert summary[key] is not None
-    assert summary["updates"] == sum(event is Event.UPDATE for _, event in owed(config, 1, summary["agent_steps"]))
+    assert summary["updates"] == sum(
+        event is TrainEvent.UPDATE for _, event in scheduled_events(config, 1, summary["agent_steps"])
+    )
     assert summary["frames_per_second"] > 0
     assert summary["updates_per_second"] > 0
     assert {"torch", "ale-py", "python"} <= summary["versions"].keys()

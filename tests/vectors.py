@@ -1,4 +1,4 @@
-"""Which tests need the compiled passes, and so a compiler and a processor with vectors of 512 bits."""
+"""Which tests need the compiled passes, and so a compiler and, for bfloat16, a processor with AVX512-BF16."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def needs_passes(precision: str) -> pytest.MarkDecorator:
     library = loader.load()
     return pytest.mark.skipif(
         isinstance(library, str) or not loader.supports(library, getattr(torch, precision)),
-        reason=f"no compiler, or no vectors of 512 bits for {precision}",
+        reason=f"no compiler, or no vectors for {precision}",
     )

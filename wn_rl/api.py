@@ -26,6 +26,7 @@ from wn_rl.evaluation.episodes import environment_options
 from wn_rl.layout import import_agent
 from wn_rl.machine import pick_device
 from wn_rl.networks import Network
+from wn_rl.output import notice
 from wn_rl.runs.directory import new_directory
 from wn_rl.training.resume import open_for_resume
 from wn_rl.training.run import MakeAgent
@@ -33,15 +34,15 @@ from wn_rl.training.session import train as train_run
 
 
 class Policy:
-    """A trained network that plays.
+    """A trained network as a policy.
 
     Attributes:
-        trained: the network with its game, its configuration and where it comes from.
-        device: where it computes, in float32.
+        trained: the network with its game, its configuration and its source.
+        device: where it is computed, in float32.
     """
 
     def __init__(self, trained: policies.Trained, device: str | torch.device = "cpu") -> None:
-        """Play with what :func:`wn_rl.evaluation.policies.load` returned."""
+        """Wrap the result of :func:`wn_rl.evaluation.policies.load`."""
         self.trained = trained
         self.device = torch.device(device)
         self.trained.network.to(self.device).eval()
@@ -96,14 +97,14 @@ class Policy:
 
         Args:
             observation: as :meth:`q_values` takes it.
-            epsilon: probability of a random action; 0: always the action of the highest Q-value.
-            generator: draws the random actions; None: a new one each time.
+            epsilon: probability of a random action; 0: always the action with the highest Q-value.
+            generator: of the random actions; None: a new one each time.
 
         Returns:
             int64, shape () or (N,).
 
         Raises:
-            UsageError: the observation has another shape or dtype, or ``epsilon`` is no probability.
+            UsageError: the observation has another shape or dtype, or ``epsilon`` is not a probability.
         """
         if not 0.0 <= epsilon <= 1.0:
             raise UsageError(f"epsilon is a probability from 0 to 1, not {epsilon}")
@@ -168,26 +169,33 @@ def train(
 
     Args:
         config: a configuration, the name of a preset, or a YAML file; None: ``paper``, or the preset of ``keys``.
-        agent: (configuration, number of actions, device) → agent; None: :class:`agents.dqn.DQN`. A subclass will do.
-        resume: go on with the run in ``run_dir``, exactly, instead of starting one.
+        agent: (configuration, number of actions, device) → agent; None: :class:`agents.dqn.DQN`. May be a subclass.
+        resume: resume the run in ``run_dir``, exactly, instead of starting one.
         quiet: print nothing but errors.
         keys: configuration keys, over ``config``: ``game="Breakout", param="wn", frames=2_000_000``; ``run_dir`` says
-            where to, ``network`` may be a class, and ``module:Name`` in ``network`` is imported.
+            where to, ``network`` and ``backend`` may be classes, and ``module:Name`` in one of them is imported.
 
     Raises:
-        UsageError: an unknown key or preset, or a value that makes no sense.
+        UsageError: an unknown key or preset, or an invalid value.
         WnRlError: the run failed; everything saved before is kept.
         KeyboardInterrupt: it was interrupted; it can be resumed.
         SystemExit: SIGTERM ended it; it can be resumed.
     """
-    known = {entry.name for entry in fields(TrainConfig)}
+    keys, renamed = configuration.current(keys)
+    if renamed and not quiet:
+        notice(renamed)
+    known = {field.name for field in fields(TrainConfig)}
     for key in keys:
         if key not in known:
-            raise UsageError(f"unknown configuration key '{key}'.{closest(key, known)}")
+            raise UsageError(f"unknown configuration key '{key}'.{configuration.suggestion(key, known)}")
     if isinstance(keys.get("run_dir"), Path):
         keys["run_dir"] = str(keys["run_dir"])
     if "network" in keys:
         keys["network"] = _registered(keys["network"])
+    if isinstance(keys.get("backend"), type):
+        keys["backend"] = keys["backend"].name
+    elif ":" in str(keys.get("backend", "")):
+        import_agent("backends").load(keys["backend"])
     keys = {key: configuration.coerce(key, value) for key, value in keys.items()}
     make_agent: MakeAgent = agent or import_agent("dqn").DQN
     if resume:
@@ -253,13 +261,13 @@ def evaluate(
     network: str | type[Network] | None = None,
     **settings: Any,  # noqa: ANN401 - of the protocol
 ) -> scoring.Score:
-    """Play a trained network under a named protocol and return its score.
+    """Evaluate a trained network under a named protocol and return its score.
 
     Args:
         source: as for :func:`load`.
         protocol: ``paper``, ``nature``, ``machado`` or ``training`` (docs/evaluation.md).
         seed: of the emulators and of the random actions.
-        num_envs: emulators that play at a time; 0 chooses.
+        num_envs: parallel emulators; 0: chosen automatically.
         device: ``auto``, ``cpu`` or ``cuda``.
         num_threads: of the arithmetic on a CPU; 0: all cores.
         game: that a Stable-Baselines3 file was trained on.

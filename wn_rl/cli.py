@@ -1,4 +1,4 @@
-"""Command lines: flags from dataclasses, one clear line for an error, the exit code that belongs to it."""
+"""Command lines: flags from dataclasses, one clear line for an error, and its exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wn_rl.errors import UsageError, WnRlError, one_line
 from wn_rl.output import forget, make_standard_streams_readable
 
 LONGEST_MESSAGE = 600
-"""Letters of an error line; the middle of a longer one is left out."""
+"""Most letters of an error line; the middle of a longer one is left out."""
 
 _Arguments = TypeVar("_Arguments")
 
@@ -45,6 +45,7 @@ def parse(
     *,
     default: _Arguments | None = None,
     description: str | None = None,
+    suggest: Callable[[str], str] = lambda name: "",
 ) -> _Arguments:
     """Parse ``arguments`` into the dataclass ``kind``; ``--help`` prints and exits.
 
@@ -53,6 +54,8 @@ def parse(
         arguments: without the program's name.
         default: values of flags that are not given.
         description: above the flags in ``--help``; default: the dataclass's docstring.
+        suggest: returns `` Did you mean …?`` for an unknown flag that it knows, given without dashes and with
+            underscores, or an empty text.
 
     Raises:
         UsageError: an unknown flag, or a value of the wrong type.
@@ -64,7 +67,7 @@ def parse(
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
         shown = [name for name, hint in hints.items() if tyro.conf.Suppress not in getattr(hint, "__metadata__", ())]
-        _check_flags([f"--{name.replace('_', '-')}" for name in shown], arguments)
+        _check_flags([f"--{name.replace('_', '-')}" for name in shown], arguments, suggest)
     with _wide_and_captured() as captured:
         try:
             parsed: _Arguments = tyro.cli(kind, args=list(arguments), description=description, config=config, **options)
@@ -74,7 +77,7 @@ def parse(
     raise UsageError(_first_sentence(captured.getvalue()))
 
 
-def _check_flags(known: Sequence[str], arguments: Sequence[str]) -> None:
+def _check_flags(known: Sequence[str], arguments: Sequence[str], suggest: Callable[[str], str]) -> None:
     for word in arguments:
         if not word.startswith("--"):
             continue
@@ -82,13 +85,13 @@ def _check_flags(known: Sequence[str], arguments: Sequence[str]) -> None:
         if flag not in known:
             near = difflib.get_close_matches(flag, known, n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else " --help lists the flags."
-            raise UsageError(f"unknown flag {flag}.{hint}")
+            raise UsageError(f"unknown flag {flag}.{suggest(flag[2:].replace('-', '_')) or hint}")
 
 
 def _first_sentence(box: str) -> str:
-    """Fold tyro's message into one line, without its title, its list of attempts and its help excerpt.
+    """Return tyro's message on one line, without its title, its list of attempts and its help excerpt.
 
-    It stands between the first rule (the box's upper edge, or the line below the title where the output is not
+    It is between the first rule (the box's upper edge, or the line below the title where the output is not
     Unicode) and the next.
     """
     lines: list[str] = []
@@ -105,7 +108,7 @@ def _first_sentence(box: str) -> str:
 
 
 def given_flags(arguments: Sequence[str]) -> set[str]:
-    """Return the names of the flags that stand in ``arguments``, as field names."""
+    """Return the names of the flags in ``arguments``, as field names."""
     return {word[2:].split("=", 1)[0].replace("-", "_") for word in arguments if word.startswith("--")}
 
 
@@ -113,7 +116,7 @@ def take_option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[s
     """Take ``flag VALUE`` or ``flag=VALUE`` out of ``arguments``: (the last value or None, the rest).
 
     Raises:
-        UsageError: the flag stands without a value.
+        UsageError: the flag has no value.
     """
     value: str | None = None
     rest: list[str] = []
@@ -130,13 +133,13 @@ def take_option(arguments: Sequence[str], flag: str) -> tuple[str | None, list[s
 
 
 def take_switch(arguments: Sequence[str], flag: str) -> tuple[bool, list[str]]:
-    """Take ``flag``, which has no value, out of ``arguments``: (whether it stood there, the rest)."""
+    """Take ``flag``, which has no value, out of ``arguments``: (whether it was there, the rest)."""
     rest = [word for word in arguments if word != flag]
     return len(rest) < len(arguments), rest
 
 
 def fill_switch(arguments: Sequence[str], flag: str) -> list[str]:
-    """Return ``arguments`` with ``flag`` as ``flag=True`` where it stands without ``True`` or ``False`` behind it."""
+    """Return ``arguments`` with ``flag`` as ``flag=True`` if no ``True`` or ``False`` follows it."""
     words = [*arguments, ""]
     return [
         f"{flag}=True" if word == flag and following not in ("True", "False") else word
@@ -146,7 +149,7 @@ def fill_switch(arguments: Sequence[str], flag: str) -> list[str]:
 
 def complain(message: str) -> None:
     """Print one error line on standard error."""
-    if len(message) > LONGEST_MESSAGE:  # somebody's megabyte of a flag must not hide what is wrong with it
+    if len(message) > LONGEST_MESSAGE:  # a flag of a megabyte must not hide what is wrong with it
         message = f"{message[: LONGEST_MESSAGE // 2]} … {message[-LONGEST_MESSAGE // 2 :]}"
     print(
         "error:",
@@ -156,7 +159,7 @@ def complain(message: str) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a script's ``main`` on the command line and exit; an error that a user can mend is one line on stderr."""
+    """Run a script's ``main`` on the command line and exit; an error that a user can fix is one line on stderr."""
     make_standard_streams_readable()
     try:
         code = main(sys.argv[1:])
@@ -167,11 +170,11 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        # The reader of our output went away; there is nobody left to tell.
+        # The reader of our output went away.
         forget(sys.stdout)
         code = 1
     except OSError as error:
-        # A path that the system refuses, say one that is too long or may not be looked at.
+        # A path that the system refuses, e.g. too long or without permission.
         complain(f"{error.filename or 'a file'}: {error.strerror or error}")
         code = 1
     sys.exit(code)

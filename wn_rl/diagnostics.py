@@ -148,13 +148,13 @@ def _direction(layer: nn.Module) -> Tensor | None:
         return None
     slot = layer.parametrizations["weight"]  # type: ignore[index]
     assert isinstance(slot, parametrize.ParametrizationList)
-    computes = slot[0]
-    if isinstance(computes, WeightNormalized):
+    parametrization = slot[0]
+    if isinstance(parametrization, WeightNormalized):
         return direction_and_scale(layer)[0]
     v: object = None
-    if isinstance(computes, Projected):
-        v = slot.original1 if computes.has_scale else slot.original
-    elif isinstance(computes, SpectralNormalized):
+    if isinstance(parametrization, Projected):
+        v = slot.original1 if parametrization.has_scale else slot.original
+    elif isinstance(parametrization, SpectralNormalized):
         v = slot.original
     return v if isinstance(v, Tensor) else None
 
@@ -165,11 +165,11 @@ def _scale(layer: nn.Module) -> Tensor | None:
     if parametrize.is_parametrized(layer, "weight"):
         slot = layer.parametrizations["weight"]  # type: ignore[index]
         assert isinstance(slot, parametrize.ParametrizationList)
-        computes = slot[0]
-        if isinstance(computes, WeightNormalized):
+        parametrization = slot[0]
+        if isinstance(parametrization, WeightNormalized):
             g = direction_and_scale(layer)[1]
-            g = g.exp() if computes.exponential else g
-        elif isinstance(computes, Projected) and computes.has_scale:
+            g = g.exp() if parametrization.exponential else g
+        elif isinstance(parametrization, Projected) and parametrization.has_scale:
             g = slot.original0
     return g if isinstance(g, Tensor) else None
 
@@ -356,9 +356,9 @@ def batch_noise(network: nn.Module, states: Tensor, minibatches: Sequence[Tensor
     it. The states are put before each minibatch in turn and their Q-values compared. Every forward pass starts from the
     same buffers.
 
-    The result is 0 for an entry whose outputs do not depend on the minibatch: the states always lie at the same
-    positions of a batch of the same size, where equal inputs give bitwise equal outputs. A library that rounds by the
-    values around would show here as it would in training.
+    The result is 0 for a parameterization whose outputs do not depend on the minibatch: the states are always at the
+    same positions of a batch of the same size, where equal inputs give bit-exact outputs. A library whose rounding
+    depends on the other examples would show here as it would in training.
 
     Args:
         network: gives Q-values, shape (B, actions).

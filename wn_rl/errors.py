@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each is one clear line and carries its exit code."""
+"""Errors that a user can fix: each is one clear line and has its exit code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class WnRlError(Exception):
-    """Something went wrong that one line can explain; scripts exit with ``exit_code``."""
+    """An error that one line can explain; scripts exit with ``exit_code``."""
 
     exit_code = 1
 
@@ -29,11 +29,11 @@ class CheckpointError(WnRlError):
 
 
 class OtherVersionError(CheckpointError):
-    """A checkpoint is whole, and of a version of this project that this one does not read (exit code 1)."""
+    """A checkpoint is intact, but of a version of this project that this one does not read (exit code 1)."""
 
 
 class NonFiniteLossError(WnRlError):
-    """The loss became NaN or infinite; the last good checkpoint is left as it was (exit code 1)."""
+    """The loss became NaN or infinite; the last good checkpoint is kept (exit code 1)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Failure:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's message with every line break and run of spaces folded into one space."""
+    """Return an exception's message on one line, with single spaces."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,7 +1,7 @@
-"""Where the parts of the project lie: in a checkout beside this package, where it is installed inside it.
+"""Where the parts of the project are: beside this package in a checkout, inside it in an installation.
 
 ``pip install`` puts the checkout's ``agents`` and ``configs`` into this package, as ``wn_rl.agents`` and
-``wn_rl.configs``, since a top-level package called ``agents`` would hide somebody else's, or be hidden by it.
+``wn_rl.configs``, since a top-level package called ``agents`` could hide another one of this name, or be hidden by it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STARTED_AS = re.compile(r"(wn-rl|python -m wn_rl) \w+")
 def import_agent(name: str) -> ModuleType:
     """Import a module of ``agents`` and return it.
 
-    This package imports no agent of its own accord: which one is trained is chosen at run time, by the command.
+    This package does not import agents by itself: the command chooses one at run time.
 
     Args:
         name: inside ``agents``, e.g. ``dqn``.
@@ -42,7 +42,7 @@ def _agents() -> str:
         return "wn_rl.agents"
     try:
         found = importlib.util.find_spec("agents")
-    except ValueError:  # a module that somebody made by hand
+    except ValueError:  # a module without a spec
         found = None
     origin = None if found is None else found.origin
     if origin is not None and Path(origin).resolve().parent == CHECKOUT / "agents":
@@ -56,7 +56,7 @@ def _agents() -> str:
 
 
 def command(name: str) -> str:
-    """Return what a user types for the command ``train`` or ``evaluate``, in the way that this program was started."""
+    """Return how a user types the command ``train`` or ``evaluate``, in the way that this program was started."""
     if started := _STARTED_AS.fullmatch(sys.argv[0]):
         return f"{started[1]} {name}"
     return f"wn-rl {name}" if CHECKOUT is None else f"python {name}.py"

@@ -1,4 +1,4 @@
-"""What this machine has: device, precision, memory, and how to use its memory well."""
+"""Properties of this machine: device, precision, memory, and settings that use its memory well."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wn_rl.errors import UsageError, WnRlError
 LIBRARY_BYTES = 800_000_000
 """Host memory of a run before its own data: Python, torch, ale-py (a run of `quick` was seen to take 1.1 GB)."""
 CONTEXT_BYTES = 600_000_000
-"""GPU memory that CUDA and its libraries take."""
+"""GPU memory of CUDA and its libraries."""
 EMULATOR_BYTES = 1_600_000
 """Host memory of one emulator (16 took 29 MB, 256 took 400 MB)."""
 TRANSITION_BYTES = 700_000
@@ -30,16 +30,16 @@ gradients (measured: 490 kB in float32, without the gathering)."""
 INIT_SAMPLE_BYTES = 400_000
 """Memory of one observation in the data-dependent initialization (measured: 275 kB, without the gathering)."""
 WORTH_COMPILING = 500_000
-"""Parameters from which a compiled optimizer step pays for its compilation."""
+"""Number of parameters from which a compiled optimizer step is worth its compilation."""
 WORTH_COMPILING_FRAMES = 20_000_000
-"""Frames from which a run on a GPU has its update compiled, which takes as long as some million frames do there."""
+"""Frames from which a run on a GPU compiles its update, which takes as long as about a million frames there."""
 MOST_ENVS = {"cpu": 64, "cuda": 512}
-"""Emulators that ``num_envs: auto`` chooses at most."""
+"""Most emulators that ``num_envs: auto`` chooses."""
 ENVS_PER_CORE = {"cpu": 8, "cuda": 16}
-"""Emulators that ``num_envs: auto`` chooses for a core: enough that the emulators' threads seldom wait for the slowest,
-and on a GPU that the wait for its actions, which hardly grows with N, is short beside a step."""
+"""Emulators per core that ``num_envs: auto`` chooses: enough that the emulators' threads rarely wait for the slowest,
+and on a GPU that the wait for its actions, which hardly grows with N, is short compared with a step."""
 COPIES_OF_WEIGHTS = 8
-"""Network, target, gradient, two of the optimizer, and what is being saved."""
+"""Network, target network, gradient, two moments, and copies while a checkpoint is written."""
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """Features of a processor, in Linux's words, that decide how fast each precision is."""
 
@@ -47,7 +47,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated on ``device``; None where the system does not tell."""
+    """Return the bytes that can still be allocated on ``device``; None if the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     known = [value for value in (_meminfo(), _cgroup()) if value is not None]
@@ -73,7 +73,7 @@ def _cgroup() -> int | None:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The bytes that a run will take at most, by the configuration key that sets them."""
+    """The most bytes that a run will need, by the configuration key on which they depend."""
 
     on_device: dict[str, int]
     on_host: dict[str, int]
@@ -96,7 +96,7 @@ def plan_memory(config: TrainConfig, replay_bytes: int, parameters: int) -> Memo
     Args:
         config: of the run.
         replay_bytes: of its replay.
-        parameters: of its network, about.
+        parameters: approximate number of its network.
     """
     on_device = {
         "replay_capacity": replay_bytes,
@@ -112,7 +112,7 @@ def plan_memory(config: TrainConfig, replay_bytes: int, parameters: int) -> Memo
 
 
 def place_replay(plan: MemoryPlan, free: int | None) -> MemoryPlan:
-    """Return the plan of a run on a GPU with the replay in host memory, if it alone is too much for the GPU.
+    """Return the plan of a run on a GPU with the replay in host memory, if only the replay does not fit on the GPU.
 
     Args:
         plan: with the replay on the device.
@@ -127,10 +127,10 @@ def place_replay(plan: MemoryPlan, free: int | None) -> MemoryPlan:
 
 
 def check_memory(config: TrainConfig, plan: MemoryPlan, device: torch.device) -> None:
-    """Refuse a run that does not fit.
+    """Refuse a run that does not fit in memory.
 
     Raises:
-        WnRlError: it needs more than is free; the message names the key that takes most, and what would fit.
+        WnRlError: it needs more than is free; the message names the key that needs most, and what would fit.
     """
     if device.type == "cuda":
         _check_fits(config, plan.on_device, device, CONTEXT_BYTES)
@@ -148,8 +148,8 @@ def _check_fits(config: TrainConfig, needs: dict[str, int], device: torch.device
     whole = sum(needs.values()) + fixed
     room = free - whole + needs[key]
     told = (
-        f"this run needs {amount(whole)} of memory on {device.type}, and {amount(free)} are free; its largest need is "
-        f"{amount(needs[key])} for {key} {value:,}, beside {amount(fixed)} for Python and its libraries"
+        f"this run needs {amount(whole)} of memory on {device.type}, and {amount(free)} are free; its largest part is "
+        f"{amount(needs[key])} for {key} {value:,}, and {amount(fixed)} are for Python and its libraries"
     )
     if room <= 0:
         raise WnRlError(f"{told}: no {key} would fit; free some memory, or wait until it is free")
@@ -158,7 +158,7 @@ def _check_fits(config: TrainConfig, needs: dict[str, int], device: torch.device
 
 
 def amount(size: float) -> str:
-    """Return so many bytes in the unit that shows them: ``7.1 GB``, ``12.8 MB``, ``400 kB``."""
+    """Return a number of bytes in a readable unit: ``7.1 GB``, ``12.8 MB``, ``400 kB``."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size >= 0.95 * scale:
             return f"{size / scale:.1f} {unit}"
@@ -169,7 +169,7 @@ def pick_device(wanted: str) -> Literal["cpu", "cuda"]:
     """Return the device that ``auto``, ``cpu`` or ``cuda`` means here.
 
     Raises:
-        UsageError: a GPU was asked for and there is none.
+        UsageError: a GPU was requested and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU here; use --device cpu or auto")
@@ -193,7 +193,7 @@ def resolve_device(config: TrainConfig) -> TrainConfig:
     num_envs = choose_num_envs(config, cores(), device) if is_auto(config.num_envs) else config.num_envs
     compiles = _resolve_compile(config, device)
     resolved = replace(config, device=device, precision=precision, compile=compiles, num_envs=num_envs)
-    validate(resolved)  # what auto stood for must fit the other keys
+    validate(resolved)  # the values of auto must fit the other keys
     return resolved
 
 
@@ -217,9 +217,9 @@ def _computes_in_bfloat16(device: str) -> bool:
 
 
 def choose_num_envs(config: TrainConfig, usable_cores: int, device: Literal["cpu", "cuda"]) -> int:
-    """Return what ``num_envs: auto`` stands for: :data:`ENVS_PER_CORE`, at most :data:`MOST_ENVS`.
+    """Return the value of ``num_envs: auto``: :data:`ENVS_PER_CORE` for each core, at most :data:`MOST_ENVS`.
 
-    Fewer where the replay or the random play before the first update would be shorter than one vector step.
+    Fewer if the replay or the random play before the first update would be shorter than one vector step.
 
     Args:
         config: its replay and ``learning_starts``.
@@ -231,7 +231,7 @@ def choose_num_envs(config: TrainConfig, usable_cores: int, device: Literal["cpu
 
 
 def describe_num_envs(config: TrainConfig) -> str:
-    """Return in one line what ``num_envs: auto`` chose and from what; ``config`` is resolved."""
+    """Return one line on what ``num_envs: auto`` chose and why; ``config`` is resolved."""
     each, most = ENVS_PER_CORE[config.device], MOST_ENVS[config.device]
     return (
         f"num_envs auto: {config.num_envs} emulators, since there are {cores()} cores ({each} a core with the network "
@@ -240,9 +240,9 @@ def describe_num_envs(config: TrainConfig) -> str:
 
 
 def set_float32_precision(precision: str) -> None:
-    """Let GPUs round the factors of float32 products to TF32 where ``precision`` is ``tf32``, and nowhere else.
+    """Allow TF32 on GPUs if ``precision`` is ``tf32``, and only then.
 
-    By default torch lets convolutions do so and products of matrices not. The setting is the process's.
+    By default torch allows it in convolutions and not in matrix products. The setting is global in the process.
     """
     with warnings.catch_warnings():
         # Some versions from torch 2.9 on, on a CPU too, advise another way of setting it, which 2.8 does not have.
@@ -266,7 +266,7 @@ def _resolve_compile(config: TrainConfig, device: str) -> Literal["on", "off"]:
 
 
 def _found(variable: str, *commands: str) -> bool:
-    """Return whether there is one of the compilers, or the one that the environment names."""
+    """Return whether one of the compilers, or the one that the environment names, is installed."""
     return any(shutil.which(name) for name in (os.environ.get(variable, ""), *commands) if name)
 
 
@@ -306,8 +306,8 @@ def _busy_and_all() -> tuple[int, int]:
 def keep_freed_memory() -> bool:
     """Let glibc keep large freed blocks for the next allocation; returns whether this C library can.
 
-    By default it hands them back to the kernel, and the page faults of fetching them anew, hundreds of times an update,
-    were seen to cost a fifth to a third of an update on a CPU.
+    By default it returns them to the kernel, and the page faults of allocating them again, hundreds of times an update,
+    took a fifth to a third of an update on a CPU in measurements.
     """
     largest_block, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
     try:
@@ -318,7 +318,7 @@ def keep_freed_memory() -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the hardware calls itself, for a report."""
+    """Return the name of the hardware, for a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpuinfo('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores"

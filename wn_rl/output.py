@@ -1,11 +1,12 @@
-"""Printing that never costs a run: what an output cannot encode is replaced, and one that went away is forgotten."""
+"""Output that cannot end a run: letters that the encoding lacks are replaced, a closed output is ignored."""
 
 from __future__ import annotations
 
 import codecs
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 _READABLE = "wn_rl.readable"
@@ -32,7 +33,7 @@ _IN_ASCII = {
     "‘": "'",
     "’": "'",
 }
-"""What stands for a letter where the output has none; for others a question mark does."""
+"""Replacements for letters that the output cannot encode; others become a question mark."""
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
@@ -45,7 +46,7 @@ codecs.register_error(_READABLE, _replace)
 
 
 def readable(stream: TextIO) -> TextIO:
-    """Let ``stream`` replace what its encoding has no letter for, instead of raising; returns it."""
+    """Let ``stream`` replace letters that its encoding lacks, instead of raising; returns it."""
     if hasattr(stream, "reconfigure"):
         with suppress(ValueError, OSError):  # closed, or detached
             stream.reconfigure(errors=_READABLE)
@@ -53,7 +54,7 @@ def readable(stream: TextIO) -> TextIO:
 
 
 def forget(stream: TextIO) -> None:
-    """Let what is still to be printed to ``stream``, whose reader has gone, go nowhere."""
+    """Discard everything that is still printed to ``stream``, whose reader has gone away."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -64,3 +65,25 @@ def make_standard_streams_readable() -> None:
     """Apply :func:`readable` to standard output and standard error."""
     for stream in (sys.stdout, sys.stderr):
         readable(stream)
+
+
+_noticed: set[str] | None = set()
+"""Notices that were printed already; None: none are printed."""
+
+
+@contextmanager
+def notices(*, shown: bool) -> Iterator[None]:
+    """Print each notice of one command once, or with ``shown=False`` none."""
+    global _noticed
+    before, _noticed = _noticed, set() if shown else None
+    try:
+        yield
+    finally:
+        _noticed = before
+
+
+def notice(line: str) -> None:
+    """Print ``note: LINE`` on standard error, the same line once; something works, and the user should know more."""
+    if _noticed is not None and line not in _noticed:
+        _noticed.add(line)
+        print(f"note: {line}", file=sys.stderr)

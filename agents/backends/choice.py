@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 from wn_rl.atari.env import FULL_ACTION_SET, minimal_actions
 from wn_rl.config import BackendName, TrainConfig
@@ -16,9 +16,9 @@ from wn_rl.replay import Replay
 from wn_rl.training import Agent
 from wn_rl.training.run import MakeAgent
 
-from . import make_backend, timing_cache
+from . import kind_of, make_backend, timing, timing_cache
 from .interface import Backend
-from .timing import Candidate, Measured, measure
+from .timing import Candidate, Measured
 
 LOWERED_FOR = 1.15
 """So many times as many updates a second must a less exact precision bring to be taken."""
@@ -42,7 +42,7 @@ class Choice:
         note: to be added to that line.
     """
 
-    backend: Literal["auto"] | BackendName
+    backend: BackendName
     precision: Precision
     reason: str = ""
     note: str = ""
@@ -67,7 +67,7 @@ def choose(
     *,
     precisions: Sequence[Precision],
     updates: int,
-    measure: Measure = measure,
+    measure: Measure | None = None,
     cached: bool = True,
 ) -> Choice:
     """Return what a run takes where its configuration leaves the backend or the precision open.
@@ -80,9 +80,11 @@ def choose(
         make_agent: (configuration, number of actions, device) → agent.
         precisions: that may be taken, the most exact first, see :func:`wn_rl.machine.precisions`.
         updates: that the run still owes.
-        measure: times the candidates.
+        measure: times the candidates; None: :func:`agents.backends.timing.measure`.
         cached: whether times that were taken before will do, and these are kept.
     """
+    if config.backend != "auto":
+        kind_of(config.backend)
     as_it_is = Choice(config.backend, precisions[0])
     if config.device != "cpu" or (config.backend != "auto" and len(precisions) == 1):
         return as_it_is
@@ -90,8 +92,9 @@ def choose(
         stays = f" and {precisions[0]} stays" if len(precisions) > 1 else ""
         return replace(as_it_is, note=f"; nothing is timed for {updates:,} updates{stays}")
     measured, before = _measured(config, make_agent, precisions, measure, cached=cached)
-    if not measured.candidates:  # make_backend says why
-        return as_it_is
+    if not measured.candidates:
+        failed = f"; nothing could be timed: {next(iter(measured.problems.values()))}" if measured.problems else ""
+        return replace(as_it_is, note=failed)
     if not measured.seconds:
         (only,) = measured.candidates
         return replace(as_it_is, precision=only.precision)
@@ -107,7 +110,7 @@ def choose_for_all(
     make_agent: MakeAgent,
     *,
     precisions: Sequence[Precision],
-    measure: Measure = measure,
+    measure: Measure | None = None,
     cached: bool = True,
 ) -> Choice:
     """Return one choice for several configurations that will be compared: one arithmetic for all.
@@ -148,14 +151,19 @@ def choose_for_all(
 
 
 def _measured(
-    config: TrainConfig, make_agent: MakeAgent, precisions: Sequence[Precision], measure: Measure, *, cached: bool
+    config: TrainConfig,
+    make_agent: MakeAgent,
+    precisions: Sequence[Precision],
+    measure: Measure | None,
+    *,
+    cached: bool,
 ) -> tuple[Measured, bool]:
     """Return what is known of the candidates, and whether it was known before."""
     num_actions = FULL_ACTION_SET if config.full_action_set else minimal_actions(config.game)
     key = timing_cache.key_of(config, make_agent, num_actions, precisions) if cached else None
     if key is not None and (known := timing_cache.read(key)):
         return Measured(tuple(known), known, {}, 0.0), True
-    measured = measure(config, make_agent, num_actions, precisions)
+    measured = (measure or timing.measure)(config, make_agent, num_actions, precisions)
     if key is not None and measured.seconds and not measured.busy:
         timing_cache.write(key, measured.seconds)
     return measured, False

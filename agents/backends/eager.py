@@ -1,4 +1,4 @@
-"""The reference: the agent's own methods, on minibatches from the replay, with gradients by autograd."""
+"""The reference backend: the agent's own methods on minibatches from the replay, with gradients by autograd."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from wn_rl.training import Agent
 
 from ..dqn import DQN
 from ..optimizers import CompiledAdamax
-from .interface import Backend
+from .interface import Backend, register
 
 
+@register("eager")
 class Eager(Backend):
-    """Calls the agent's methods, whatever they are; any agent will do.
+    """Calls the agent's methods; supports every agent.
 
-    With ``compile: on``, on a CPU, adamax's step is one pass that torch compiles.
+    With ``compile: on``, on a CPU, adamax's step is compiled by torch.compile.
     """
-
-    name = "eager"
 
     def __init__(self, agent: Agent, replay: Replay) -> None:
         """Join the two."""
         super().__init__(agent, replay)
         if isinstance(agent, DQN) and agent.config.compile == "on" and CompiledAdamax.replaces(agent.optimizer):
             agent.optimizer = CompiledAdamax.like(agent.optimizer)
-            self.detail = "adamax compiled by torch"
+            self.detail = "adamax compiled by torch.compile"
 
     @classmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:

@@ -1,4 +1,4 @@
-"""What a backend does for an agent: the one interface between the training loop and the code that computes."""
+"""The interface of a backend, between the training loop and the code that computes."""
 
 from __future__ import annotations
 
@@ -14,57 +14,58 @@ from torch import Tensor
 from wn_rl import diagnostics
 from wn_rl.config import BackendName
 from wn_rl.networks import Network
+from wn_rl.parameterizations.registry import Registry
 from wn_rl.replay import Replay
 from wn_rl.training import Agent, Statistics
 
 
 class Backend(ABC):
-    """Carries out the work of one agent on one replay: acting, updating, copying the target.
+    """Does the computations of one agent on one replay: acting, updates, target copies.
 
-    An agent defines an algorithm and no more; how its work is done belongs here. Every backend computes what
-    ``eager`` computes on the same minibatches, but for rounding, and refuses what it does not support
-    (:meth:`unsupported`). A backend may give the agent another optimizer, with the same state dict.
+    An agent defines the algorithm; how it is computed belongs here. Every backend computes what ``eager`` computes on
+    the same minibatches, up to rounding, and says what it does not support (:meth:`unsupported`). A backend may give
+    the agent another optimizer, with the same state dict.
 
     Attributes:
-        name: as ``--backend`` takes it.
-        agent: whose work it does.
-        replay: from which it draws.
-        detail: how it computes, in a few words, for the line that says what was chosen; may be empty.
+        name: its value of ``--backend``.
+        agent: the agent.
+        replay: from which it samples.
+        detail: a few words on how it computes, for the line that reports the choice; may be empty.
         reason: why it was chosen.
     """
 
     name: ClassVar[BackendName]
 
     def __init__(self, agent: Agent, replay: Replay) -> None:
-        """Join agent and replay, for which :meth:`unsupported` has nothing against."""
+        """Join agent and replay, which :meth:`unsupported` must have accepted."""
         self.agent = agent
         self.replay = replay
         self.detail = ""
         self.reason = ""
-        self._watching = False
-        self._watched: dict[str, float] = {}
+        self._measuring = False
+        self._measured: dict[str, float] = {}
 
     @classmethod
     @abstractmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:
-        """Return why this backend cannot carry out the work of ``agent``; an empty text if it can."""
+        """Return why this backend does not support ``agent``; an empty text if it does."""
 
     @abstractmethod
     def act(self, epsilon: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return ε-greedy actions for the newest observation of each emulator, shape (N,), with ε of each.
 
-        The one wait for the device in a vector step.
+        The only synchronization with the device in a vector step.
 
         Raises:
-            NonFiniteLossError: an update before this call had a loss that is not finite, and it is only known now.
+            NonFiniteLossError: the loss of an earlier update was not finite, which is only known now.
         """
 
     @abstractmethod
     def make_updates(self, count: int) -> None:
-        """Make ``count`` ≥ 1 updates one after the other, each on a minibatch of its own, and count them.
+        """Make ``count`` ≥ 1 updates in sequence, each on its own minibatch, and count them.
 
         Raises:
-            NonFiniteLossError: the loss of one is not finite, and it is known at once.
+            NonFiniteLossError: the loss of one is not finite, if that is known at once.
         """
 
     def q_values(self, observations: Tensor) -> Tensor:
@@ -72,18 +73,18 @@ class Backend(ABC):
         return self.agent.q_values(observations)
 
     def update(self, count: int = 1) -> None:
-        """Make ``count`` updates; the first is measured if :meth:`watch_next_update` asked for it."""
-        if count and self._watching:
+        """Make ``count`` updates; the first is measured if :meth:`measure_next_update` asked for it."""
+        if count and self._measuring:
             before = diagnostics.weights(self.agent.q_network)
-            self.watched_update()
-            self._watched = diagnostics.effective_learning_rate_tags(before, self.agent.q_network)
-            self._watching = False
+            self.measured_update()
+            self._measured = diagnostics.effective_learning_rate_tags(before, self.agent.q_network)
+            self._measuring = False
             count -= 1
         if count:
             self.make_updates(count)
 
-    def watched_update(self) -> None:
-        """Make the one update that is measured."""
+    def measured_update(self) -> None:
+        """Make the update that is measured."""
         self.make_updates(1)
 
     def initialize(self, observations: Tensor) -> None:
@@ -94,7 +95,7 @@ class Backend(ABC):
         """Copy the Q-network to the target network."""
         self.agent.copy_target()
 
-    # --- what is reported ----------------------------------------------------------------------------------------
+    # --- reports -------------------------------------------------------------------------------------------------
 
     def is_finite(self) -> bool:
         """Return whether every weight is a finite number; waits for the device."""
@@ -111,7 +112,7 @@ class Backend(ABC):
         return self.agent.updates
 
     def read_statistics(self) -> Statistics:
-        """Return the means since the last reading and start anew; waits for the device."""
+        """Return the means since the last reading and reset them; waits for the device."""
         return self.agent.read_statistics()
 
     def gradient_norm(self) -> float:
@@ -120,31 +121,31 @@ class Backend(ABC):
         return self.agent.gradient_norm()
 
     def write_gradients(self) -> None:  # noqa: B027 - most backends have nothing to do
-        """Let the parameters' ``.grad`` be the gradients of the last update."""
+        """Set the parameters' ``.grad`` to the gradients of the last update."""
 
-    def watch_next_update(self) -> None:
-        """Measure the effective learning rate of the next update, which then waits for the device."""
-        self._watching = True
+    def measure_next_update(self) -> None:
+        """Measure the effective learning rates of the next update, which then waits for the device."""
+        self._measuring = True
 
     def effective_learning_rates(self) -> dict[str, float]:
-        """Return what the watched update did, by TensorBoard tag; empty before it is made."""
-        return self._watched
+        """Return the effective learning rates of the measured update, by TensorBoard tag; empty before there is one."""
+        return self._measured
 
-    def watch_state(self) -> dict[str, Any]:
-        """Return whether the next update is watched, and what the last watched one did, as a checkpoint keeps it."""
-        values = [self._watched[tag] for tag in sorted(self._watched)]
-        return {"watching": int(self._watching), "watched": torch.tensor(values, dtype=torch.float64)}
+    def measurement_state(self) -> dict[str, Any]:
+        """Return whether the next update is to be measured, and the last measurement, for a checkpoint."""
+        values = [self._measured[tag] for tag in sorted(self._measured)]
+        return {"measuring": int(self._measuring), "measured": torch.tensor(values, dtype=torch.float64)}
 
-    def load_watch_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`watch_state` returned."""
+    def load_measurement_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`measurement_state` returned."""
         weights = diagnostics.weights(self.agent.q_network)
         tags = sorted(diagnostics.effective_learning_rate_tags(weights, self.agent.q_network))
-        values = state["watched"].tolist()
-        self._watching = bool(state["watching"])
-        self._watched = dict(zip(tags, values, strict=True)) if values else {}
+        values = state["measured"].tolist()
+        self._measuring = bool(state["measuring"])
+        self._measured = dict(zip(tags, values, strict=True)) if values else {}
 
     def offending_transitions(self) -> Tensor | None:
-        """Return the indices in replay of the first minibatch whose loss was not finite, int64 (B,); None: none."""
+        """Return the replay indices of the first minibatch whose loss was not finite, int64 (B,); None if all were."""
         return self.agent.offending_transitions()
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -159,18 +160,23 @@ class Backend(ABC):
         self.agent.load_state_dict(weights, state)
 
 
+REGISTRY: Registry[Backend] = Registry("backend", Backend)  # type: ignore[type-abstract]
+register = REGISTRY.register
+"""Enter a :class:`Backend` subclass under the name that ``--backend`` takes (a class decorator)."""
+
+
 def overridden(agent: object, base: type, names: Iterable[str]) -> list[str]:
-    """Return which of the methods ``names`` of ``base`` the agent has in a version of its own, in that order."""
+    """Return which of the methods ``names`` of ``base`` the agent overrides, in that order."""
     return [
         name for name in names if getattr(type(agent), name, None) is not getattr(base, name) or name in vars(agent)
     ]
 
 
 def subclass_problem(agent: object, base: type, names: Iterable[str]) -> str:
-    """Return in words that ``agent`` has methods of its own that a backend would not call; empty if it has none."""
+    """Return a text that names the methods of ``names`` that ``agent`` overrides; empty if there are none."""
     if not isinstance(agent, base):
-        return f"{type(agent).__name__} is no {base.__name__}"
+        return f"{type(agent).__name__} is not a subclass of {base.__name__}"
     own = overridden(agent, base, names)
     if not own:
         return ""
-    return f"{type(agent).__name__} has its own {', '.join(own)}"
+    return f"{type(agent).__name__} overrides {', '.join(own)}"

@@ -21,11 +21,12 @@ from typing import Any, get_args
 import torch
 
 from wn_rl import networks, parameterizations
-from wn_rl.config import BackendName, TrainConfig
-from wn_rl.machine import Precision, cores
+from wn_rl.config import TrainConfig
+from wn_rl.machine import Precision, cores, processor
 from wn_rl.training.run import MakeAgent
 
 from .cpu_kernels import loader
+from .interface import REGISTRY
 from .timing import Candidate
 
 _NAMES = (
@@ -34,7 +35,7 @@ _NAMES = (
     "learning_starts target_period gamma learning_rate learning_rates optimizer_eps adam_beta1 adam_beta2 "
     "rmsprop_decay epsilon_start epsilon_end epsilon_decay_steps weight_init data_dependent_init init_samples "
     "output_init_std output_init evaluation_period evaluation_steps evaluation_episodes evaluation_epsilon "
-    "evaluation_envs checkpoint_seconds checkpoint_period journal reseed_period log_period"
+    "evaluation_envs checkpoint_seconds checkpoint_period action_log reseed_period log_period"
 )
 CHANGES_NO_TIME = frozenset(_NAMES.split())
 """Configuration keys that change nothing about how long an update takes; all others are part of the key."""
@@ -55,7 +56,8 @@ def key_of(config: TrainConfig, make_agent: MakeAgent, num_actions: int, precisi
     keys = {key: value for key, value in asdict(config).items() if key not in CHANGES_NO_TIME}
     parameterization = parameterizations.get(config.param)
     return {
-        "processor": loader.processor(),
+        "processor": [processor(torch.device(config.device)), loader.processor()],
+        "vectors": loader.chosen_vectors(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "compiler": loader.compiler(),
@@ -63,6 +65,7 @@ def key_of(config: TrainConfig, make_agent: MakeAgent, num_actions: int, precisi
         "code": _code(),
         "agent": [name, _source_of(make_agent)],
         "parameterization": _source_of(parameterization),
+        "network": _source_of(networks.get(config.network)),
         "actions": num_actions,
         "open": [config.backend, *precisions],
         "config": keys,
@@ -91,9 +94,14 @@ def _source_of(thing: object) -> str:
         return ""
 
 
+def directory() -> Path:
+    """Return where the files are: beside the compiled kernels."""
+    return loader.cache_directory()
+
+
 def _path(key: Key) -> Path:
     text = json.dumps(key, sort_keys=True, default=str)
-    return loader.cache_directory() / f"timings-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+    return directory() / f"timings-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
 def read(key: Key) -> dict[Candidate, float]:
@@ -104,7 +112,7 @@ def read(key: Key) -> dict[Candidate, float]:
         if kept["key"] != json.loads(json.dumps(key, default=str)):
             return {}
         seconds = {Candidate(backend, precision): value for backend, precision, value in kept["seconds"]}
-        known = all(c.backend in get_args(BackendName) and c.precision in get_args(Precision) for c in seconds)
+        known = all(c.backend in REGISTRY.entries and c.precision in get_args(Precision) for c in seconds)
         sensible = all(type(value) is float and math.isfinite(value) and value > 0 for value in seconds.values())
         return seconds if known and sensible else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -71,7 +71,7 @@ def _definitions(module: str) -> dict[str, str]:
     """Return the first line of the docstring of each public class, function and constant that has one, by name."""
     found = {}
     body = _tree(module).body
-    for node, after in zip(body, [*body[1:], None], strict=True):
+    for node, after in zip(body, [*body[1:], None], strict=False):  # an empty file has no node
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             found[node.name] = ast.get_docstring(node)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(after, ast.Expr):
@@ -352,7 +352,10 @@ def on_page_content(html: str, **_: object) -> str:
 
     def link(found: re.Match[str]) -> str:
         name = found[1]
-        known = name.split(".")[0] in SOURCES and not _is_short(name)
+        module, _, defined = name.rpartition(".")
+        # A package's page has no entry for what its own __init__.py defines.
+        in_package = _file(module).name == "__init__.py" and defined in _definitions(module)
+        known = name.split(".")[0] in SOURCES and not _is_short(name) and not in_package
         return _reference(name if _file(name).exists() else _defined(name), name, optional=not known)
 
     return _ROLE.sub(link, html)

@@ -15,7 +15,7 @@ from agents.backends.cuda_graphs.torch_compile import CompiledLoss
 from tests.sides import Sides
 from tests.tape import TapeRecorder, _Notes
 from wn_rl.parameterizations import names
-from wn_rl.replay import DrawnMinibatch, Minibatch
+from wn_rl.replay import LazyMinibatch, Minibatch
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +87,9 @@ def test_in_bfloat16_what_is_compiled_is_as_near_to_float32() -> None:
 
 def test_looking_up_at_once_is_looking_up_field_by_field() -> None:
     replay = Sides(None, param="standard").replays[0]
-    numbers = replay.draw(40)
-    at_once, one_by_one = replay.kept.minibatch(numbers), DrawnMinibatch(replay.kept, numbers)
-    for name in ("observations", "actions", "rewards", "next_observations", "terminals", "numbers"):
+    indices = replay.sample_indices(40)
+    at_once, one_by_one = replay.storage.minibatch(indices), LazyMinibatch(replay.storage, indices)
+    for name in ("observations", "actions", "rewards", "next_observations", "terminals", "indices"):
         assert torch.equal(getattr(at_once, name), getattr(one_by_one, name)), name
         assert getattr(at_once, name).dtype == getattr(one_by_one, name).dtype, name
 
@@ -149,9 +149,9 @@ def test_fewer_operations_are_left(param: str) -> None:
     assert isinstance(compiled, CudaGraphs)
     batch = sides.replays[1].sample(8)
     recorder = Noted()
-    recorder.record(lambda: plain.update_on(DrawnMinibatch(batch.kept, batch.numbers)), [])  # type: ignore[attr-defined]
+    recorder.record(lambda: plain.update_on(LazyMinibatch(batch.storage, batch.indices)), [])  # type: ignore[attr-defined]
     before = sum(1 for function, *_ in recorder.steps if gives_work(function))
-    _, code = run_and_get_code(lambda: compiled.update_on(DrawnMinibatch(batch.kept, batch.numbers)))  # type: ignore[attr-defined]
+    _, code = run_and_get_code(lambda: compiled.update_on(LazyMinibatch(batch.storage, batch.indices)))  # type: ignore[attr-defined]
     calls = re.compile(r"^ +(?:\w+ = )?(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.aten\.\w+\.\w+)\(", re.MULTILINE)
     parts = [len(calls.findall(text)) for text in code]
     print(f"{param}: {before} operations as it is; compiled, in {len(parts)} parts, {parts} and the gradients' joining")

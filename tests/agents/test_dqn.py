@@ -531,9 +531,9 @@ def test_projected_weights_stay_at_length_one_through_updates() -> None:
     assert not hasattr(dqn.q_network.output, "parametrizations")
 
 
-def test_the_literal_initialization_gives_q_values_a_standard_deviation_of_one() -> None:
+def test_unit_variance_initialization_gives_q_values_a_standard_deviation_of_one() -> None:
     states = random_observations(64, 5)
-    for choice, std in (("literal", 1.0), ("scaled", 0.1)):
+    for choice, std in (("unit-variance", 1.0), ("scaled", 0.1)):
         dqn = agent("wn", output_init=choice)
         dqn.initialize(states)
         found = dqn.q_values(states)

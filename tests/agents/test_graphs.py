@@ -29,11 +29,11 @@ from wn_rl.replay import Minibatch, Replay
 def test_same_actions_and_minibatches_update_by_update(param: str, host: bool) -> None:
     sides = Sides(recorder := TapeRecorder(), host=host, param=param)
     drawn: list[list[Tensor]] = [[], [], []]
-    for numbers, agent in zip(drawn, sides.agents, strict=True):
+    for indices, agent in zip(drawn, sides.agents, strict=True):
         original = agent.td_loss
 
-        def noted(batch: Any, original: Any = original, numbers: list[Tensor] = numbers) -> Any:
-            numbers.append(batch.numbers.clone())
+        def noted(batch: Any, original: Any = original, indices: list[Tensor] = indices) -> Any:
+            indices.append(batch.indices.clone())
             return original(batch)
 
         agent.td_loss = noted  # type: ignore[method-assign]
@@ -112,7 +112,7 @@ def test_a_watched_update_is_not_repeated_but_made_as_it_is() -> None:
     sides.go_on_from_plain()
     made = recorder.repetitions
     for backend in sides.backends:
-        backend.watch_next_update()
+        backend.measure_next_update()
     sides.update()
     assert recorder.repetitions == made
     for agent, backend in zip(sides.agents[1:], sides.backends[1:], strict=True):
@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_comes_with_the_next_actions(recorded: bool) -
     replay.generator.set_state(state)
     offending = agent.offending_transitions()
     assert offending is not None
-    assert torch.equal(offending, replay.draw(8))
+    assert torch.equal(offending, replay.sample_indices(8))
 
 
 def test_what_cannot_be_recorded_is_done_as_it_is_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +229,7 @@ def test_what_cannot_be_recorded_is_done_as_it_is_with_one_line(capsys: pytest.C
         sides.assert_recorded_is_as_it_is()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"{name} cannot be recorded as a CUDA graph and runs slower: operation not permitted when stream is capturing"
+        f"{name} cannot be captured as a CUDA graph and runs slower: operation not permitted when stream is capturing"
         for name in ("acting", "the update")
     ]
 
@@ -333,7 +333,7 @@ def test_a_failed_recording_gives_stream_and_generators_back(
     assert torch.equal(generator.given, before)
     assert seen == [*["recording"] * (WARM_UPS + 1), "default", "default"], "done as it is, on the stream of before"
     assert capsys.readouterr().err.startswith(
-        "work cannot be recorded as a CUDA graph and runs slower: operation failed"
+        "work cannot be captured as a CUDA graph and runs slower: operation failed"
     )
 
 
@@ -351,13 +351,13 @@ def test_no_autograd_graph_outlives_an_update(param: str) -> None:
     marked = []
     check = agent.finite.check
 
-    def noted(loss: Tensor, numbers: Any) -> None:
+    def noted(loss: Tensor, indices: Any) -> None:
         for parameter in agent.q_network.parameters():
             node = node_of(parameter)
             node.metadata["seen"] = True
             assert "seen" in node_of(parameter).metadata, "while the graph lives, the node is the same"
             marked.append(parameter)
-        check(loss, numbers)
+        check(loss, indices)
 
     agent.finite.check = noted  # type: ignore[method-assign]
     x = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
@@ -365,7 +365,7 @@ def test_no_autograd_graph_outlives_an_update(param: str) -> None:
     batch = Minibatch(x, zeros, zeros.float(), x, zeros.bool(), zeros)
     agent.initialize(x)
     for _ in range(2):
-        graphs.watch_next_update()
+        graphs.measure_next_update()
         graphs.replay.batch = batch  # type: ignore[attr-defined]
         graphs.update()
         graphs.read_statistics()
@@ -426,5 +426,5 @@ def test_recording_leaves_no_trace_and_repeating_goes_on() -> None:
         expected += torch.rand(2, generator=expected_generator)
         assert torch.equal(total, expected), call
         assert repeated.recorded == (call >= WARM_UPS)
-    repeated.as_it_is()
+    repeated.run_directly()
     assert torch.equal(total, expected + torch.rand(2, generator=expected_generator))

@@ -17,7 +17,7 @@ from tests.carried import Carried, carried
 from tests.vectors import needs_passes
 from wn_rl.config import load, resolve
 from wn_rl.errors import NonFiniteLossError
-from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 
 CPU = torch.device("cpu")
 ACTIONS, SIZE = 4, 6
@@ -88,7 +88,7 @@ def test_a_watched_update_is_the_next_one_alone(precision: str, count: int) -> N
     agents = [agent_of(precision) for _ in range(2)]
     steppers = [agent.backend for agent in agents]
     for agent in agents:
-        agent.watch_next_update()
+        agent.measure_next_update()
     steppers[0].update(count)
     steppers[1].update()
     expected = agents[1].effective_learning_rates()
@@ -110,20 +110,20 @@ def test_a_loss_that_is_not_finite_stops_before_it_and_after_what_was_good(
     Nor are the statistics of its minibatch in the running ones.
     """
     agents, replay = [agent_of(precision, param=param) for _ in range(2)], filled_replay()
-    numbers = replay.draw(5 * SIZE).view(5, SIZE)
-    numbers[numbers == 7] = 8
-    numbers[good, 2] = 7
-    replay.kept.rewards[replay.kept.entry_of[7]] = math.nan
+    indices = replay.sample_indices(5 * SIZE).view(5, SIZE)
+    indices[indices == 7] = 8
+    indices[good, 2] = 7
+    replay.storage.rewards[replay.storage.entry_of[7]] = math.nan
     for agent in agents:  # so that there is a gradient before
-        agent.update(DrawnMinibatch(replay.kept, torch.arange(10, 10 + SIZE)))
+        agent.update(LazyMinibatch(replay.storage, torch.arange(10, 10 + SIZE)))
     with pytest.raises(NonFiniteLossError, match=f"update {good + 2} is nan"):
-        agents[0].backend.update_on(DrawnMinibatch(replay.kept, numbers.flatten()), 5)
-    for row in numbers[:good]:
-        agents[1].update(DrawnMinibatch(replay.kept, row))
+        agents[0].backend.update_on(LazyMinibatch(replay.storage, indices.flatten()), 5)
+    for row in indices[:good]:
+        agents[1].update(LazyMinibatch(replay.storage, row))
     assert agents[0].updates == good + 1
     offending = agents[0].offending_transitions()
     assert offending is not None
-    assert offending.tolist() == numbers[good].tolist()
+    assert offending.tolist() == indices[good].tolist()
     assert_same(state(agents[0]), state(agents[1]))
 
 
@@ -132,10 +132,10 @@ def test_nothing_is_done_where_one_transition_does_not_exist(precision: str) -> 
     agent, replay = agent_of(precision), filled_replay()
     agent.update(replay.sample(SIZE))
     before = copy.deepcopy(state(agent))
-    numbers = replay.draw(3 * SIZE)
-    numbers[-1] = -1
+    indices = replay.sample_indices(3 * SIZE)
+    indices[-1] = -1
     with pytest.raises(IndexError, match="does not exist"):
-        agent.backend.update_on(DrawnMinibatch(replay.kept, numbers), 3)
+        agent.backend.update_on(LazyMinibatch(replay.storage, indices), 3)
     assert_same(state(agent), before)
     with pytest.raises(ValueError, match="divided among"):
         agent.backend.update_on(replay.sample(7), 2)

@@ -97,14 +97,14 @@ def test_the_errors_are_those_of_gymnasiums_own_vector_environments(env: AtariVe
 @pytest.mark.parametrize(
     ("seed", "message"),
     [
-        (-1, "a seed must be a whole number, 0 or more, not -1"),
-        (1.5, "seed must be a whole number, or 3 of them"),
-        (True, "a seed must be a whole number"),
-        ([1, None, 2], "seed must be a whole number, or 3 of them"),
-        ([1, 2], "seed must be a whole number, or 3 of them"),
+        (-1, "a seed must be an integer, 0 or more, not -1"),
+        (1.5, "seed must be an integer, or 3 of them"),
+        (True, "a seed must be an integer"),
+        ([1, None, 2], "seed must be an integer, or 3 of them"),
+        ([1, 2], "seed must be an integer, or 3 of them"),
         ([2**40, 1, 1], "the seed of an emulator must be from 0 to 2147483647"),
         ([1, -1, 1], "the seed of an emulator must be from 0 to 2147483647"),
-        ("three", "seed must be a whole number, or 3 of them"),
+        ("three", "seed must be an integer, or 3 of them"),
     ],
 )
 def test_seeds_that_are_none_are_usage_errors(env: AtariVector, seed: Any, message: str) -> None:

@@ -425,8 +425,8 @@ def test_bad_arguments_are_usage_errors_that_name_what_is_wrong(arguments: dict[
 def test_an_action_that_the_game_does_not_have_is_refused_instead_of_waiting_for_ever(actions: list[Any]) -> None:
     env = make_atari("breakout", 1)
     env.reset(seed=np.int64(3))
-    with pytest.raises(ValueError, match="actions must be 1 whole numbers from 0 to 3"):
+    with pytest.raises(ValueError, match="actions must be 1 integers from 0 to 3"):
         env.step(np.array(actions))
-    with pytest.raises(UsageError, match="a seed must be a whole number, 0 or more"):
+    with pytest.raises(UsageError, match="a seed must be an integer, 0 or more"):
         env.reset(seed=-1)
     env.close()

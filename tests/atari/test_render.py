@@ -41,9 +41,9 @@ def play(game: str, seeds: list[int], steps: int, **options: Any) -> list[tuple[
 
 
 def rendered(*arguments: Any, **options: Any) -> list[RenderedFrame]:
-    """The frames without their pictures, of which there are too many to keep."""
+    """The frames without their RGB values, which would take too much memory."""
     nothing = np.zeros((0, 0, 3), np.uint8)
-    return [replace(frame, picture=nothing) for frame in render(*arguments, **options)]
+    return [replace(frame, rgb=nothing) for frame in render(*arguments, **options)]
 
 
 def by_step(frames: list[RenderedFrame]) -> list[Step]:
@@ -122,8 +122,8 @@ def test_pictures_are_those_of_the_console(game: str) -> None:
             expected.append(console.getScreenRGB())
     assert len(frames) == 121
     for frame, picture in zip(frames, expected, strict=True):
-        np.testing.assert_array_equal(frame.picture, picture)
-    assert len({frame.picture.tobytes() for frame in frames}) > 20
+        np.testing.assert_array_equal(frame.rgb, picture)
+    assert len({frame.rgb.tobytes() for frame in frames}) > 20
 
 
 @pytest.mark.parametrize("sticky", [0.0, 0.25])
@@ -139,7 +139,7 @@ def test_a_late_episode_is_reached_by_resets_alone_or_by_its_history(sticky: flo
     frames = list(render("Breakout", played[second + 1 : third], seed=3, **ways, **options))
     assert frames[0].is_reset
     for frame, same in zip(frames, expected, strict=True):
-        np.testing.assert_array_equal(frame.picture, same.picture)
+        np.testing.assert_array_equal(frame.rgb, same.rgb)
         assert (frame.reward, frame.lives, frame.action) == (same.reward, same.lives, same.action)
 
 
@@ -157,12 +157,12 @@ def test_a_history_may_end_within_an_episode_or_at_its_end() -> None:
 @pytest.mark.parametrize(
     ("played", "options", "error", "message"),
     [
-        ([0, RESET], {}, WnRlError, "at vector step 1 the game goes on, but a reset was noted"),
+        ([0, RESET], {}, WnRlError, "at vector step 1 the game goes on, but a reset was recorded"),
         ([0, 0, 0], {"max_frames_per_episode": 5}, WnRlError, "at vector step 2 the game has ended, but action 0"),
         ([4], {}, WnRlError, "Breakout has 4 actions; there is no action 4"),
         ([0, RESEED], {}, WnRlError, "there is no action 254"),
         ([0], {"history": [17]}, WnRlError, "there is no action 17"),
-        ([0], {"resets": 1, "sticky_actions": 0.25}, UsageError, "give what was played as history"),
+        ([0], {"resets": 1, "sticky_actions": 0.25}, UsageError, "give the actions before it as history"),
         ([0], {"resets": -1}, UsageError, "0 or more"),
         ([0], {"game": "Braekout"}, UsageError, "Did you mean 'Breakout'"),
     ],
@@ -171,4 +171,4 @@ def test_what_does_not_fit_is_refused(
     played: list[int], options: dict[str, Any], error: type[WnRlError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        list(render(**({"game": "Breakout", "played": played, "seed": 1} | options)))
+        list(render(**({"game": "Breakout", "actions": played, "seed": 1} | options)))

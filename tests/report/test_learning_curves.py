@@ -63,7 +63,7 @@ def test_the_caption_says_seeds_band_and_how_was_tested(tmp_path: Path) -> None:
         "n = 3 seeds per curve",
         "95% Student's t interval over seeds",
         "running mean over 2 evaluations, a tenth of a curve at most; its last point: that of the mean of the last 2",
-        "literal (n = 3)",
+        "unit-variance (n = 3)",
         "emulator frames (millions)",
         "10 episodes, ε 0.05",
         "random play",
@@ -72,8 +72,8 @@ def test_the_caption_says_seeds_band_and_how_was_tested(tmp_path: Path) -> None:
         assert part in said, part
     assert "paper" not in said  # its curve is of another game
     panel = learning_curves.evaluation_panel("Breakout", runs, "output_init", 1)
-    literal = [run for run in runs if run.config.output_init == "literal"]
-    assert panel.series[0].band.mean[-1] == pytest.approx(sum(run.final for run in literal) / 3, abs=0.1)
+    unit_variance = [run for run in runs if run.config.output_init == "unit-variance"]
+    assert panel.series[0].band.mean[-1] == pytest.approx(sum(run.final for run in unit_variance) / 3, abs=0.1)
     learning_curves.write_curves(runs[:2], out, "output_init", window=1)
     said = words(out)
     assert "range of the two seeds" in said

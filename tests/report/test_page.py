@@ -101,7 +101,7 @@ def test_the_numbers_of_the_page_and_of_its_csv_are_those_of_the_runs_files(repo
     }
     shown = Page((report / "index.html").read_text(encoding="utf-8"))
     rows = shown.table("Scores by game and group")
-    assert [row["output_init"][0] for row in rows] == ["literal", "scaled"]
+    assert [row["output_init"][0] for row in rows] == ["unit-variance", "scaled"]
     for row, stored in zip(rows, read_csv(report / "data" / "scores.csv"), strict=True):
         group = row["output_init"][0]
         seeds = [means[f"Breakout-wn-{group}-s{seed}"] for seed in (1, 2, 3)]

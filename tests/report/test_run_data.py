@@ -133,7 +133,7 @@ def test_directories_are_searched_with_all_that_they_hold_and_what_was_found_is_
     names = [str(path.relative_to(tmp_path)) for path in found.paths]
     assert names == ["a", "runs/c", "runs/r1/b"]
     lost = tmp_path / "runs" / "r1" / "lost"
-    expected = f"found 3 runs in {tmp_path}; skipped {lost} (it has evaluations.csv and is no run)"
+    expected = f"found 3 runs in {tmp_path}; skipped {lost} (it has evaluations.csv but is not a run)"
     assert found.describe("run") == expected
     assert find_runs([str(tmp_path / "a")]).describe("run") == ""
     assert len(find_runs([str(RESULTS)]).paths) == len(list(RESULTS.rglob("config.yaml")))

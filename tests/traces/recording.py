@@ -149,12 +149,12 @@ class Recorder:
 
     def updates(self, batch: Minibatch) -> None:
         """Note an update and its minibatch."""
-        assert batch.numbers is not None
+        assert batch.indices is not None
         self.note("update")
         self.learned_from.append(sha(batch.observations, batch.next_observations))
         self.minibatches.append(
             {
-                "indices": batch.numbers.tolist(),
+                "indices": batch.indices.tolist(),
                 "actions": batch.actions.tolist(),
                 "rewards": batch.rewards.tolist(),
                 "terminals": batch.terminals.int().tolist(),
@@ -293,12 +293,13 @@ def record(config: TrainConfig, directory: Path) -> Trace:
         )
     assert code == 0
     assert recorder.replay is not None
-    first, end = recorder.replay.drawable
+    first, end = recorder.replay.index_range
     held = recorder.replay.transitions(torch.arange(first, end))
     saved = checkpoint.load(directory)
     files = RunDirectory(directory)
     mark = Mark.of(saved.training["loop"], config.num_envs)
-    rows = read_history(files.journal, config.num_envs, config.reseed_period if config.sticky_actions else 0, mark).rows
+    reseed_period = config.reseed_period if config.sticky_actions else 0
+    rows = read_history(files.action_log, config.num_envs, reseed_period, mark).rows
     summary = json.loads(files.summary.read_text(encoding="utf-8"))
     scalars = {
         tag: {int(x): rounded(y) for x, y in zip(curve.frames, curve.values, strict=True)}

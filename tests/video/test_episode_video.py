@@ -135,7 +135,7 @@ def test_each_frame_has_the_q_values_of_the_state_that_it_shows() -> None:
     off = []
     for number in range(8, 392, 16):
         decision = found[number][1]
-        screens = [found[number - back][0].picture for back in (0, 1)]
+        screens = [found[number - back][0].rgb for back in (0, 1)]
         gray = np.maximum(*(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY) for screen in screens))
         small = cv2.resize(gray, (84, 84), interpolation=cv2.INTER_AREA).astype(int)
         off.append([np.abs(small - observations[decision + other][-1]).mean() for other in (0, -1, 1)])

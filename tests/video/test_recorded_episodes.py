@@ -42,7 +42,7 @@ def test_every_episode_tracks_the_runs_rewards_and_its_end(run: Path) -> None:
         assert len({frame.step for frame in frames if frame.action is not None}) == length
         assert frames[-1].terminated or frames[-1].truncated
         assert not any(frame.terminated or frame.truncated for frame in frames[:-1])
-        assert frames[0].picture.shape == (210, 160, 3)
+        assert frames[0].rgb.shape == (210, 160, 3)
 
 
 def test_best_and_longest_are_those_of_the_csv(run: Path) -> None:
@@ -112,5 +112,5 @@ def test_a_csv_that_does_not_fit_is_told(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     lines = (run / "episodes.csv").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "episodes.csv").write_text("".join([lines[0], *lines[2:]]))
-    with pytest.raises(CheckpointError, match=r"does not fit .*journal\.bin"):
+    with pytest.raises(CheckpointError, match=r"does not fit .*action_log\.bin"):
         training_episode(tmp_path / "run", "best")

@@ -72,7 +72,7 @@ def test_odd_sizes_gain_a_row_and_a_column(tmp_path: Path) -> None:
 
 
 def test_a_gif_keeps_the_colours_of_a_game_exactly(tmp_path: Path) -> None:
-    frames = [frame.picture for frame in render("Breakout", [1, 2, 3] * 10, seed=1)]
+    frames = [frame.rgb for frame in render("Breakout", [1, 2, 3] * 10, seed=1)]
     assert write_gif(iter(frames), tmp_path / "game.gif", scale=2, every=3) == 41
     with Image.open(tmp_path / "game.gif") as video:
         assert video.n_frames == 41
@@ -110,7 +110,7 @@ def test_a_gif_whose_colours_come_and_go_keeps_each_picture(tmp_path: Path, know
 
 
 def test_a_gif_of_known_colours_is_smaller(tmp_path: Path) -> None:
-    frames = [frame.picture for frame in render("SpaceInvaders", [1, 2, 3] * 10, seed=1)]
+    frames = [frame.rgb for frame in render("SpaceInvaders", [1, 2, 3] * 10, seed=1)]
     colours = colours_of(frames)
     assert colours is not None
     seen = {colour for frame in frames[::20] for _, colour in Image.fromarray(frame).getcolors()}

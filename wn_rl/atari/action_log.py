@@ -1,8 +1,8 @@
-"""What was played: an episode is a seed and a list of actions, so a run's replay can be made anew from its journal.
+"""The action log: an episode is a seed and a list of actions, so the log of a run restores its replay buffer.
 
 The emulators are deterministic. Without sticky actions an episode depends on its number of no-ops and its actions, and
-the number of no-ops on the emulator's seed and how many resets came before. With sticky actions the emulator draws
-random numbers in every frame, so everything since its seeding counts; therefore it is seeded anew from time to time.
+the number of no-ops on the emulator's seed and the number of resets before it. With sticky actions the emulator draws
+random numbers in every frame, so everything since its last seeding counts; therefore it is re-seeded periodically.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from wn_rl.errors import CheckpointError, WnRlError
 AUTO_RESET = 255
 """The byte of a vector step that started this emulator's next episode: its action was ignored."""
 RESEEDED = 254
-"""The same, and then the emulator was seeded anew."""
+"""The same, and then the emulator was re-seeded."""
 CHUNK_BYTES = 2**20
-"""So many actions are compressed and written at a time, and at every checkpoint."""
+"""Actions that are compressed and written at a time; the rest is written at every checkpoint."""
 MAX_CHUNK_BYTES = 2**26
-"""No chunk may claim more: a damaged journal must not exhaust memory."""
+"""No chunk may claim more: a damaged action log must not exhaust memory."""
 
 _FILE = struct.Struct("<8sI")
 _MAGIC = b"wn_rl j1"
@@ -36,7 +36,7 @@ _CHUNK = struct.Struct("<4sQQII32s")
 _CHUNK_MAGIC = b"rows"
 _DIGEST_BYTES = 32
 _STATE_BYTES = 4 * 8
-"""Of each emulator, before a chunk's rows."""
+"""State of each emulator, stored before a chunk's rows."""
 
 Bytes = NDArray[np.uint8]
 Counts = NDArray[np.int64]
@@ -44,36 +44,36 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a journal: how many vector steps it holds there, and the digest of everything up to there."""
+    """A position in an action log: the number of vector steps before it, and the digest of everything before it."""
 
     rows: int
     digest: str
 
     @classmethod
     def of(cls, loop: Mapping[str, Any], num_envs: int) -> Mark:
-        """Return the place that a checkpoint's loop state names.
+        """Return the position that a checkpoint's loop state holds.
 
         Raises:
             ValueError: no run of so many agent steps has so many vector steps, so reading them could exhaust memory.
-            KeyError: it names none.
+            KeyError: it holds none.
         """
-        rows, steps = int(loop["rows"]), int(loop["agent_steps"])
-        # An emulator's steps that only reset are never two in a row.
+        rows, steps = int(loop["vector_steps"]), int(loop["agent_steps"])
+        # An emulator never makes two auto-reset steps in succession.
         if not 0 <= rows * num_envs <= 2 * steps + num_envs:
             raise ValueError(f"{rows:,} vector steps of {num_envs:,} emulators are not {steps:,} agent steps")
-        return cls(rows, str(loop["journal"]))
+        return cls(rows, str(loop["action_log"]))
 
 
 @dataclass(frozen=True)
 class EmulatorState:
-    """Where each emulator is before a row; every array has shape (N,).
+    """The state of each emulator before a row (one vector step); every array has shape (N,).
 
     Attributes:
         row: number of the vector step, from 0.
         steps: agent steps (real transitions) before it, over all emulators.
-        started: row whose frame was the first of the emulator's present episode.
+        started: row whose frame was the first of the emulator's current episode.
         seeded: row whose frame was the first after its last seeding.
-        seed_label: agent steps at that seeding, divided by the reseeding period: the label of the seed.
+        seed_label: agent steps at that seeding, divided by ``reseed_period``: the label of the seed.
         resets: resets since that seeding, the seeding not counted.
     """
 
@@ -86,16 +86,16 @@ class EmulatorState:
 
     @classmethod
     def initial(cls, num_envs: int) -> EmulatorState:
-        """Return where N emulators are after their first, seeded reset."""
+        """Return the state of N emulators after their first, seeded reset."""
         zeros = np.zeros(num_envs, np.int64)
         return cls(0, 0, zeros, zeros, zeros, zeros)
 
     def needed_row(self, *, sticky: bool) -> int:
-        """Return the first row that must be played to bring every emulator to where it is."""
+        """Return the first row that must be replayed to restore every emulator."""
         return int((self.seeded if sticky else self.started).min())
 
     def arrays(self) -> Counts:
-        """Return the four arrays as they stand in a file, shape (4, N)."""
+        """Return the four arrays as a file stores them, shape (4, N)."""
         return np.stack([self.started, self.seeded, self.seed_label, self.resets])
 
     def after(self, rows: Bytes, reseed_period: int) -> EmulatorState:
@@ -122,7 +122,7 @@ class EmulatorState:
 
 @dataclass(frozen=True)
 class PlayedEpisode:
-    """A training episode, by where it stands in the journal.
+    """A training episode, by its position in the action log.
 
     Attributes:
         slot: the emulator.
@@ -149,17 +149,17 @@ class PlayedEpisode:
 
 
 class History:
-    """The rows of a journal in memory: uint8, shape (rows, N); an action below 18, AUTO_RESET or RESEEDED."""
+    """The rows of an action log in memory: uint8, shape (rows, N); an action below 18, AUTO_RESET or RESEEDED."""
 
     def __init__(self, rows: Bytes, first: EmulatorState, reseed_period: int) -> None:
-        """Hold ``rows``, the first of which is number ``first.row``."""
+        """Hold ``rows``, the first of which is vector step ``first.row``."""
         self.rows = rows
         self._first = first
         self._reseed_period = reseed_period
 
     @property
     def first_row(self) -> int:
-        """Number of the oldest vector step that is held."""
+        """Number of the oldest vector step in memory."""
         return self._first.row
 
     @property
@@ -178,20 +178,20 @@ class History:
         return row
 
     def state(self, row: int) -> EmulatorState:
-        """Return where each emulator was before vector step ``row``.
+        """Return the state of each emulator before vector step ``row``.
 
         Raises:
-            CheckpointError: the journal was trimmed to later rows.
+            CheckpointError: the action log was trimmed to later rows.
         """
         if not self._first.row <= row <= self.end_row:
-            raise CheckpointError(f"the journal begins at vector step {self._first.row:,}: {row:,} is not in it")
+            raise CheckpointError(f"the action log begins at vector step {self._first.row:,}: {row:,} is not in it")
         return self._first.after(self.rows[: row - self._first.row], self._reseed_period)
 
     def episodes(self) -> Iterator[PlayedEpisode]:
-        """Yield the episodes that lie in the journal as a whole, in the order in which they ended.
+        """Yield the episodes that the action log holds completely, in the order in which they ended.
 
-        Those that ended in one vector step come in slot order, as in ``episodes.csv``. The one that ended in the very
-        last row is known by no reset yet and is left out.
+        Those that ended in the same vector step come in slot order, as in ``episodes.csv``. One that ended in the last
+        row is left out: only the reset in the next row shows an episode's end.
         """
         first = self._first
         started, resets = first.started.copy(), first.resets.copy()
@@ -218,12 +218,12 @@ class History:
                     label[slot] = steps[index] // max(self._reseed_period, 1)
 
 
-class Journal:
-    """The journal of a run, append-only on disk: a header, then chunks of rows.
+class ActionLog:
+    """The actions of a run, append-only on disk: a header, then chunks of rows.
 
-    Each chunk says where every emulator is before it, holds its rows compressed, and ends with the SHA-256 of itself
-    and, through the digest of the chunk before it, of everything before. Rows reach the disk a megabyte at a time and
-    at :meth:`mark`; what lies behind the last mark that a checkpoint knows is cut by :meth:`open`.
+    Each chunk holds the state of every emulator before it, its rows compressed, and at the end the SHA-256 of itself
+    and, through the digest of the chunk before it, of everything before. Rows are written to the disk a megabyte at a
+    time and at :meth:`mark`; :meth:`open` cuts what follows the last mark that a checkpoint holds.
     """
 
     def __init__(self, path: Path, num_envs: int, reseed_period: int) -> None:
@@ -232,7 +232,7 @@ class Journal:
         Args:
             path: of the file.
             num_envs: N.
-            reseed_period: agent steps after which an emulator with sticky actions is seeded anew; 0 without them.
+            reseed_period: agent steps after which an emulator with sticky actions is re-seeded; 0 without them.
         """
         self.path = path
         self._num_envs = num_envs
@@ -243,7 +243,7 @@ class Journal:
         self._pending: list[Bytes] = []
 
     def create(self) -> None:
-        """Begin an empty journal.
+        """Begin an empty action log.
 
         Raises:
             WnRlError: it cannot be written.
@@ -255,7 +255,7 @@ class Journal:
         self._end = _FILE.size
 
     def open(self, mark: Mark) -> History:
-        """Return the rows up to ``mark``; writing goes on there, over what lies behind it.
+        """Return the rows up to ``mark``; writing continues there and replaces what follows.
 
         Raises:
             CheckpointError: the file is missing, damaged before the mark, or another run's.
@@ -264,7 +264,7 @@ class Journal:
         return history
 
     def cut(self) -> None:
-        """Drop what lies behind the place where writing goes on.
+        """Remove what follows the position where writing continues.
 
         Raises:
             WnRlError: it cannot be written.
@@ -275,7 +275,7 @@ class Journal:
             raise self._unwritable(error) from None
 
     def append(self, row: Bytes) -> None:
-        """Note a vector step: uint8, shape (N,).
+        """Append a vector step: uint8, shape (N,).
 
         Raises:
             WnRlError: it cannot be written.
@@ -285,7 +285,7 @@ class Journal:
             self._write()
 
     def mark(self) -> Mark:
-        """Bring everything to the disk and return the place.
+        """Sync everything to the disk and return the position.
 
         Raises:
             WnRlError: it cannot be written.
@@ -297,7 +297,7 @@ class Journal:
         rows = np.stack(self._pending) if self._pending else np.zeros((0, self._num_envs), np.uint8)
         chunk, digest = b"", self._digest
         if len(rows):
-            # One emulator after the other: its own actions repeat more than those of its neighbours.
+            # Emulator by emulator, which compresses better: an emulator's actions resemble its own earlier ones.
             payload = zlib.compress(np.ascontiguousarray(rows.T).tobytes(), 6)
             state = self._state
             header = _CHUNK.pack(_CHUNK_MAGIC, state.row, state.steps, len(rows), len(payload), self._digest)
@@ -319,12 +319,12 @@ class Journal:
         self._pending.clear()
 
     def trim(self, first_row: int) -> None:
-        """Drop the chunks that making the frames from vector step ``first_row`` on anew does not need.
+        """Remove the chunks that are not needed to restore the frames from vector step ``first_row`` on.
 
-        Nothing is rewritten while less than half of the file would go. Comes after :meth:`mark`.
+        The file is only rewritten if at least half of it is removed. Call it after :meth:`mark`.
 
         Raises:
-            WnRlError: it cannot be written; the journal is then as it was.
+            WnRlError: it cannot be written; the action log is then unchanged.
         """
         end = self._end
         history, _, _, _ = _read(self.path, self._num_envs, self._reseed_period, Mark(self._state.row, ""))
@@ -351,8 +351,8 @@ class Journal:
 
 
 def _chunk_that_holds(path: Path, row: int, end: int, num_envs: int) -> int:
-    """Return where in the file the last chunk begins whose first row is not after ``row``."""
-    place = _FILE.size
+    """Return the position in the file of the last chunk whose first row is not after ``row``."""
+    found = _FILE.size
     with open(path, "rb") as file:
         position = _FILE.size
         while position < end:
@@ -360,9 +360,9 @@ def _chunk_that_holds(path: Path, row: int, end: int, num_envs: int) -> int:
             _, first_row, _, _, payload, _ = _CHUNK.unpack(file.read(_CHUNK.size))
             if first_row > row:
                 break
-            place = position
+            found = position
             position += _chunk_size(num_envs, payload)
-    return place
+    return found
 
 
 def _chunk_size(num_envs: int, payload: int) -> int:
@@ -370,12 +370,12 @@ def _chunk_size(num_envs: int, payload: int) -> int:
 
 
 def read_history(path: Path, num_envs: int, reseed_period: int, mark: Mark) -> History:
-    """Return the rows of a journal up to ``mark``, without opening it for writing; see :meth:`Journal.open`."""
+    """Return the rows of an action log up to ``mark``, without opening it for writing; see :meth:`ActionLog.open`."""
     return _read(path, num_envs, reseed_period, mark)[0]
 
 
 def _read(path: Path, num_envs: int, reseed_period: int, mark: Mark) -> tuple[History, int, EmulatorState, bytes]:
-    """Return the rows up to ``mark``, the place in the file, the state and the digest there."""
+    """Return the rows up to ``mark``, the position in the file, the state and the digest there."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -391,7 +391,7 @@ def _read_chunks(
 ) -> tuple[History, int, EmulatorState, bytes]:
     magic, emulators = _FILE.unpack(file.read(_FILE.size))
     if magic != _MAGIC or emulators != num_envs:
-        raise ValueError(f"it is not the journal of {num_envs} emulators")
+        raise ValueError(f"it is not the action log of {num_envs} emulators")
     parts: list[Bytes] = []
     first: EmulatorState | None = None
     state = EmulatorState.initial(num_envs)
@@ -401,10 +401,10 @@ def _read_chunks(
         kind, row, steps, count, payload_bytes, previous = _CHUNK.unpack(header)
         if kind != _CHUNK_MAGIC or not 0 < count * num_envs <= MAX_CHUNK_BYTES:
             raise ValueError("a chunk has no valid header")
-        if row + count > mark.rows:  # each place that a checkpoint names is the end of a chunk
-            raise ValueError("a chunk goes beyond the checkpoint's place")
+        if row + count > mark.rows:  # each position that a checkpoint holds is the end of a chunk
+            raise ValueError("a chunk goes beyond the checkpoint's position")
         if payload_bytes > size - file.tell():
-            raise ValueError("it ends before the checkpoint's place")
+            raise ValueError("it ends before the checkpoint's position")
         arrays, payload = file.read(_STATE_BYTES * num_envs), file.read(payload_bytes)
         found = hashlib.sha256(header + arrays + payload).digest()
         if file.read(_DIGEST_BYTES) != found:
@@ -419,7 +419,7 @@ def _read_chunks(
         state = state.after(rows, reseed_period)
         digest = found
     if state.row != mark.rows or (mark.digest and digest.hex() != mark.digest):
-        raise ValueError("it is not the journal that belongs to the checkpoint")
+        raise ValueError("it is not the action log that belongs to the checkpoint")
     empty = np.zeros((0, num_envs), np.uint8)
     history = History(np.concatenate([empty, *parts]), first or state, reseed_period)
     return history, file.tell(), state, digest

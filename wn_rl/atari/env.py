@@ -26,10 +26,10 @@ FRAME_SIDE = 84
 FULL_ACTION_SET = 18
 """Actions of the Atari joystick."""
 NO_CAP = 2**31 - 1
-"""What ale-py takes for "no frame cap": its own 0 and −1 would end every episode at once."""
+"""ale-py's value for "no frame cap": its own 0 and −1 would end every episode at once."""
 
 LARGEST_SEED = 2**31 - 1
-"""Of a single emulator: ale-py holds seeds in 32 bits and takes a negative one for "none"."""
+"""Largest seed of one emulator: ale-py stores seeds in 32 bits, and a negative one means "none"."""
 RESET_MASK = "reset_mask"
 """The option of :meth:`AtariVector.reset` that names the emulators to reset."""
 
@@ -40,30 +40,30 @@ Seeds = int | np.integer[Any] | Sequence[int] | NDArray[np.integer[Any]]
 
 
 class _State(enum.Enum):
-    """What may be called next."""
+    """Which method may be called next."""
 
     UNKNOWN = enum.auto()
-    """Not reset yet, or a step was interrupted and what it returned is lost: a reset of all emulators."""
+    """Not reset yet, or a step was interrupted and its result is lost: a reset of all emulators."""
     READY = enum.auto()
     """A reset or :meth:`AtariVector.send`."""
     STEPPING = enum.auto()
-    """The emulators play: :meth:`AtariVector.recv`."""
+    """A step is running: :meth:`AtariVector.recv`."""
     CLOSED = enum.auto()
 
 
 def emulator_seeds(seed: int, count: int, *stream: int) -> NDArray[np.int32]:
-    """Return ``count`` emulator seeds, unrelated between seeds (below 2³²) and between ``stream`` labels.
+    """Return ``count`` emulator seeds, independent for different seeds (below 2³²) and ``stream`` labels.
 
-    Consecutive integers would give run 1 and run 2 all but one emulator in common. Labels of zero at the end equal
-    no label (numpy pads with zeros).
+    With consecutive integers, run 1 and run 2 would have all emulators but one in common. Trailing labels of zero are
+    the same as no label (numpy pads with zeros).
     """
     return (np.random.SeedSequence([seed, *stream]).generate_state(count) & 0x7FFFFFFF).astype(np.int32)
 
 
 @functools.cache
 def minimal_actions(game: str) -> int:
-    """Return the number of actions that have an effect in a game: the size of its minimal action set."""
-    ALEInterface.setLoggerMode(LoggerMode.Error)  # it greets on standard error otherwise
+    """Return the size of a game's minimal action set."""
+    ALEInterface.setLoggerMode(LoggerMode.Error)  # otherwise it prints a banner on standard error
     ale = ALEInterface()
     rom = roms.get_rom_path(find_game(game).rom)
     if rom is None:
@@ -76,10 +76,10 @@ def _checked_seed(seed: object) -> int:
     """Return a seed from which others are derived.
 
     Raises:
-        UsageError: it is no whole number from 0 on.
+        UsageError: it is not an integer, or negative.
     """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise UsageError(f"a seed must be a whole number, 0 or more, not {seed!r}")
+        raise UsageError(f"a seed must be an integer, 0 or more, not {seed!r}")
     return int(seed)
 
 
@@ -92,15 +92,15 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
     points, float64, shape (N,).
 
     Auto-reset is Gymnasium's NEXT_STEP: the step after an episode's end ignores its action and returns the first
-    observation of the next episode. It is no transition; ``info["is_reset"]`` marks it. This mode was chosen because
-    a final observation then takes the place of an ordinary one, in replay as well, with no second array to carry.
+    observation of the next episode. It is not a transition; ``info["is_reset"]`` marks it. In this mode a
+    final observation is stored like any other, in replay as well, and needs no second array.
 
     One step at a time: as in Gymnasium's ``AsyncVectorEnv``, a second :meth:`send` or a reset while a step is pending
     raises ``AlreadyPendingCallError``, and :meth:`recv` without a step ``NoAsyncCallError`` (all of these are in
     ``gymnasium.error``). A step before the first reset, or after Ctrl-C broke into one, raises ``ResetNeeded``; a call
     after :meth:`close` raises ``ClosedEnvironmentError``.
 
-    A life loss ends nothing here. ``info`` holds, each of shape (N,): ``lives`` (int32), ``life_loss`` (bool),
+    A lost life does not end an episode. ``info`` holds, each of shape (N,): ``lives`` (int32), ``life_loss`` (bool),
     ``is_reset`` (bool), and of the episode so far ``episode_return`` (float64, points) and ``episode_length``
     (int64, agent steps).
     """
@@ -170,13 +170,13 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
             seed: an integer seeds all emulators with unrelated values derived from it; an array or list of shape (N,)
                 gives each its own, from 0 to 2³¹ − 1; None seeds with the constructor's seed the first time and not at
                 all later.
-            options: ``{"reset_mask": mask}``, bool of shape (N,) with a True in it, as in Gymnasium: the others go on
-                as if nothing had happened, keep their observations, and their seeds are not used.
+            options: ``{"reset_mask": mask}``, bool of shape (N,) with a True in it, as in Gymnasium: the others are
+                not affected, keep their observations, and their seeds are not used.
 
         Raises:
-            UsageError: seeds, options or a mask that are not these.
-            AlreadyPendingCallError: a step is pending: :meth:`recv` first.
-            ResetNeeded: a mask, before all emulators were reset.
+            UsageError: invalid seeds, options or mask.
+            AlreadyPendingCallError: a step is pending: call :meth:`recv` first.
+            ResetNeeded: a mask was given before all emulators were reset.
             ClosedEnvironmentError: after :meth:`close`.
         """
         mask = self._mask(options)
@@ -203,11 +203,11 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
 
         Args:
             chosen: bool, shape (N,).
-            seeds: one for each chosen emulator, which loads its game anew (some 90 ms); None lets its random numbers
-                go on (some 5 ms), as an auto-reset does.
+            seeds: one for each chosen emulator, which reloads its game (about 90 ms); None continues its random
+                numbers (about 5 ms), as an auto-reset does.
 
         Returns:
-            Observations of all, shape (N, 4, 84, 84); those of the chosen are new.
+            Observations of all emulators, shape (N, 4, 84, 84), new for the chosen ones.
         """
         if self._state is not _State.READY:
             raise self._refusal("reset")
@@ -227,21 +227,21 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         """Start the step with ``actions``, shape (N,), on the emulators' threads; :meth:`recv` ends it.
 
         Raises:
-            ValueError: an action that the game does not have, for which the emulators would never answer.
+            ValueError: an action that the game does not have; the emulators would never return.
             AlreadyPendingCallError: a step is pending already.
-            ResetNeeded: there is no episode to play on.
+            ResetNeeded: there is no episode in progress.
             ClosedEnvironmentError: after :meth:`close`.
         """
         if self._state is not _State.READY:
             raise self._refusal("send")
         given = np.asarray(actions)
-        # Not before the shape is known: the least of nothing is an error of its own.
+        # The shape first: the minimum of an empty array is an error of its own.
         if given.dtype.kind not in "iu" or given.shape != (self.num_envs,):
             raise self._bad_actions(given)
         actions = given.astype(np.int64, copy=False)
         if actions.min() < 0 or actions.max() >= self.num_actions:
             raise self._bad_actions(given)
-        # Nothing that Ctrl-C could break into lies between the two lines.
+        # Ctrl-C cannot interrupt between these two lines.
         self._state = _State.STEPPING
         self._emulators.ale.send(actions, self._paddle)
 
@@ -249,12 +249,12 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         """Wait for the step that :meth:`send` started; returns what :meth:`step` returns.
 
         Raises:
-            NoAsyncCallError: there is no step to wait for.
+            NoAsyncCallError: no step is pending.
             ClosedEnvironmentError: after :meth:`close`.
         """
         if self._state is not _State.STEPPING:
             raise self._refusal("recv")
-        # Ctrl-C is noticed when the emulators have answered: the step is over then, and its result is lost.
+        # Ctrl-C is handled after the emulators have returned: the step is over then, and its result is lost.
         self._state = _State.UNKNOWN
         observations, rewards, terminated, truncated, info = self._emulators.ale.recv()
         is_reset = self._ended
@@ -280,25 +280,23 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
         del self._emulators
 
     def _refusal(self, call: str) -> Exception:
-        """Return the error that a call deserves in the present state."""
+        """Return the error of a call that is not allowed in the present state."""
         if self._state is _State.CLOSED:
-            return ClosedEnvironmentError(f"{call}() after close(): make the emulators anew")
+            return ClosedEnvironmentError(f"{call}() after close(): create new emulators")
         if self._state is _State.STEPPING:
             return AlreadyPendingCallError(f"{call}() while a step is pending: call recv() first", "step")
         if call == "recv":
-            return NoAsyncCallError("recv() without a send() before it: there is no step to wait for", "step")
+            return NoAsyncCallError("recv() without a send() before it: no step is pending", "step")
         return ResetNeeded(f"{call}() needs a reset() of all emulators first: none was made, or a step was interrupted")
 
     def _bad_actions(self, actions: NDArray[Any]) -> ValueError:
-        return ValueError(
-            f"actions must be {self.num_envs} whole numbers from 0 to {self.num_actions - 1}, not {actions}"
-        )
+        return ValueError(f"actions must be {self.num_envs} integers from 0 to {self.num_actions - 1}, not {actions}")
 
     def _mask(self, options: dict[str, Any] | None) -> NDArray[np.bool_] | None:
         """Return the mask in the options of a reset, if there is one.
 
         Raises:
-            UsageError: another option, or a mask that cannot be used.
+            UsageError: another option, or an invalid mask.
         """
         if unknown := sorted(map(str, (options or {}).keys() - {RESET_MASK})):
             raise UsageError(f"reset() knows no option {', '.join(unknown)}: only {RESET_MASK}")
@@ -310,25 +308,23 @@ class AtariVector(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
                 f"{RESET_MASK} must be a bool array of shape ({self.num_envs},), not {mask.dtype} of shape {mask.shape}"
             )
         if not mask.any():
-            raise UsageError(f"{RESET_MASK} has no True: there is nothing to reset")
+            raise UsageError(f"{RESET_MASK} has no True: no emulator to reset")
         return mask
 
     def _emulator_seeds(self, seed: Seeds) -> NDArray[np.int32]:
         """Return the seed of each emulator, shape (N,).
 
         Raises:
-            UsageError: it is none, or not one for each emulator.
+            UsageError: it is not a seed, or not one for each emulator.
         """
         if isinstance(seed, int | np.integer):
             return emulator_seeds(_checked_seed(seed), self.num_envs)
         try:
             seeds = np.asarray(seed)
-        except ValueError:  # a list of lists of different lengths
+        except ValueError:  # a ragged list
             seeds = np.asarray(None)
         if seeds.shape != (self.num_envs,) or seeds.dtype.kind not in "iu":
-            raise UsageError(
-                f"seed must be a whole number, or {self.num_envs} of them, one for each emulator; not {seed}"
-            )
+            raise UsageError(f"seed must be an integer, or {self.num_envs} of them, one for each emulator; not {seed}")
         if seeds.min() < 0 or seeds.max() > LARGEST_SEED:
             raise UsageError(f"the seed of an emulator must be from 0 to {LARGEST_SEED}, not {seed}")
         return seeds.astype(np.int32)
@@ -361,8 +357,8 @@ def make_atari(
         game: e.g. ``Breakout``, ``space_invaders`` or ``ALE/Breakout-v5``.
         num_envs: N.
         seed: seeds the first reset; each emulator gets a value derived from it.
-        noop_max: at the start of an episode 0 … ``noop_max`` no-ops are played, drawn uniformly.
-        fire_reset: press FIRE at the start of an episode where the game has it.
+        noop_max: an episode starts with 0 … ``noop_max`` no-ops, uniformly distributed.
+        fire_reset: press FIRE at the start of an episode, if the game has this action.
         sticky_actions: probability that a frame repeats the previous action (Machado et al. 2018: 0.25).
         full_action_set: all 18 actions instead of the game's minimal set.
         max_frames_per_episode: truncate an episode after so many emulator frames, no-ops not counted; None for no cap.

@@ -1,7 +1,7 @@
-"""See an episode again: an emulator in colour, a picture for every frame, driven by what was played before.
+"""Render an episode from its actions: one emulator in colour, with every emulator frame.
 
-The emulator's own frame skip changes nothing in the game: sticky actions are drawn anew for every frame, no-ops at a
-reset, and both whatever the skip is. So skip 1 with each action given four times plays the same game as skip 4.
+The emulator's own frame skip does not change the game: sticky actions are random in every frame, no-ops at a reset, and
+both do not depend on the skip. So frame skip 1 with each action given four times plays the same as frame skip 4.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from wn_rl.atari.games import find_game
 from wn_rl.errors import UsageError, WnRlError
 
 FRAMES_PER_SECOND = 60
-"""Of the emulated console."""
+"""Frame rate of the emulated console."""
 RESET = 255
-"""In the place of an action: this vector step was an auto-reset, which plays none."""
+"""In place of an action: this vector step was an auto-reset, without an action."""
 RESEED = 254
-"""The same, and the emulator was seeded anew after it: what follows belongs to another seed."""
+"""The same, and the emulator was re-seeded after it: what follows belongs to another seed."""
 
-Picture = NDArray[np.uint8]
+RgbImage = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class RenderedFrame:
     """One emulator frame.
 
     Attributes:
-        picture: RGB, uint8 of shape (height, 160, 3); the height is 210 but for a few games (up to 250).
-        step: which element of ``played`` this frame belongs to; −1 for the picture before the first.
-        action: the index of the agent's action in the game's action set, None in a picture that no action led to. With
-            sticky actions the emulator may have repeated the one before.
+        rgb: the screen, uint8 of shape (height, 160, 3); the height is 210, in a few games up to 250.
+        step: index in ``actions`` of the element of this frame; −1 for the frame before the first action.
+        action: the index of the agent's action in the game's action set, None in a frame without an action. With sticky
+            actions the emulator may have repeated the one before.
         reward: raw points of this frame.
-        lives: that are left.
-        terminated: the game ended with this frame.
+        lives: remaining lives.
+        terminated: the game was over with this frame.
         truncated: the frame cap ended the episode with this frame.
-        is_reset: the first picture of an episode; the no-ops before it are not shown.
+        is_reset: the first frame of an episode; the no-ops before it are not rendered.
     """
 
-    picture: Picture
+    rgb: RgbImage
     step: int
     action: int | None
     reward: float
@@ -57,7 +57,7 @@ class RenderedFrame:
 
 def render(
     game: str,
-    played: Sequence[int],
+    actions: Sequence[int],
     *,
     seed: int,
     resets: int = 0,
@@ -68,16 +68,16 @@ def render(
     full_action_set: bool = False,
     max_frames_per_episode: int | None = None,
 ) -> Iterator[RenderedFrame]:
-    """Play ``played`` again and yield every frame, beginning with the picture before its first action.
+    """Play ``actions`` and yield every frame, beginning with the frame before the first action.
 
     Args:
-        game: the game; it and its options, see :func:`wn_rl.atari.env.make_atari`, must be those of then.
-        played: one number per vector step of the emulator: an index into the game's action set, played for 4 frames
-            unless the game ends before, or ``RESET``. ``bytes`` will do.
+        game: the game; it and the options, see :func:`wn_rl.atari.env.make_atari`, must be the original ones.
+        actions: for each vector step of the emulator an index in the game's action set, played for 4 frames unless the
+            game is over before, or ``RESET``; may be ``bytes``.
         seed: of the emulator.
-        resets: how many unseeded resets followed the seeded one before ``played`` or ``history`` began. Without sticky
+        resets: number of resets without seed between the seeded one and ``history`` or ``actions``. Without sticky
             actions an episode depends on these and its own actions only.
-        history: what was played in between; needed with sticky actions, whose random numbers it draws.
+        history: the actions in between; needed with sticky actions, which use random numbers in every frame.
         noop_max: no-ops at the start of an episode.
         fire_reset: press FIRE at the start of an episode.
         sticky_actions: probability that a frame repeats the previous action.
@@ -86,13 +86,15 @@ def render(
 
     Raises:
         UsageError: an unknown game, a seed or a number below 0, or ``resets`` with sticky actions.
-        WnRlError: an element that is no action of this game, or, on the way, one that does not fit the game: it goes
-            on where a reset should follow or has ended where an action should (other options, another emulator).
+        WnRlError: an element that is not an action of this game, or that does not match the course of the game: a reset
+            while the episode goes on, or an action after its end (other options, another emulator).
     """
     if seed < 0 or resets < 0:
         raise UsageError(f"seed and resets must be 0 or more, not {seed} and {resets}")
     if resets and sticky_actions > 0:
-        raise UsageError("with sticky actions resets alone lead to no episode: give what was played as history")
+        raise UsageError(
+            "with sticky actions resets do not determine an episode: give the actions before it as history"
+        )
     emulator = _ColourEmulator(
         game,
         noop_max=noop_max,
@@ -101,14 +103,14 @@ def render(
         full_action_set=full_action_set,
         max_frames_per_episode=max_frames_per_episode,
     )
-    for value in {*history, *played}:
+    for value in {*history, *actions}:
         if value != RESET and not 0 <= value < emulator.num_actions:
             raise WnRlError(f"{find_game(game).name} has {emulator.num_actions} actions; there is no action {value}")
-    return _render(emulator, played, history, seed, resets)
+    return _render(emulator, actions, history, seed, resets)
 
 
 def _render(
-    emulator: _ColourEmulator, played: Sequence[int], history: Sequence[int], seed: int, resets: int
+    emulator: _ColourEmulator, actions: Sequence[int], history: Sequence[int], seed: int, resets: int
 ) -> Iterator[RenderedFrame]:
     last = emulator.reset(seed)
     for _ in range(resets):
@@ -116,13 +118,13 @@ def _render(
     for step, value in enumerate(history):
         *_, last = emulator.play(value, step)
     if not emulator.ended:
-        yield RenderedFrame(last.picture, -1, None, 0.0, last.lives, is_reset=last.is_reset)
-    for step, value in enumerate(played):
+        yield RenderedFrame(last.rgb, -1, None, 0.0, last.lives, is_reset=last.is_reset)
+    for step, value in enumerate(actions):
         yield from emulator.play(value, step)
 
 
 class _ColourEmulator:
-    """One emulator that shows every frame in colour, at the console's own resolution."""
+    """One emulator with every frame in colour, at the console's own resolution."""
 
     def __init__(
         self,
@@ -163,9 +165,9 @@ class _ColourEmulator:
     def reset(self, seed: int | None = None, step: int = -1) -> RenderedFrame:
         """Start an episode."""
         seeds = None if seed is None else np.array([seed], np.int32)
-        pictures, info = self._emulator.reset(seed=seeds)
+        screens, info = self._emulator.reset(seed=seeds)
         self.ended = False
-        return RenderedFrame(pictures[0, 0], step, None, 0.0, int(info["lives"][0]), is_reset=True)
+        return RenderedFrame(screens[0, 0], step, None, 0.0, int(info["lives"][0]), is_reset=True)
 
     def play(self, value: int, step: int) -> Iterator[RenderedFrame]:
         """Play one element of a sequence; yields its frames."""
@@ -173,18 +175,18 @@ class _ColourEmulator:
             what = "the game has ended" if self.ended else "the game goes on"
             wanted = "a reset" if value == RESET else f"action {value}"
             raise WnRlError(
-                f"what was played does not fit: at vector step {step} {what}, but {wanted} was noted; the options or "
-                "the version of ale-py differ"
+                f"the actions do not match the game: at vector step {step} {what}, but {wanted} was recorded; options "
+                "or versions of ale-py differ"
             )
         if value == RESET:
             yield self.reset(step=step)
             return
         for _ in range(FRAME_SKIP):
-            pictures, rewards, terminated, truncated, info = self._emulator.step(np.array([value]))
-            # At the frame cap an agent step is cut short too, if the cap is no multiple of 4.
+            screens, rewards, terminated, truncated, info = self._emulator.step(np.array([value]))
+            # The frame cap also shortens an agent step, if it is not a multiple of 4.
             self.ended = bool(terminated[0] or truncated[0])
             yield RenderedFrame(
-                pictures[0, 0],
+                screens[0, 0],
                 step,
                 value,
                 float(rewards[0]),

@@ -1,4 +1,4 @@
-"""Plays a journal again, so that emulators and replay get to where they were."""
+"""Replays the actions of a run, which restores its emulators and its replay buffer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from wn_rl.atari.env import AtariVector
 from wn_rl.errors import CheckpointError
 
 DUMMY_EPISODE = 30
-"""An emulator that waits plays on; so many of its agent steps are taken for one episode at most often."""
+"""Assumed agent steps of an episode of an emulator that plays no-ops until its replay begins: at least so many."""
 
 
 @dataclass(frozen=True)
-class PlayedAgain:
-    """A vector step that was played again; arrays of shape (N,), frames (N, 84, 84).
+class ReplayedStep:
+    """A vector step that was replayed; arrays of shape (N,), frames (N, 84, 84).
 
     Attributes:
         number: of the vector step, from 0.
         actions: 0 where it was an auto-reset.
         rewards: raw points.
-        terminated: the game ended.
+        terminated: the game was over.
         truncated: the frame cap ended the episode.
         frames: the newest frame of each emulator after it.
         info: see :class:`wn_rl.atari.env.AtariVector`.
@@ -40,7 +40,7 @@ class PlayedAgain:
     info: dict[str, NDArray[Any]]
 
 
-def play_again(
+def replay_actions(
     env: AtariVector,
     history: History,
     first_row: int,
@@ -48,23 +48,23 @@ def play_again(
     *,
     sticky: bool,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[NDArray[np.uint8] | PlayedAgain]:
-    """Bring ``env`` to where it was at the end of ``history``.
+) -> Iterator[NDArray[np.uint8] | ReplayedStep]:
+    """Restore ``env`` to its state at the end of ``history``.
 
     Without sticky actions each emulator is seeded, fast-forwarded by resets to the episode that it played at
-    ``first_row``, and plays from that episode's beginning; with them it plays from its last seeding. Emulators whose
-    turn comes later play anything until then.
+    ``first_row``, and replays from the beginning of that episode; with them it replays from its last seeding. Until an
+    emulator's replay begins it plays no-ops, whose result is not used.
 
     Args:
         env: emulators with the run's options.
-        history: of the run.
-        first_row: the vector step from which on the frames are wanted.
+        history: the actions of the run.
+        first_row: the first vector step to yield.
         seeds_of: label of a seeding → the seeds of all N emulators.
         sticky: whether the emulators draw random numbers while they play.
-        on_progress: called with (vector steps played, of how many).
+        on_progress: called with (vector steps replayed, of how many).
 
     Yields:
-        first the frames before ``first_row``, uint8 (N, 84, 84), then each vector step from there on.
+        First the frames before ``first_row``, uint8 (N, 84, 84), then each vector step from there on.
 
     Raises:
         CheckpointError: the emulators do not do what they did in the run.
@@ -88,7 +88,7 @@ def play_again(
         restart(chosen)
 
     def begin_row(row: int) -> None:
-        """Start the emulators whose turn comes, and send all of them on."""
+        """Restart the emulators whose replay begins here, and send the actions of all."""
         late = (origin == row) & (row > begin)
         if (overshot := late & (done >= resets)).any():
             restart(overshot, seeds[overshot])
@@ -110,8 +110,8 @@ def play_again(
         observations, rewards, terminated, truncated, info = env.recv()
         if (info["is_reset"] != (played >= RESEEDED))[live].any():
             raise CheckpointError(
-                f"vector step {row:,} ends other episodes than in the run: another version of ale-py, or a journal "
-                "that is not this run's"
+                f"at vector step {row:,} other episodes end than in the run: another version of ale-py, or the "
+                "action log of another run"
             )
         frames = observations[:, -1].copy()
         done += info["is_reset"]
@@ -121,6 +121,6 @@ def play_again(
         begin_row(row + 1)  # the emulators run while this row is stored
         on_progress(row + 1 - begin, end - begin)
         if row >= first_row:
-            yield PlayedAgain(row, actions_of(row), rewards, terminated, truncated, frames, info)
+            yield ReplayedStep(row, actions_of(row), rewards, terminated, truncated, frames, info)
         elif row + 1 == first_row:
             yield frames.copy()

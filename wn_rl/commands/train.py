@@ -7,13 +7,14 @@ from pathlib import Path
 
 from wn_rl import cli, config, layout
 from wn_rl.atari.games import game_names
+from wn_rl.output import notice, notices
 from wn_rl.runs.directory import new_directory
 
 HELP = """Train a DQN with a weight parameterization of your choice on an Atari game.
 
 A flag beats the file of --config, which beats the preset. Three more flags:
   --config FILE.yaml   configuration keys from a file; the config.yaml of a run repeats it
-  --resume RUN_DIR     go on from the run's last checkpoint, exactly (what its replay held is played again first)
+  --resume RUN_DIR     go on from the run's last checkpoint, exactly (its replay buffer is restored first)
   --quiet              print nothing but errors
 
 Units: a frame is one emulator frame; an agent step is one decision, 4 frames; an update is one optimizer step.
@@ -27,15 +28,31 @@ def main(arguments: Sequence[str]) -> int:
     config_file, arguments = cli.take_option(arguments, "--config")
     resume, arguments = cli.take_option(arguments, "--resume")
     quiet, arguments = cli.take_switch(arguments, "--quiet")
+    with notices(shown=not quiet):
+        return _train(arguments, config_file, resume, quiet=quiet)
+
+
+def _train(arguments: Sequence[str], config_file: str | None, resume: str | None, *, quiet: bool) -> int:
+    arguments, renamed = config.current_flags(arguments)
+    if renamed:
+        notice(renamed)
     preset = None if resume else cli.take_option(arguments, "--preset")[0]
     file = Path(config_file) if config_file else None
     base = config.load(preset, file)
-    wanted = cli.parse(config.TrainConfig, arguments, default=base, description=HELP + ", ".join(game_names()) + ".")
+    wanted = cli.parse(
+        config.TrainConfig,
+        arguments,
+        default=base,
+        description=HELP + ", ".join(game_names()) + ".",
+        suggest=config.flag_suggestion,
+    )
     given = {key: getattr(wanted, key) for key in cli.given_flags(arguments)}
     if "param" in given and ":" in wanted.param:
         config.import_parameterization(wanted.param)
     if "network" in given and ":" in wanted.network:
         config.import_network(wanted.network)
+    if "backend" in given and ":" in wanted.backend:
+        layout.import_agent("backends").load(wanted.backend)
     if resume:
         read = config.read_yaml(file) if file else {}
         return _resume(

@@ -19,10 +19,14 @@ from wn_rl.config.flags import EnvCount as EnvCount
 from wn_rl.config.flags import Options as Options
 from wn_rl.config.flags import is_auto as is_auto
 from wn_rl.config.flags import parse_count as parse_count
+from wn_rl.config.renamed import current as current
+from wn_rl.config.renamed import current_flags as current_flags
 from wn_rl.config.resolving import import_network as import_network
 from wn_rl.config.resolving import import_parameterization as import_parameterization
 from wn_rl.config.resolving import network_spec as network_spec
 from wn_rl.config.resolving import resolve as resolve
+from wn_rl.config.synonyms import flag_suggestion as flag_suggestion
+from wn_rl.config.synonyms import suggestion as suggestion
 from wn_rl.config.train_config import BackendName as BackendName
 from wn_rl.config.train_config import TrainConfig as TrainConfig
 from wn_rl.config.train_config import validate as validate

@@ -1,4 +1,4 @@
-"""Presets, YAML files and mappings: where configuration keys come from, each read as its type."""
+"""Presets, YAML files and mappings: sources of configuration keys, each value read as its type."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from wn_rl.atari.games import find_game
+from wn_rl.config import renamed
 from wn_rl.config.flags import AUTO, is_auto, parse_count
+from wn_rl.config.synonyms import suggestion
 from wn_rl.config.train_config import TrainConfig, validate
 from wn_rl.errors import UsageError, WnRlError, closest, one_line
 from wn_rl.layout import PRESETS_DIR
+from wn_rl.output import notice
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 _HINTS = get_type_hints(TrainConfig)
@@ -98,7 +101,7 @@ def _describe(hint: Any) -> str:  # noqa: ANN401 - a type hint
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key that stands twice."""
+    """A safe loader that refuses a duplicate key."""
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -106,7 +109,7 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
     for key_node, _ in node.value:
         key = getattr(key_node, "value", None)
         if isinstance(key, str) and key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' appears twice", key_node.start_mark)
         if isinstance(key, str):
             seen.add(key)
     return loader.construct_mapping(node, deep=True)
@@ -115,8 +118,12 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, notices: bool = True) -> dict[str, Any]:
     """Return the configuration keys of a YAML file, each of its type.
+
+    Args:
+        path: the file.
+        notices: print one line if a key or a value has another name now.
 
     Raises:
         UsageError: the file cannot be read, is no mapping, or holds an unknown key or a value of the wrong type.
@@ -132,10 +139,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a mapping of configuration keys to values")
+    values, told = renamed.current(values)
+    if told and notices:
+        notice(f"{path}: {told}")
     found = {}
     for key, value in values.items():
         if key not in FIELDS:
-            raise UsageError(f"{path}: unknown key '{key}'.{closest(str(key), FIELDS)}")
+            raise UsageError(f"{path}: unknown key '{key}'.{suggestion(str(key), FIELDS)}")
         try:
             found[key] = coerce(key, value)
         except UsageError as error:
@@ -209,7 +219,7 @@ def recorded(config_file: Path) -> TrainConfig:
     Raises:
         UsageError: see :func:`read_yaml`, or an unknown preset.
     """
-    from_file = read_yaml(config_file)
+    from_file = read_yaml(config_file, notices=False)
     return replace(TrainConfig(), **(_preset(from_file.get("preset") or TrainConfig.preset) | from_file))
 
 

@@ -1,4 +1,4 @@
-"""Types of configuration keys as a person writes them: counts, ``auto``, options, layer names."""
+"""Types of configuration keys as a user writes them: counts, ``auto``, options, layer names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
 def parse_count(text: str) -> int:
-    """Return the whole number that ``200M``, ``2e6``, ``500k`` or ``1_000_000`` stands for.
+    """Return the integer that ``200M``, ``2e6``, ``500k`` or ``1_000_000`` means.
 
     Raises:
-        ValueError: it is no whole number.
+        ValueError: it is not an integer.
     """
     match = re.fullmatch(r"([-+]?[0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,3})?)\s*([kKmMgGbB]?)", text.strip())
     if match is None:
@@ -43,7 +43,7 @@ Count = Annotated[
 
 
 class _Auto(int):
-    """A whole number that is not chosen yet; only :data:`AUTO` is one."""
+    """An integer that is not chosen yet; only :data:`AUTO` is one."""
 
     def __repr__(self) -> str:
         return "auto"
@@ -52,7 +52,7 @@ class _Auto(int):
 
 
 AUTO = _Auto(0)
-"""``num_envs: auto`` until :func:`wn_rl.machine.resolve_device` chooses. Nothing may compute with it before."""
+"""``num_envs: auto`` until :func:`wn_rl.machine.resolve_device` chooses; not to be computed with before."""
 
 
 def parse_num_envs(text: str) -> int:
@@ -110,12 +110,12 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     """Return ``g=exp rate=0.05`` as a mapping from name to text.
 
     Raises:
-        ValueError: a word is not NAME=VALUE, or a name stands twice.
+        ValueError: a word is not NAME=VALUE, or a name appears twice.
     """
     found: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not (name and equals and value) or name in found:
-            raise ValueError(f"'{word}' is not NAME=VALUE, or the name stands twice")
+            raise ValueError(f"'{word}' is not NAME=VALUE, or the name appears twice")
         found[name] = value
     return found

@@ -1,7 +1,8 @@
-"""Every choice of "the default" made: what keys leave open follows from parameterization and network."""
+"""Default values that follow from other keys: from the game, the parameterization and the network."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from wn_rl.atari.games import find_game
 from wn_rl.config.train_config import TrainConfig, validate
 from wn_rl.errors import CheckpointError, UsageError, WnRlError, closest, one_line
+from wn_rl.output import notice
 
 if TYPE_CHECKING:
     from wn_rl.networks import QNetworkSpec
@@ -20,17 +22,17 @@ TRIAL_ACTIONS = 3
 
 
 def resolve(config: TrainConfig, *, param_in_file: bool = False, network_in_file: bool = False) -> TrainConfig:
-    """Return the configuration with names made canonical and every choice of "the default" made.
+    """Return the configuration with canonical names and every default value filled in.
 
-    Device, precision and ``num_envs: auto`` are resolved where torch is loaded, in the training.
+    Device, precision and ``num_envs: auto`` are resolved when training starts, where torch is loaded.
 
     Args:
-        config: as the user gave it.
-        param_in_file: the parameterization's name stands in a file, so it is nobody's typing mistake.
-        network_in_file: the same of the network's name.
+        config: as the user wrote it.
+        param_in_file: the parameterization's name is in a file, so it is not a typing mistake.
+        network_in_file: the same for the network's name.
 
     Raises:
-        UsageError: an unknown name, a network of somebody's own that cannot be used, or see :func:`validate`.
+        UsageError: an unknown name, a user's own network that cannot be used, or see :func:`validate`.
         WnRlError: an unknown parameterization or network in a file.
     """
     if not config.game:
@@ -46,7 +48,7 @@ def resolve(config: TrainConfig, *, param_in_file: bool = False, network_in_file
         networks.unknown_in_file if param_in_file else None,
     )
     try:
-        entry = parameterizations.resolve(param, config.param_options)
+        parameterization = parameterizations.resolve(param, config.param_options)
     except ValueError as error:
         raise UsageError(f"param_options: {error}") from None
     _known(
@@ -67,7 +69,7 @@ def resolve(config: TrainConfig, *, param_in_file: bool = False, network_in_file
         raise UsageError(str(error)) from None
     layers = config.param_layers
     if layers is None:
-        layers = outline.default_layers(entry)
+        layers = outline.default_layers(parameterization)
     there = outline.layer_names()
     for layer in layers:
         if not any(fnmatchcase(name, layer) for name in there):
@@ -78,8 +80,8 @@ def resolve(config: TrainConfig, *, param_in_file: bool = False, network_in_file
         raise UsageError(f"param_layers names no layer. There are: {', '.join(there)}.")
     from_data = config.data_dependent_init
     if from_data is None:
-        from_data = entry.data_dependent_init
-    if from_data and (problem := parameterizations.cannot_rescale(entry)):
+        from_data = parameterization.data_dependent_init
+    if from_data and (problem := parameterizations.cannot_rescale(parameterization)):
         raise UsageError(f"data_dependent_init: {problem}")
     rate = config.learning_rate
     if rate is None:
@@ -87,7 +89,7 @@ def resolve(config: TrainConfig, *, param_in_file: bool = False, network_in_file
     config = replace(
         config,
         game=find_game(config.game).name,
-        param_options=entry.options(),
+        param_options=parameterization.options(),
         param_layers=layers,
         data_dependent_init=from_data,
         weight_init=config.weight_init or ("normal" if from_data else "he"),
@@ -141,23 +143,31 @@ def network_spec(config: TrainConfig, num_actions: int) -> QNetworkSpec:
 def import_parameterization(reference: str) -> None:
     """Import the module of ``module:Name``, so that the class in it is registered.
 
-    It runs the module's code: use it on what a person typed, never on what stands in a file.
+    It runs the module's code: use it on what the user typed, never on a name from a file.
 
     Raises:
         UsageError: there is no such module or class.
     """
     from wn_rl import parameterizations
+    from wn_rl.parameterizations.former_names import FormerNameWarning
 
-    try:
-        parameterizations.load(reference)
-    except ValueError as error:
-        raise UsageError(f"--param {reference}: {one_line(error)}") from None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            parameterizations.load(reference)
+        except ValueError as error:
+            raise UsageError(f"--param {reference}: {one_line(error)}") from None
+    for warning in caught:
+        if issubclass(warning.category, FormerNameWarning):
+            notice(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def import_network(reference: str) -> None:
     """Import the module of ``module:Name``, so that the network in it is registered.
 
-    It runs the module's code: use it on what a person typed, never on what stands in a file.
+    It runs the module's code: use it on what the user typed, never on a name from a file.
 
     Raises:
         UsageError: there is no such module or class.

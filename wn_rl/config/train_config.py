@@ -10,8 +10,8 @@ import tyro
 from wn_rl.config.flags import Count, EnvCount, Names, Options, is_auto
 from wn_rl.errors import UsageError
 
-BackendName = Literal["eager", "cuda_graphs", "cpu_kernels"]
-"""Ways in which an agent's work can be carried out, see ``agents.backends``."""
+BackendName = str
+"""Names of the backends, see ``agents.backends``."""
 
 
 @dataclass(frozen=True)
@@ -31,44 +31,45 @@ class TrainConfig:
     """Options of the parameterization, e.g. g=exp for wn; docs/parameterizations.md lists them."""
     param_layers: Names = None
     """Layers that are parameterized, of convolutions.0 convolutions.1 convolutions.2 hidden output, or of your own
-    network's (* and ? may stand for letters). Default: those that the parameterization's source treats, for wn all."""
+    network's (* and ? are wildcards). Default: those of the parameterization's source, for wn all."""
     network: str = "nature"
     """Network: nature (Mnih et al. 2015), or module:Name of your own registered class, whose module is imported."""
     network_options: Options = field(default_factory=dict)
     """Options of a network of your own, e.g. width=2: the keyword-only arguments of its __init__."""
     preset: str = "paper"
     """Start from configs/PRESET.yaml: paper (Salimans & Kingma 2016), nature (Mnih et al. 2015), machado (sticky
-    actions, full action set) or quick (for a laptop: something to see within 2M frames)."""
+    actions, full action set) or quick (for a laptop: first results within 2M frames)."""
     frames: Count = 200_000_000
     """Length of the training, in emulator frames."""
     seed: Count = 1
     """Seed of everything random. On a CPU with the same number of threads the same seed gives the same weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the network and the replay live; auto takes a GPU where there is one."""
+    """Where the network and the replay are; auto: a GPU if there is one."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Arithmetic of the hidden layers; weights, output layer and loss are always float32. auto: bfloat16 on a CPU with
-    AVX512-BF16 or AMX and on a GPU that computes in it, else float32. tf32: on a GPU, float32 whose factors are rounded
-    to 10 bits."""
-    backend: Literal["auto", BackendName] = "auto"
-    """How updates are carried out: eager (torch's autograd, the reference), cuda_graphs (recorded once, on a GPU),
-    cpu_kernels (C, for standard and wn with adamax). They agree but for rounding. auto: the fastest that supports the
-    agent; config.yaml says which."""
+    """Arithmetic of the hidden layers; weights, output layer and loss are always float32. auto: on a GPU bfloat16 if it
+    computes in it; on a CPU bfloat16 where timing shows that it makes at least 15% more updates; else float32. tf32: on
+    a GPU, float32 whose factors are rounded to 10 bits."""
+    backend: BackendName = "auto"
+    """How updates are computed: eager (torch's autograd, the reference), cuda_graphs (captured once and replayed, on a
+    GPU), cpu_kernels (C), or module:Name of your own registered class, whose module is imported. Their results are
+    equal up to rounding. auto: the fastest that supports the agent, by timing on a CPU; config.yaml says
+    which."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Use torch.compile: by cuda_graphs for the whole update, by eager on a CPU for adamax's step (some 20 s, once).
-    auto: on a GPU for runs of at least 20M frames where there are triton and a C compiler, on a CPU for networks of at
-    least half a million parameters where there is a C++ compiler. off: --backend auto takes eager on a CPU."""
+    """Use torch.compile: cuda_graphs for the whole update, eager on a CPU for adamax's step (about 20 s, once).
+    auto: on a GPU for runs of at least 20M frames if there are triton and a C compiler, on a CPU for networks of at
+    least half a million parameters if there is a C++ compiler. off: --backend auto takes eager on a CPU."""
     num_envs: EnvCount = 16
-    """Emulators that step together. All of them act on the same network, so N changes results a little. auto: chosen
-    from cores and device; the number chosen is what the run's config.yaml says."""
+    """Emulators that step together (a vector environment). All of them act on the same network, so N changes results
+    a little. auto: chosen from cores and device; the run's config.yaml says which number."""
     num_threads: Count = 0
-    """Threads of the network's arithmetic on a CPU; 0: all cores."""
+    """Threads that compute the network on a CPU; 0: all cores."""
     emulator_threads: Count = 0
-    """Threads that step the emulators; 0: one per core. Changes no result."""
+    """Threads that step the emulators; 0: one per core. Does not change results."""
     run_dir: str | None = None
     """Directory of the run; default: runs/GAME-PARAM-PRESET-sSEED-TIME."""
 
     noop_max: Count = 30
-    """At the start of an episode 0 … noop_max no-ops are played."""
+    """Each episode starts with a random number of no-ops, from 0 to noop_max."""
     fire_reset: bool = False
     """Press FIRE at the start of an episode."""
     sticky_actions: float = 0.0
@@ -76,66 +77,66 @@ class TrainConfig:
     full_action_set: bool = False
     """All 18 actions instead of the game's minimal set."""
     max_frames_per_episode: Count = 0
-    """Truncate an episode after so many emulator frames; 0: no cap."""
+    """Truncate an episode after this number of emulator frames; 0: no cap."""
     life_loss_terminal: bool = True
-    """Treat a lost life as the end of the episode in the learning target (the emulator plays on)."""
+    """Treat a lost life as terminal in the learning target (the episode itself goes on)."""
     reward_clip: float = 1.0
-    """Clip rewards to ± this in learning; 0: don't. Scores are never clipped."""
+    """Clip rewards to ± this in learning; 0 disables clipping. Scores are never clipped."""
 
     replay_capacity: Count = 1_000_000
-    """Agent steps that the replay holds (7,056 bytes each)."""
+    """Size of the replay buffer in agent steps (7,056 bytes each)."""
     learning_starts: Count = 50_000
     """Agent steps of random play before the first update."""
     batch_size: Count = 64
-    """Transitions per update."""
+    """Minibatch size: transitions per update."""
     update_period: Count = 4
-    """Agent steps per update."""
+    """Agent steps per update (elsewhere called train frequency)."""
     target_period: Count = 10_000
-    """Agent steps between copies to the target network."""
+    """Agent steps between copies to the target network (elsewhere called target update interval or frequency)."""
     gamma: float = 0.99
-    """Discount per agent step."""
+    """Discount factor per agent step."""
     loss_reduction: Literal["sum", "mean"] = "sum"
-    """Huber loss summed or averaged over the minibatch; it matters only beside the optimizer's eps."""
+    """Huber loss summed or averaged over the minibatch; only matters relative to optimizer_eps."""
     optimizer: Literal["adamax", "adam", "rmsprop_mnih"] = "adamax"
     """rmsprop_mnih is the centred RMSProp of Mnih et al. 2015."""
     learning_rate: float | None = None
-    """Step size; default: the value of learning_rates for the parameterization."""
+    """Learning rate of the optimizer; default: the value of learning_rates for the parameterization."""
     learning_rates: dict[str, float] = field(default_factory=lambda: {"standard": 1e-4, "wn": 3e-4})
     """Learning rate by parameterization; one that is not listed takes that of standard."""
     optimizer_eps: float = 1e-8
     """The optimizer's epsilon."""
     adam_beta1: float = 0.5
-    """Momentum of adamax and adam."""
+    """β1, the decay of the gradient's running mean, in adamax and adam."""
     adam_beta2: float = 0.999
-    """Decay of the gradient's scale in adamax and adam."""
+    """β2, the decay of the gradient's running scale, in adamax and adam."""
     rmsprop_decay: float = 0.95
     """Decay of both running means in rmsprop_mnih."""
 
     epsilon_start: float = 1.0
-    """Probability of a random action until learning_starts."""
+    """ε, the probability of a random action, until learning_starts."""
     epsilon_end: float = 0.1
-    """Probability of a random action after the decay."""
+    """ε after the decay."""
     epsilon_decay_steps: Count = 1_000_000
-    """Agent steps of the linear decay, counted from learning_starts."""
+    """Agent steps of the linear decay of ε, counted from learning_starts."""
 
     hidden_units: Count = 512
     """Units of the dense hidden layer."""
     weight_init: Literal["he", "torch", "normal"] | None = None
-    """Initial weights: he (deep_q_rl's), torch (Torch7's, as Mnih et al. 2015) or normal (N(0, 0.05²), the draw of v
+    """Initial weights: he (deep_q_rl's), torch (Torch7's, as Mnih et al. 2015) or normal (N(0, 0.05²), as v
     before data-dependent initialization). Default: normal with data-dependent initialization, else he."""
     data_dependent_init: bool | None = None
-    """Initialize scales and biases from replayed observations at learning_starts. Default: the parameterization's
-    own choice (wn: yes, standard: no)."""
+    """Initialize scales and biases from observations in replay at learning_starts. Default: as the parameterization's
+    source does (wn: yes, standard: no)."""
     init_samples: Count = 512
     """Observations for the data-dependent initialization."""
     output_init_std: float = 0.1
-    """Standard deviation of the Q-values after the data-dependent initialization."""
-    output_init: Literal["scaled", "literal"] = "scaled"
-    """literal: the paper's rule applied to the output layer as to every other, a standard deviation of 1;
-    scaled: output_init_std."""
+    """Standard deviation of the Q-values with output_init scaled."""
+    output_init: Literal["scaled", "unit-variance"] = "scaled"
+    """Standard deviation of the Q-values after the data-dependent initialization. scaled: output_init_std;
+    unit-variance: 1, the paper's rule applied to the output layer as to every other."""
     target_statistics: Literal["running", "batch"] = "running"
-    """For parameterizations with batch statistics: those that the target network uses. batch: the minibatch's own, so
-    its noise enters the targets."""
+    """For parameterizations with batch statistics: those that the target network uses. batch: the minibatch's own,
+    whose noise then enters the targets."""
     joint_batches: bool = False
     """For parameterizations with batch statistics: observations and next observations share one batch, as in CrossQ,
     instead of being two."""
@@ -143,28 +144,28 @@ class TrainConfig:
     evaluation_period: Count = 250_000
     """Agent steps between evaluations."""
     evaluation_steps: Count = 125_000
-    """Agent steps per evaluation; only completed episodes count. 0: play evaluation_episodes instead."""
+    """Agent steps per evaluation; only completed episodes count. 0: evaluation_episodes episodes instead."""
     evaluation_episodes: Count = 30
     """Episodes per evaluation where evaluation_steps is 0."""
     evaluation_epsilon: float = 0.05
-    """Probability of a random action in evaluations."""
+    """ε in evaluations."""
     evaluation_envs: Count = 16
     """Emulators per evaluation."""
     checkpoint_seconds: float = 600.0
-    """Seconds between checkpoints; there is one at every evaluation as well."""
+    """Seconds between checkpoints; every evaluation writes one too."""
     checkpoint_period: Count = 0
-    """Agent steps between checkpoints, besides those by time; 0: none."""
-    journal: Literal["whole", "replay"] = "whole"
-    """What is kept of what was played: everything (at most 0.8 MB per million agent steps), so that every training
-    episode can be seen again, or what a resumed run needs to fill its replay."""
+    """Agent steps between checkpoints, in addition to those by time; 0: none."""
+    action_log: Literal["full", "replay"] = "full"
+    """Which actions the run directory keeps. full: all (at most 0.8 MB per million agent steps), so that evaluate.py
+    --replay-episode can show every training episode; replay: those that a resumed run needs to restore its replay."""
     reseed_period: Count = 100_000
-    """Agent steps after which an emulator with sticky actions is seeded anew, at its next episode's start: a resumed
-    run plays so many again before what its replay holds."""
+    """Agent steps after which an emulator with sticky actions is re-seeded, when its next episode starts. A resumed run
+    replays up to this many agent steps more than its replay buffer holds."""
     log_period: Count = 10_000
-    """Agent steps between points of the TensorBoard curves."""
+    """Agent steps between points of the TensorBoard curves (log interval)."""
     chosen: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """Keys that somebody chose, by a flag or in a file; the others follow from the preset, the parameterization and the
-    machine. A run's config.yaml keeps them, so that what was derived is derived anew when one of these changes."""
+    """Keys that the user chose, by a flag or in a file; the others follow from the preset, the parameterization and the
+    machine. A run's config.yaml lists them, so that the others are derived again when one of these changes."""
 
     @property
     def max_frames(self) -> int | None:
@@ -172,7 +173,7 @@ class TrainConfig:
         return self.max_frames_per_episode or None
 
 
-# key: (lowest, highest) value that makes sense; None for no bound.
+# key: (lowest, highest) allowed value.
 _COUNT_RANGES: dict[str, tuple[int, int]] = {
     "frames": (1, 10**12),
     "seed": (0, 2**31 - 1),

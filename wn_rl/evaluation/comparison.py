@@ -26,7 +26,7 @@ PER_RUN = (
     "emulator_threads",
     "checkpoint_seconds",
     "checkpoint_period",
-    "journal",
+    "action_log",
     "log_period",
 )
 """Configuration keys in which the runs of a group may differ: they do not change what is learned."""

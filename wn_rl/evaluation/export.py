@@ -59,7 +59,7 @@ def export_command(paths: Sequence[Path], how: How, kind: Format, out: str) -> i
 
 def foldable(network: Network) -> bool:
     """Return whether every parameterized layer of the network can be folded into a plain weight and bias."""
-    return all(entry.foldable for _, entry in treated_layers(network).values())
+    return all(parameterization.foldable for _, parameterization in treated_layers(network).values())
 
 
 def export(found: Trained, kind: Format, out: Path) -> float:

@@ -107,7 +107,7 @@ class Network(nn.Module):
         """Return the names of the layers that the source of ``parameterization`` treats."""
         there = self.layer_names()
         hidden = tuple(name for name in there if name not in self.output_layers)
-        return {"all": there, "hidden": hidden, "penultimate": hidden[-1:]}[parameterization.treats]
+        return {"all": there, "hidden": hidden, "penultimate": hidden[-1:]}[parameterization.default_layers]
 
     def initialize_layers(self) -> None:
         """Draw the initial weights of every layer, before any parameterization."""

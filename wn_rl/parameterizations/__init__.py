@@ -1,6 +1,6 @@
 """Swappable parameterizations for any torch model. Imports only torch."""
 
-# Importing an entry's module puts it into the registry, in this order.
+# Importing a module registers its parameterizations, in this order.
 from wn_rl.parameterizations import standard  # noqa: I001
 from wn_rl.parameterizations import weight_norm
 from wn_rl.parameterizations import batch_norm

@@ -28,7 +28,7 @@ from wn_rl.parameterizations.base import (
     tidy,
     weight_names,
 )
-from wn_rl.parameterizations.notes import entry_of, forget_notes, note_entry, was_taken_off
+from wn_rl.parameterizations.notes import forget_notes, note_parameterization, parameterization_of, was_taken_off
 from wn_rl.parameterizations.reset import ResetParameters
 from wn_rl.parameterizations.rollback import unchanged_on_failure
 
@@ -52,20 +52,20 @@ def resolve(parameterization: str | Parameterization, options: Mapping[str, Any]
             raise ValueError("options go with a name; an object has its own")
         return parameterization
     try:
-        entry = registry.get(parameterization)
+        kind = registry.get(parameterization)
     except KeyError:
         known = ", ".join(registry.names())
         raise ValueError(f"unknown parameterization '{parameterization}'; there are: {known}") from None
-    return make(entry, dict(options or {}))
+    return make(kind, dict(options or {}))
 
 
 def treated_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Parameterization]]:
     """Return the layers of ``model`` that carry a parameterization, with it, by their name."""
     found = {}
     for name, module in model.named_modules():
-        entry = entry_of(module)
-        if entry is not None:
-            found[name] = (module, entry)
+        parameterization = parameterization_of(module)
+        if parameterization is not None:
+            found[name] = (module, parameterization)
     return found
 
 
@@ -76,7 +76,7 @@ def _matches(choice: Choice, name: str, module: nn.Module) -> bool:
 
 
 def as_choices(choices: Choice | Iterable[Choice]) -> list[Choice]:
-    """Return choices as a list; one alone may stand for itself."""
+    """Return choices as a list; a single one need not be in a list."""
     return [choices] if isinstance(choices, str | type | nn.Module) else list(choices)
 
 
@@ -115,7 +115,7 @@ def reparameterize(
     *,
     include: Choice | Iterable[Choice] | None = None,
     exclude: Choice | Iterable[Choice] = (),
-    **options: Any,  # noqa: ANN401 - each entry has its own
+    **options: Any,  # noqa: ANN401 - those of the parameterization
 ) -> Model:
     """Reparameterize the Linear, convolution and recurrent layers of ``model`` in place.
 
@@ -133,7 +133,7 @@ def reparameterize(
         ValueError: an unknown name or option, a choice that matches no layer, or a layer that this parameterization
             cannot treat. After this or any other error the model is what it was.
     """
-    entry = resolve(parameterization, options)
+    parameterization = resolve(parameterization, options)
     layers = _chosen(model, include, exclude)
     with unchanged_on_failure(*layers.values()):
         for layer in filter(was_taken_off, layers.values()):
@@ -141,39 +141,39 @@ def reparameterize(
             tidy(layer)
         uses = _uses(model)
         for name, layer in layers.items():
-            changed = [*weight_names(layer), *(["bias"] if isinstance(entry, OutputNormalization) else [])]
+            changed = [*weight_names(layer), *(["bias"] if isinstance(parameterization, OutputNormalization) else [])]
             shared = next((part for part in changed if uses[id(layer._parameters.get(part))] > 1), None)
-            if problem := _problem(entry, layer, shared=shared):
+            if problem := _problem(parameterization, layer, shared=shared):
                 kind = type(layer).__name__
                 raise ValueError(f"layer '{_shown(name)}' ({kind}): {problem}; exclude= leaves a layer alone")
         for layer in layers.values():
-            attach(entry, layer)
+            attach(parameterization, layer)
     return model
 
 
-def attach(entry: Parameterization, layer: nn.Module) -> None:
-    """Put ``entry`` on ``layer``, which it has accepted."""
+def attach(parameterization: Parameterization, layer: nn.Module) -> None:
+    """Put ``parameterization`` on ``layer``, which it has accepted."""
     before = set(layer._modules)
-    entry.apply(layer)
-    note_entry(layer, entry, tuple(name for name in layer._modules if name not in before))
+    parameterization.apply(layer)
+    note_parameterization(layer, parameterization, tuple(name for name in layer._modules if name not in before))
     ResetParameters.replace(layer)
 
 
 def _uses(model: nn.Module) -> Counter[int]:
-    """Return in how many places of ``model`` each parameter stands, by its ``id``."""
+    """Return how many times each parameter is used in ``model``, by its ``id``."""
     parameters = (parameter for module in model.modules() for parameter in module._parameters.values())
     return Counter(id(parameter) for parameter in parameters if parameter is not None)
 
 
-def _problem(entry: Parameterization, layer: nn.Module, *, shared: str | None) -> str:
-    """Return why ``entry`` cannot treat ``layer``, an empty text if it can."""
-    if not isinstance(layer, entry.layers):
-        return f"'{entry.name}' does not treat this type"
+def _problem(parameterization: Parameterization, layer: nn.Module, *, shared: str | None) -> str:
+    """Return why ``parameterization`` cannot treat ``layer``, an empty text if it can."""
+    if not isinstance(layer, parameterization.layers):
+        return f"'{parameterization.name}' does not treat this type"
     if shared:
         part = "bias" if shared == "bias" else "weight"
-        return f"its {part} is shared with another layer, which would be left behind"
+        return f"its {part} is shared with another layer, which would no longer share it"
     try:
-        entry.check(layer)
+        parameterization.validate(layer)
     except ValueError as error:
         return str(error)
     return ""
@@ -193,20 +193,21 @@ def fold(model: Model) -> Model:
             was.
     """
     treated = treated_layers(model)
-    for name, (_, entry) in treated.items():
-        if not entry.foldable:
+    for name, (_, parameterization) in treated.items():
+        if not parameterization.foldable:
             raise ValueError(
-                f"layer '{_shown(name)}': '{entry.name}' cannot be folded: no plain weight and bias give its output"
+                f"layer '{_shown(name)}': '{parameterization.name}' cannot be folded: "
+                "no plain weight and bias give its output"
             )
     taken_off = list(filter(was_taken_off, model.modules()))
     with unchanged_on_failure(*taken_off, *(layer for layer, _ in treated.values())):
         for layer in taken_off:
             ResetParameters.give_back(layer)
             tidy(layer)
-        for layer, entry in treated.values():
+        for layer, parameterization in treated.values():
             training = layer.training
             layer.eval()
-            entry.fold(layer)
+            parameterization.fold(layer)
             layer.train(training)
             ResetParameters.give_back(layer)
             forget_notes(layer)
@@ -217,26 +218,26 @@ def fold(model: Model) -> Model:
 def project(model: nn.Module) -> None:
     """Bring the parameters of ``model`` back to where their parameterization wants them after an optimizer step.
 
-    Only entries that say so need it (``wn_projected``); for the others it does nothing.
+    Only those with ``projects`` need it (``wn_projected``); for the others it does nothing.
     """
-    for layer, entry in treated_layers(model).values():
-        if entry.projects:
-            entry.project(layer)
+    for layer, parameterization in treated_layers(model).values():
+        if parameterization.projects:
+            parameterization.project(layer)
 
 
 def forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return ``layer(x)``, the cheapest way that the layer's parameterization knows to the same values."""
-    entry = entry_of(layer)
-    return entry.forward(layer, x) if entry is not None else layer(x)
+    """Return ``layer(x)``, computed in the cheapest way that the layer's parameterization has."""
+    parameterization = parameterization_of(layer)
+    return parameterization.forward(layer, x) if parameterization is not None else layer(x)
 
 
-def cannot_rescale(entry: Parameterization) -> str:
-    """Return why ``entry`` cannot be initialized from data, an empty text if it can; tried on a small layer."""
+def cannot_rescale(parameterization: Parameterization) -> str:
+    """Return why it cannot be initialized from data, an empty text if it can; tried on a small layer."""
     with torch.random.fork_rng(devices=[]):
         layer = nn.Linear(2, 2)
         try:
-            entry.apply(layer)
-            entry.rescale(layer, torch.ones(2))
+            parameterization.apply(layer)
+            parameterization.rescale(layer, torch.ones(2))
         except (TypeError, ValueError) as error:
             return str(error)
     return ""
@@ -244,25 +245,25 @@ def cannot_rescale(entry: Parameterization) -> str:
 
 @dataclass(frozen=True)
 class LayerInit:
-    """What data-dependent initialization saw at one layer: mean and standard deviation of t, per output unit."""
+    """Statistics of data-dependent initialization at one layer: mean and standard deviation of t, per output unit."""
 
     mean: Tensor
     std: Tensor
 
 
 def _statistics(layer: nn.Module, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, standard deviation and largest size of a layer's output per output unit, in float32 or better."""
+    """Return mean, standard deviation and largest magnitude of a layer's output per unit, in float32 or better."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     axes = [axis for axis in range(t.dim()) if axis != t.dim() - 1 - spatial_axes(layer)]
     return t.mean(axes), t.std(axes, correction=0), torch.linalg.vector_norm(t, torch.inf, axes)
 
 
 def _rounding(layer: nn.Module, x: Tensor, largest: Tensor, stored: torch.dtype) -> Tensor:
-    """Return, per output unit, what rounding alone can make of the deviation of a constant pre-activation.
+    """Return, per output unit, the standard deviation that rounding alone can give a constant pre-activation.
 
-    A sum is off by about ε times the sum of its terms' sizes, here those of the unit's own Σ |w||x| at the largest x of
-    each input. Products of half precision are summed in float32; only the result, up to ``largest`` per unit, is
-    rounded to what is ``stored``.
+    The error of a sum is about ε times the sum of its terms' magnitudes, here the unit's own Σ |w||x| at the largest x
+    of each input. Products of half precision are summed in float32; only the result, up to ``largest`` per unit, is
+    rounded to the ``stored`` dtype.
     """
     modes = [(module, module.training) for module in layer.modules()]
     layer.eval()  # reading a weight in training mode may change it: spectral normalization
@@ -283,7 +284,7 @@ def _rounding(layer: nn.Module, x: Tensor, largest: Tensor, stored: torch.dtype)
 
 @contextlib.contextmanager
 def _statistics_of_one_batch(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let batch statistics be those of the next batch, and make its running ones just that."""
+    """Use the statistics of the next batch, and make them the running statistics."""
     modules = [layer.normalization for layer in layers.values() if "normalization" in layer._modules]
     normalizations = [module for module in modules if isinstance(module, Normalization)]
     before = [(normalization, normalization.training, normalization.rate) for normalization in normalizations]
@@ -309,18 +310,18 @@ def initialize_from_data(
     Salimans & Kingma 2016, section 3: with t the layer's output without bias, g ← 1/σ[t] and b ← −μ[t]/σ[t];
     statistics over the batch and, in convolutions, over positions; the population standard deviation. Each layer
     sees what the layers before it give *after* their own initialization. An output unit that is constant over
-    the batch, but for what rounding may do to its sum, keeps its scale and is only centred. Entries with batch
+    the batch, up to the rounding of its sum, keeps its scale and is only centred. Parameterizations with batch
     statistics are initialized in training mode, and their running statistics become those of ``batch``.
 
     Args:
-        model: a model that :func:`reparameterize` has treated, whatever its forward pass does between the layers; each
-            treated layer needs a bias.
+        model: a model after :func:`reparameterize`, whatever its forward pass does between the layers; each
+            parameterized layer needs a bias.
         batch: the arguments of the model's forward pass; 500 examples or so.
         std: the standard deviation that each pre-activation gets.
         std_of: another value for single layers, by name, e.g. ``{"output": 0.1}``.
 
     Returns:
-        By layer name, the statistics of t that were found. Layers that the forward pass does not reach are left out.
+        By layer name, the statistics of t that were found. Layers that the forward pass does not use are left out.
 
     Raises:
         ValueError: a model without parameterization, a layer without bias or with a shared parameter, a recurrent
@@ -352,12 +353,12 @@ def initialize_from_data(
     found: dict[str, LayerInit] = {}
     biases: dict[str, Tensor] = {}
     noise: dict[str, Tensor] = {}
-    """What rounding may make of a deviation, as a share of it."""
+    """Part of a standard deviation that may come from rounding."""
     handles: list[RemovableHandle] = []
 
-    def initialize(name: str, layer: nn.Module, entry: Parameterization) -> None:
+    def initialize(name: str, layer: nn.Module, parameterization: Parameterization) -> None:
         # With statistics over an example's units, the rounding of one reaches the others.
-        mixes_units = entry.batch_independent and isinstance(entry, OutputNormalization)
+        mixes_units = parameterization.batch_independent and isinstance(parameterization, OutputNormalization)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in found:
@@ -384,7 +385,7 @@ def initialize_from_data(
                 raise ValueError(f"layer '{name}' gives values that are not finite")
             constant = ~(deviation > noise[name] * (t.std() if mixes_units else deviation))  # true for 0 / 0 too
             factor = torch.where(constant, torch.ones_like(deviation), targets[name] / deviation)
-            entry.rescale(module, factor)
+            parameterization.rescale(module, factor)
             bias = bias_of(module)
             assert bias is not None
             bias.copy_(-mean * factor)
@@ -398,8 +399,8 @@ def initialize_from_data(
         handles.append(layer.register_forward_hook(unnormalized, prepend=True, with_kwargs=True))
         handles.append(layer.register_forward_hook(after, with_kwargs=True))
 
-    for name, (layer, entry) in treated.items():
-        initialize(name, layer, entry)
+    for name, (layer, parameterization) in treated.items():
+        initialize(name, layer, parameterization)
     try:
         with unchanged_on_failure(model), torch.no_grad(), _statistics_of_one_batch(layers):
             model(*batch)

@@ -1,4 +1,4 @@
-"""What a parameterization is, and how one attaches to a layer."""
+"""The base classes of parameterizations, and what they need to know of a layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from wn_rl.parameterizations import recurrent
-from wn_rl.parameterizations.notes import entry_of as entry_of
-from wn_rl.parameterizations.notes import forget_notes
+from wn_rl.parameterizations.former_names import accept_former_names
+from wn_rl.parameterizations.notes import forget_notes, remove_hook
+from wn_rl.parameterizations.notes import parameterization_of as parameterization_of
 from wn_rl.parameterizations.options import read_option
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,7 +29,7 @@ REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Units:
-    """Where the output units lie in a weight.
+    """Where the output units are in a weight.
 
     On axis 0 for Linear, Conv and recurrent weights; on axis 1, within each group, for transposed convolutions, whose
     weight has the shape (inputs, outputs / groups, …).
@@ -39,7 +40,7 @@ class Units:
 
     @classmethod
     def of(cls, layer: nn.Module) -> Units:
-        """Return where the units of ``layer`` lie."""
+        """Return where the units are in the weight of ``layer``."""
         if isinstance(layer, TRANSPOSED):
             return cls(transposed=True, groups=layer.groups)
         return cls()
@@ -49,7 +50,7 @@ class Units:
         return weight.view(self.groups, -1, *weight.shape[1:]) if self.groups > 1 else weight
 
     def axes(self, split: Tensor) -> list[int]:
-        """Return the axes of a :meth:`split` weight that lie within a unit."""
+        """Return the axes of a :meth:`split` weight that are within a unit."""
         unit_axes = {0} if not self.transposed else {1} if self.groups == 1 else {0, 2}
         return [axis for axis in range(split.dim()) if axis not in unit_axes]
 
@@ -90,58 +91,58 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_zero_weights(layer: nn.Module, *, whole: bool = False, eps: float = 0.0) -> None:
-    """Refuse zero weights, for a parameterization that divides by their length; on the meta device all pass.
+    """Refuse zero weights, for a parameterization that divides by their norm; on the meta device all pass.
 
     Args:
-        layer: a layer that is not treated yet.
-        whole: it divides by a length of the whole weight, not by that of each unit.
-        eps: what counts as zero.
+        layer: a layer that is not parameterized yet.
+        whole: it divides by a norm of the whole weight, not by that of each unit.
+        eps: the largest norm that counts as zero.
 
     Raises:
-        ValueError: the length is zero.
+        ValueError: the norm is zero.
     """
     for name in weight_names(layer):
         weight: Tensor = getattr(layer, name).detach()
         if not weight.is_meta and bool(((weight.abs().max() if whole else Units.of(layer).norm(weight)) <= eps).any()):
             zero = f"its {name}" if whole else f"a unit of its {name}"
             more = f" (none above eps={eps:g})" if eps else ""
-            raise ValueError(f"{zero} has only zero weights{more}, so there is no length to divide by")
+            raise ValueError(f"{zero} has only zero weights{more}, so its norm is zero")
 
 
 def refuse_zero_length(length: Tensor, eps: float = 0.0) -> None:
-    """Refuse a weight that is assigned to a layer whose parameterization divides by its length; meta tensors pass.
+    """Refuse a weight that is assigned to a layer whose parameterization divides by its norm; meta tensors pass.
 
     Raises:
-        ValueError: a length is not above ``eps``.
+        ValueError: a norm is not above ``eps``.
     """
     if not length.is_meta and bool((length <= eps).any()):
-        raise ValueError("a unit has only zero weights, so there is no length to divide by")
+        raise ValueError("a unit has only zero weights, so its norm is zero")
 
 
 def transformed() -> bool:
-    """Return whether a transform of ``torch.func`` or forward-mode differentiation is under way.
+    """Return whether a transform of ``torch.func`` or forward-mode differentiation is active.
 
     Some of torch's fused operations have no rule for it, others a rule that gives wrong second derivatives (layer and
-    batch normalization in torch 2.13): then write them out.
+    batch normalization in torch 2.13): these are then computed from elementary operations.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def parameter_names(layer: nn.Module) -> tuple[str, ...]:
-    """Return the names of a layer's parameters in the order that they have without parameterization."""
+    """Return the names of a layer's parameters in the order of a plain layer."""
     first = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else weight_names(layer)
     return tuple(dict.fromkeys((*first, *layer._parameters)))
 
 
 def sort_parameters(layer: nn.Module) -> None:
-    """Bring a plain layer's parameters into that order again: optimizers and ``reset_parameters`` go by it."""
+    """Sort a plain layer's parameters into that order, on which optimizers and ``reset_parameters`` depend."""
     ordered = {name: layer._parameters[name] for name in parameter_names(layer) if name in layer._parameters}
     layer._parameters.clear()
     layer._parameters.update(ordered)
 
 
 def spatial_axes(layer: nn.Module) -> int:
-    """Return how many axes follow the units' in a layer's output: 0 for Linear, 1 to 3 for convolutions."""
+    """Return how many axes follow the units' axis in a layer's output: 0 for Linear, 1 to 3 for convolutions."""
     if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
         return 1
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
@@ -155,7 +156,7 @@ def units_of(layer: nn.Module) -> int:
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
-    """Return a treated layer's trained bias, wherever its parameterization keeps it."""
+    """Return a parameterized layer's trained bias, wherever its parameterization keeps it."""
     normalization = layer._modules.get("normalization")
     bias = normalization.bias if normalization is not None else layer.bias
     return bias if isinstance(bias, Tensor) else None
@@ -173,11 +174,16 @@ class Parameterization:
     name: ClassVar[str] = ""
     """Set by :func:`register`."""
 
+    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 - those of a subclass's own bases
+        """Accept what a subclass overrides under its former name."""
+        super().__init_subclass__(**options)
+        accept_former_names(cls, Parameterization)
+
     batch_independent: ClassVar[bool] = True
     """Whether, in training mode, an example's output is independent of the other examples of the minibatch."""
 
     data_dependent_init: ClassVar[bool] = False
-    """Whether the entry's source initializes it from data (Salimans & Kingma 2016, section 3)."""
+    """Whether its source initializes it from data (Salimans & Kingma 2016, section 3)."""
 
     has_training_mode: ClassVar[bool] = False
     """Whether a forward pass in training mode differs from one in evaluation mode, or changes a buffer."""
@@ -189,29 +195,29 @@ class Parameterization:
     """Whether :func:`wn_rl.fold` can write it as a plain weight and bias (in evaluation mode)."""
 
     leaves_plain: ClassVar[bool] = False
-    """Whether a treated layer is an ordinary one, so that another parameterization may take this one's place."""
+    """Whether a parameterized layer stays an ordinary one, so that another parameterization may replace this one."""
 
     projects: ClassVar[bool] = False
     """Whether :func:`wn_rl.project` must follow every optimizer step."""
 
-    treats: ClassVar[Literal["all", "hidden", "penultimate"]] = "all"
-    """Which layers of a Q-network its source treats: all, all but the output layer, or the one before the output."""
+    default_layers: ClassVar[Literal["all", "hidden", "penultimate"]] = "all"
+    """Layers of a Q-network that have it by default: all, all but the output layer, or the one before the output."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = LAYERS
-    """Layer types that it can treat."""
+    """Layer types that it supports."""
 
     dtypes: ClassVar[tuple[torch.dtype, ...] | None] = REAL
-    """Dtypes of a weight that it can treat, None for any."""
+    """Dtypes of a weight that it supports, None for any."""
 
-    def check(self, layer: nn.Module) -> None:
-        """Refuse a layer that it cannot treat.
+    def validate(self, layer: nn.Module) -> None:
+        """Refuse a layer that it does not support.
 
         Raises:
-            ValueError: what is wrong with the layer; it does not name it.
+            ValueError: what is wrong with the layer; the message does not name the layer.
         """
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in layer.parameters()):
             raise ValueError("it has no weights yet (a lazy layer): run the model once before")
-        before = entry_of(layer)
+        before = parameterization_of(layer)
         if (before is not None and not before.leaves_plain) or parametrize.is_parametrized(layer):
             raise ValueError(
                 "it is parametrized already; fold() takes a parameterization of this library off, "
@@ -228,8 +234,8 @@ class Parameterization:
                 raise ValueError(f"its weight is {weight.dtype}; '{self.name}' treats {known}")
 
     def apply(self, layer: nn.Module) -> None:
-        """Reparameterize ``layer``, which :meth:`check` has accepted, in place."""
-        raise TypeError(f"{type(self).__name__} does not say how it treats a layer")
+        """Reparameterize ``layer``, which :meth:`validate` has accepted, in place."""
+        raise TypeError(f"{type(self).__name__} does not define apply()")
 
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
         """Multiply what the layer computes, its bias aside, by ``factor`` per output unit, in place.
@@ -244,46 +250,46 @@ class Parameterization:
 
     def fold(self, layer: nn.Module) -> None:
         """Undo :meth:`apply` in place, with a plain weight and bias that give the same output."""
-        raise TypeError(f"{type(self).__name__} does not say how it is folded")
+        raise TypeError(f"{type(self).__name__} does not define fold()")
 
     def project(self, layer: nn.Module) -> None:
-        """Bring the layer's parameters back to where they must be after an optimizer step."""
+        """Project the layer's parameters back onto their constraint after an optimizer step."""
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return the layer's output; an entry may know a cheaper way than ``layer(x)`` to the same values."""
+        """Return the layer's output; a parameterization may have a cheaper way than ``layer(x)`` to the same values."""
         output: Tensor = layer(x)
         return output
 
     def options(self) -> dict[str, Any]:
         """Return the options of this instance."""
-        return {entry.name: getattr(self, entry.name) for entry in option_fields(type(self))}
+        return {option.name: getattr(self, option.name) for option in option_fields(type(self))}
 
 
-def option_fields(entry: type[Parameterization]) -> tuple[Any, ...]:
+def option_fields(kind: type[Parameterization]) -> tuple[Any, ...]:
     """Return the dataclass fields of a parameterization's options, none for a class without."""
-    return fields(entry) if hasattr(entry, "__dataclass_fields__") else ()  # type: ignore[arg-type]
+    return fields(kind) if hasattr(kind, "__dataclass_fields__") else ()  # type: ignore[arg-type]
 
 
-def make(entry: type[Parameterization], options: dict[str, Any]) -> Parameterization:
-    """Build a parameterization from options that nobody vouches for.
+def make(kind: type[Parameterization], options: dict[str, Any]) -> Parameterization:
+    """Build a parameterization from options, which are checked.
 
     Args:
-        entry: the class.
-        options: by name; a text is read as the option's type.
+        kind: the class.
+        options: by name; a text is parsed as the option's type.
 
     Raises:
         ValueError: an unknown option, or a value that it cannot take.
     """
-    known = {field.name for field in option_fields(entry)}
-    hints = get_type_hints(entry)
+    known = {field.name for field in option_fields(kind)}
+    hints = get_type_hints(kind)
     for name in options:
         if name not in known:
             there = f"there are: {', '.join(sorted(known))}" if known else "it has none"
-            raise ValueError(f"the parameterization '{entry.name}' has no option '{name}'; {there}")
-    for field in option_fields(entry):
+            raise ValueError(f"the parameterization '{kind.name}' has no option '{name}'; {there}")
+    for field in option_fields(kind):
         if field.default is MISSING and field.default_factory is MISSING and field.name not in options:
-            raise ValueError(f"the parameterization '{entry.name}' needs the option '{field.name}'")
-    return entry(**{name: read_option(hints[name], name, value) for name, value in options.items()})
+            raise ValueError(f"the parameterization '{kind.name}' needs the option '{field.name}'")
+    return kind(**{name: read_option(hints[name], name, value) for name, value in options.items()})
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
@@ -297,9 +303,9 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def tidy(layer: nn.Module) -> None:
-    """Make an ordinary layer of one whose parameterization torch's ``remove_parametrizations`` has taken off.
+    """Make a layer ordinary again after torch's ``remove_parametrizations``.
 
-    That leaves hooks and notes behind, and the weight of a frozen layer as a buffer.
+    That leaves hooks and attributes behind, and the weight of a frozen layer as a buffer.
     """
     forget_notes(layer)
     for name in weight_names(layer):
@@ -315,26 +321,26 @@ def tidy(layer: nn.Module) -> None:
 class WeightParameterization(Parameterization):
     """A parameterization that computes the weight itself, through ``torch.nn.utils.parametrize``.
 
-    A subclass says which module computes w (:meth:`computes`): its ``forward`` takes the trained tensors, its
-    ``right_inverse`` gives them for a weight. Recurrent layers have each of their weight matrices treated.
+    A subclass returns the module that computes w (:meth:`make_parametrization`): its ``forward`` takes the trained
+    tensors, its ``right_inverse`` returns them for a weight. In recurrent layers each weight matrix is parameterized.
     """
 
     foldable = True
 
-    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+    def make_parametrization(self, units: Units, weight: Tensor) -> nn.Module:
         """Return the module that computes a weight of the shape of ``weight``."""
-        raise TypeError(f"{type(self).__name__} does not say how it computes a weight")
+        raise TypeError(f"{type(self).__name__} does not define make_parametrization()")
 
     def apply(self, layer: nn.Module) -> None:
         """Register the parametrization of each weight of ``layer``."""
         for name in weight_names(layer):
             weight = getattr(layer, name)
-            parametrize.register_parametrization(layer, name, self.computes(Units.of(layer), weight))
+            parametrize.register_parametrization(layer, name, self.make_parametrization(Units.of(layer), weight))
         if isinstance(layer, nn.RNNBase):
             recurrent.keep_no_weights(layer)
 
     def fold(self, layer: nn.Module) -> None:
-        """Leave the weights as they are now, as plain parameters."""
+        """Replace the parametrizations by plain parameters with the present weights."""
         for name in weight_names(layer):
             if parametrize.is_parametrized(layer, name):  # torch's remove_parametrizations() may have been here
                 _make_plain(layer, name)
@@ -365,21 +371,15 @@ def _make_plain(layer: nn.Module, name: str) -> None:
 
 
 def _keep_flat_weights(layer: nn.RNNBase) -> None:
-    """Let a recurrent layer keep its weights in its list again."""
+    """Let a recurrent layer store its weights in its list again."""
     remove_hook(layer._forward_pre_hooks, recurrent.collect_weights)
     remove_hook(layer._forward_hooks, recurrent.forget_weights)
     if "_flat_weights" in layer.__dict__ or "_flat_weights" not in vars(type(layer)):
         layer._init_flat_weights()
 
 
-def remove_hook(hooks: dict[int, Any], hook: object) -> None:
-    """Remove a hook by its function, since a copied model has no handle for it."""
-    for key in [key for key, registered in hooks.items() if registered is hook]:
-        del hooks[key]
-
-
 class Normalization(nn.Module):
-    """What an :class:`OutputNormalization` puts behind a layer: it takes the layer's output t, without bias.
+    """The module that an :class:`OutputNormalization` puts after a layer; its input is t, the output without bias.
 
     Attributes:
         bias: the layer's bias, moved here, or None.
@@ -409,8 +409,8 @@ class Normalization(nn.Module):
         return per_unit.view([1 if axis != self.unit_axis(t) else -1 for axis in range(t.dim())])
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """Return (scale, shift), shape (units,), that this comes to in evaluation mode."""
-        raise TypeError(f"{type(self).__name__} is no fixed scale and shift")
+        """Return (scale, shift), each of shape (units,), to which this is equal in evaluation mode."""
+        raise TypeError(f"{type(self).__name__} is not a fixed scale and shift")
 
     def rescale(self, factor: Tensor) -> None:
         """Multiply the output, its bias aside, by ``factor`` per unit; the layer before it is left alone."""
@@ -434,18 +434,18 @@ class OutputNormalization(Parameterization):
 
     def normalization(self, layer: nn.Module, bias: nn.Parameter | None) -> Normalization:
         """Return the module that normalizes the output of ``layer``."""
-        raise TypeError(f"{type(self).__name__} does not say how it normalizes")
+        raise TypeError(f"{type(self).__name__} does not define normalization()")
 
-    def check(self, layer: nn.Module) -> None:
-        """Refuse recurrent layers, and those whose owner reads the weight instead of calling them."""
-        super().check(layer)
+    def validate(self, layer: nn.Module) -> None:
+        """Refuse recurrent layers, and those whose parent reads the weight instead of calling them."""
+        super().validate(layer)
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             raise ValueError("it is part of an attention that never calls it, so its output cannot be normalized")
         if "normalization" in layer._modules:
             raise ValueError("it has a submodule 'normalization' already")
 
     def apply(self, layer: nn.Module) -> None:
-        """Move the bias behind the normalization and hook it in."""
+        """Move the bias into the normalization, and call that in a forward hook."""
         bias = layer.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         layer.register_parameter("bias", None)

@@ -22,12 +22,12 @@ from wn_rl.parameterizations.weight_norm import WeightNormalization
 
 
 def _full_precision(t: Tensor) -> Tensor:
-    """Return half-precision values as float32: a mean and what is left without it need the bits."""
+    """Return half-precision values as float32, which a mean and a difference from it need."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def _as_stored(t: Tensor, parameter: Tensor) -> Tensor:
-    """Return ``t`` in half precision where the model is: under autocast parameters are float32, and so is ``t``."""
+    """Return ``t`` in half precision if the model is: under autocast parameters are float32, and so is ``t``."""
     return t.to(parameter.dtype) if parameter.dtype in (torch.bfloat16, torch.float16) else t
 
 
@@ -196,10 +196,10 @@ class WeightNormalizationWithMeanOnly(OutputNormalization):
         """Return t − μ[t] + b."""
         return mean_only(layer, bias, self.rate)
 
-    def check(self, layer: nn.Module) -> None:
+    def validate(self, layer: nn.Module) -> None:
         """Refuse what either part refuses."""
-        super().check(layer)
-        WeightNormalization().check(layer)
+        super().validate(layer)
+        WeightNormalization().validate(layer)
 
     def apply(self, layer: nn.Module) -> None:
         """Put weight normalization on the weight and mean-only batch normalization behind the layer."""
@@ -244,9 +244,9 @@ class BatchNormalization(OutputNormalization):
         check_range("eps", self.eps, 0.0, 1.0)
         check_range("rate", self.rate, 0.0, 1.0)
 
-    def check(self, layer: nn.Module) -> None:
-        """Refuse, beside what every entry refuses, a unit whose weights are all zero where ε is: σ² is 0."""
-        super().check(layer)
+    def validate(self, layer: nn.Module) -> None:
+        """Refuse, beyond the common checks, a unit whose weights are all zero where ε is: σ² is 0."""
+        super().validate(layer)
         if self.eps == 0.0:
             refuse_zero_weights(layer)
 

@@ -21,7 +21,7 @@ from wn_rl.parameterizations.registry import register
 
 
 class PerExample(Normalization):
-    """t̃ = γ · (t − μ) / √(σ² + ε) + b with μ and σ² of one example, over its units and perhaps positions."""
+    """t̃ = γ · (t − μ) / √(σ² + ε) + b with μ and σ² of one example, over its units, or units and positions."""
 
     def __init__(
         self, bias: nn.Parameter | None, spatial_axes: int, units: int, eps: float, over: str, like: Tensor
@@ -60,14 +60,14 @@ class PerExample(Normalization):
 @register("ln")
 @dataclass(frozen=True)
 class LayerNormalization(OutputNormalization):
-    """Layer normalization before the nonlinearity, with gain γ and bias b per unit; the output layer is left plain.
+    """Layer normalization before the nonlinearity, with gain γ and bias b per unit; not on the output layer.
 
     Its statistics are those of a single example: no noise from the minibatch, but they change with every input, so
     it cannot be folded into the weights.
 
     Attributes:
         over: ``example``: all units and positions of a convolution together, as in CleanRL's PQN; ``units``: the units
-            at each position apart, which is what flax's layer does in the authors' PQN.
+            at each position separately, as flax's layer does in the authors' PQN.
         eps: inside the square root; 1e-5 is torch's, 1e-6 flax's.
     """
 
@@ -76,15 +76,15 @@ class LayerNormalization(OutputNormalization):
 
     preserves_output = False
     foldable = False
-    treats = "hidden"
+    default_layers = "hidden"
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("eps", self.eps, 0.0, 1.0)
 
-    def check(self, layer: nn.Module) -> None:
-        """Refuse, beside what every entry refuses, a weight that is zero where ε is: so is σ² of every example."""
-        super().check(layer)
+    def validate(self, layer: nn.Module) -> None:
+        """Refuse, beyond the common checks, a weight that is zero where ε is: so is σ² of every example."""
+        super().validate(layer)
         if self.eps == 0.0:
             refuse_zero_weights(layer, whole=True)
 

@@ -20,10 +20,10 @@ from wn_rl.parameterizations.registry import register
 
 
 class Projected(nn.Module):
-    """Compute w = g · v, where something outside keeps ‖v‖ = 1 per output unit; without g, w = v."""
+    """Compute w = g · v, where the projection keeps ‖v‖ = 1 per output unit; without g, w = v."""
 
     def __init__(self, units: Units, *, has_scale: bool) -> None:
-        """Say where the units lie and whether g is trained."""
+        """Set where the units are and whether g is trained."""
         super().__init__()
         self.units = units
         self.has_scale = has_scale
@@ -45,13 +45,13 @@ class Projected(nn.Module):
 @register("wn_projected")
 @dataclass(frozen=True)
 class ProjectedWeights(WeightParameterization):
-    """Keep each unit's weight vector v at length 1 by projecting it back after every optimizer step; w = g · v.
+    """Keep each unit's weight vector v at norm 1 by projecting it back after every optimizer step; w = g · v.
 
     Not the mechanism of ``wn``. There v is free and the division by ‖v‖ is part of the function: its gradient has no
     component along v, so under plain gradient descent ‖v‖ can only grow, and the effective learning rate 1/‖v‖² falls.
-    Here the function is linear in v, the gradient may point along v, and the projection takes that part back after the
-    step; ‖v‖ and with it the effective learning rate stay constant. In both sources a normalization layer follows,
-    which carries the scale; without one the scale needs a g. The output layer is left plain, as in Palenicek et al.
+    Here the function is linear in v, the gradient may have a component along v, and the projection removes that part
+    after the step; ‖v‖ and with it the effective learning rate stay constant. In both sources a normalization layer
+    follows, which has the scale; without one a g is needed. The output layer is left plain, as in Palenicek et al.
 
     Call :func:`wn_rl.project` after each optimizer step, or once
     ``optimizer.register_step_post_hook(lambda *_: project(model))``.
@@ -64,28 +64,28 @@ class ProjectedWeights(WeightParameterization):
     g: Literal["direct", "none"] = "direct"
 
     projects = True
-    treats = "hidden"
+    default_layers = "hidden"
 
-    def check(self, layer: nn.Module) -> None:
-        """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
-        super().check(layer)
+    def validate(self, layer: nn.Module) -> None:
+        """Refuse, beyond the common checks, a unit whose weights are all zero: it has no direction."""
+        super().validate(layer)
         refuse_zero_weights(layer)
 
-    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+    def make_parametrization(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = g · v."""
         return Projected(units, has_scale=self.g == "direct")
 
     def apply(self, layer: nn.Module) -> None:
-        """Replace each weight by its length and its direction."""
+        """Replace each weight by its norm and its direction."""
         super().apply(layer)
         self.project(layer)
 
     @torch.no_grad()
     def project(self, layer: nn.Module) -> None:
-        """Divide v by its length, per output unit; a v of length 0 has no direction and stays."""
+        """Divide v by its norm, per output unit; a v of norm 0 has no direction and stays."""
         for name in weight_names(layer):
             if not parametrize.is_parametrized(layer, name):
-                continue  # torch's remove_parametrizations() has taken it off
+                continue  # removed by torch's remove_parametrizations()
             v = self._direction(layer, name)
             norm = Units.of(layer).norm(v)
             v.copy_(Units.of(layer).scale(v, torch.where(norm == 0, 1.0, 1 / norm)))

@@ -1,4 +1,4 @@
-"""How a recurrent layer gets at weights that a parameterization computes."""
+"""Recurrent layers whose weights a parameterization computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _Passes(threading.local):
-    """The computed weights of each recurrent layer whose forward pass is under way in this thread."""
+    """The computed weights of each recurrent layer whose forward pass is running in this thread."""
 
     def __init__(self) -> None:
         self.weights: weakref.WeakKeyDictionary[nn.Module, list[Tensor | None]] = weakref.WeakKeyDictionary()
@@ -19,12 +19,12 @@ _passes = _Passes()
 
 
 def keep_no_weights(layer: nn.RNNBase) -> None:
-    """Let a recurrent layer hold its weights during a forward pass only, and for the thread that makes it.
+    """Let a recurrent layer store its computed weights only during a forward pass, separately for each thread.
 
-    ``nn.RNNBase`` keeps its weights in a list; parametrized ones are results of a computation, which ``deepcopy``
-    refuses to copy, which would keep the graph alive, and which threads that share the layer would take from another.
+    ``nn.RNNBase`` keeps its weights in a list. Parametrized weights are results of a computation: ``deepcopy`` refuses
+    to copy them, they would keep the graph alive, and threads that share the layer would use each other's.
     """
-    own = type(layer)  # since it is parametrized, and of its copies
+    own = type(layer)  # its own class since it is parametrized; shared with its copies
     attributes = {
         "_flat_weights": property(_flat_weights, lambda layer, value: None),
         "_init_flat_weights": _outdate_flat_weights,  # .to() calls it
@@ -49,12 +49,12 @@ def collect_weights(layer: nn.RNNBase, _inputs: object) -> None:
 
 
 def forget_weights(layer: nn.RNNBase, *_: object) -> None:
-    """Drop them after the pass, or where it failed."""
+    """Drop them after the forward pass, also if it failed."""
     _passes.weights.pop(layer, None)
 
 
 def _outdate_flat_weights(layer: nn.RNNBase) -> None:
-    """Make a layer that is plain again, whoever made it so, collect its weights at the next forward pass."""
+    """Let a layer that becomes plain again, in whatever way, collect its weights at the next forward pass."""
     layer._flat_weight_refs = [_gone for _ in layer._flat_weights_names]  # type: ignore[misc]
 
 

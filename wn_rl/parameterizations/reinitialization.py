@@ -1,4 +1,4 @@
-"""Draw a model's layers anew in the middle of training, as periodic resets do (Nikishin et al. 2022)."""
+"""Reinitialize layers of a model during training, as periodic resets do (Nikishin et al. 2022)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from wn_rl.parameterizations.api import Choice, select
 from wn_rl.parameterizations.base import LAYERS, weight_names
-from wn_rl.parameterizations.notes import added_modules, entry_of
+from wn_rl.parameterizations.notes import added_modules, parameterization_of
 from wn_rl.parameterizations.reset import StandIns
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,24 +26,24 @@ def reinitialize(
     layers: Choice | Iterable[Choice] | None = None,
     init: Callable[[nn.Module], object] | None = None,
 ) -> Model:
-    """Give layers of ``model`` new initial weights in place, under whatever parameterization they carry.
+    """Give layers of ``model`` new initial weights in place, whatever their parameterization.
 
     The weights are those that ``model.apply(lambda m: m.reset_parameters())`` gives the chosen layers of the same model
     without parameterization after ``torch.manual_seed(seed)``, on the CPU, whatever the model's device. Each
     parameterization starts from them as :func:`reparameterize` would: ``wn`` with g = ‖w‖ and v = w, gains at 1,
-    running statistics and power iteration fresh. The trained tensors are the same objects as before, so an optimizer
-    keeps them; drop what it has stored of them (``optimizer.state.pop(parameter, None)``). Initialization from data
-    is a step of its own: call :func:`initialize_from_data` afterwards.
+    running statistics and power iteration reset. The trained tensors stay the same objects, so an optimizer keeps
+    them; remove its state of them (``optimizer.state.pop(parameter, None)``). Initialization from data is a separate
+    step: call :func:`initialize_from_data` afterwards.
 
     Args:
-        model: any module, treated or not.
-        seed: from 0; the same seed gives the same weights. The global generators are left as they are.
+        model: any module, parameterized or not.
+        seed: 0 or more; the same seed gives the same weights. The global random generators are not changed.
         layers: only these: names with ``*`` and ``?``, types, or layers, one or several, among all modules that have
             ``reset_parameters()``, norms and embeddings included; default: all. ``"output"`` or ``["hidden",
             "output"]`` are the last layers of a Q-network.
         init: called with a plain copy of each chosen layer after its ``reset_parameters()``, e.g. ``lambda layer:
-            torch.nn.init.orthogonal_(layer.weight)``. Default: the method ``initialize_layer`` of the module nearest
-            around the layer that has one (a Q-network's draws its configured initial weights), or nothing.
+            torch.nn.init.orthogonal_(layer.weight)``. Default: the method ``initialize_layer`` of the nearest module
+            that contains the layer and has one (a Q-network's uses its configured initialization), or nothing.
 
     Returns:
         The same ``model``.
@@ -80,16 +80,16 @@ def reinitialize(
 
 
 def _reset_of(module: nn.Module) -> Callable[[], object] | None:
-    """Return the method that draws a module's parameters, None where it has none."""
+    """Return the method that initializes a module's parameters, None if it has none."""
     # torch's attention calls it by another name.
     name = "_reset_parameters" if isinstance(module, nn.MultiheadAttention) else "reset_parameters"
-    own = hasattr(type(module), name) or name in module.__dict__  # a compiled model answers for the one that it wraps
+    own = hasattr(type(module), name) or name in module.__dict__  # a compiled model forwards attribute access
     method = getattr(module, name, None) if own else None
     return method if callable(method) else None
 
 
 def _inner_first(model: nn.Module) -> list[nn.Module]:
-    """Return all modules, each after those in it: the order in which constructors and ``apply`` draw."""
+    """Return all modules, each after its submodules: the order in which constructors and ``apply`` initialize."""
     ordered: dict[nn.Module, None] = {}
     for child in model.children():
         ordered.update(dict.fromkeys(_inner_first(child)))
@@ -109,7 +109,7 @@ def _parts_of_parameterizations(model: nn.Module) -> set[int]:
     return {
         id(part)
         for layer in model.modules()
-        if entry_of(layer) is not None
+        if parameterization_of(layer) is not None
         for added in added_modules(layer)
         if added in layer._modules
         for part in layer._modules[added].modules()  # type: ignore[union-attr]
@@ -124,7 +124,7 @@ def _refuse_the_unreachable(model: nn.Module, candidates: dict[str, nn.Module]) 
         if own and name not in candidates and id(module) not in parts and not inside:
             raise ValueError(
                 f"'{name or 'the model itself'}' ({type(module).__name__}) has parameters ({', '.join(own)}) and no "
-                'reset_parameters(); layers="*" draws all other layers anew'
+                'reset_parameters(); layers="*" reinitializes all other layers'
             )
 
 
@@ -134,17 +134,17 @@ def _problem(layer: nn.Module) -> str:
         return "it has no weights yet (a lazy layer): run the model once before"
     if any(tensor.is_meta for tensor in tensors):
         return "it has no values on the meta device: to_empty() gives it some"
-    if entry_of(layer) is not None:
+    if parameterization_of(layer) is not None:
         return ""
     if parametrize.is_parametrized(layer):
-        return "it carries a parametrization of torch's own, whose tensors reset_parameters() does not reach"
+        return "it has a parametrization of torch's own, whose tensors reset_parameters() does not reach"
     if isinstance(layer, LAYERS) and any(layer._parameters.get(name) is None for name in weight_names(layer)):
         return "its weight is no parameter of its own: a hook such as torch.nn.utils.weight_norm's makes it"
     return ""
 
 
 def _initializer(model: nn.Module, name: str) -> Callable[[nn.Module], object] | None:
-    """Return ``initialize_layer`` of the module nearest around the layer called ``name``."""
+    """Return ``initialize_layer`` of the nearest module that contains the layer called ``name``."""
     path = name.split(".") if name else []
     for length in reversed(range(len(path))):
         method = getattr(model.get_submodule(".".join(path[:length])), "initialize_layer", None)

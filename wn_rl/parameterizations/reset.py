@@ -1,7 +1,7 @@
-"""Draw a layer's weights anew, under whatever parameterization it carries.
+"""``reset_parameters()`` of a layer with a parameterization.
 
-A parameterized layer has no weight of its own to draw: what its class's ``reset_parameters()`` fills is thrown away. So
-a plain layer of the same class is drawn instead, gets the same parameterization, and its tensors are copied.
+A parameterized layer has no weight of its own to initialize: what its class's ``reset_parameters()`` fills is lost. So
+a plain layer of the same class is initialized instead, gets the same parameterization, and its tensors are copied.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from wn_rl.parameterizations.base import bias_of, parameter_names, weight_names
-from wn_rl.parameterizations.notes import OWN, added_modules, entry_of
+from wn_rl.parameterizations.notes import OWN, added_modules, parameterization_of
 from wn_rl.parameterizations.rollback import unchanged_on_failure
 
 _NAME = "reset_parameters"
 
 
 class ResetParameters:
-    """Stands for ``reset_parameters`` on a layer: draws what the plain layer would, and starts its parameterization.
+    """Replaces ``reset_parameters`` of a layer: initializes a plain layer, then applies the parameterization.
 
-    The layer's tensors get new values in place: g, v and b of the drawn weights, gains of 1, fresh statistics.
+    The layer's tensors get new values in place: g, v and b of the new weights, gains of 1, reset statistics.
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        """Belong to ``layer``, without keeping it alive."""
+        """Refer to ``layer`` without keeping it alive."""
         self._layer = weakref.ref(layer)
 
     def __call__(self) -> None:
-        """Draw the layer's weights from the global generator.
+        """Initialize the layer's weights with the global random generator.
 
         Raises:
-            ValueError: the parameterization cannot treat what was drawn, or the layer carries more than it; the layer
-                is what it was.
+            ValueError: the parameterization refuses the new weights, or the layer has more than its parameterization;
+                the layer is unchanged.
         """
         layer = self._layer()
         if layer is None:
             raise ReferenceError("the layer of this reset_parameters() is gone")
-        if entry_of(layer) is None:
-            getattr(type(layer), _NAME)(layer)  # torch's remove_parametrizations() has left a plain layer
+        if parameterization_of(layer) is None:
+            getattr(type(layer), _NAME)(layer)  # plain again after torch's remove_parametrizations()
             return
         drawn = StandIns(device=None)
         plain = drawn.of(layer)
@@ -51,28 +51,28 @@ class ResetParameters:
         drawn.write()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Belong to the copy of the layer where that is copied or pickled."""
+        """Refer to the copy of the layer when that is copied or pickled."""
         return type(self), (self._layer(),)
 
     @classmethod
     def replace(cls, layer: nn.Module) -> None:
-        """Take the place of the layer's ``reset_parameters``, unless its parameterization leaves it plain."""
-        entry = entry_of(layer)
-        if entry is not None and not entry.leaves_plain and _NAME not in layer.__dict__:
+        """Replace the layer's ``reset_parameters``, unless its parameterization leaves it plain."""
+        parameterization = parameterization_of(layer)
+        if parameterization is not None and not parameterization.leaves_plain and _NAME not in layer.__dict__:
             layer.__dict__[_NAME] = cls(layer)
 
     @classmethod
     def give_back(cls, layer: nn.Module) -> None:
-        """Leave the layer the ``reset_parameters`` of its class."""
+        """Restore the ``reset_parameters`` of the layer's class."""
         if isinstance(layer.__dict__.get(_NAME), cls):
             del layer.__dict__[_NAME]
 
 
 class StandIns:
-    """Plain copies of layers, and of what is in them, whose values may be drawn before the layers' own change."""
+    """Plain copies of layers and their submodules, which can be initialized before the layers themselves change."""
 
     def __init__(self, device: torch.device | None) -> None:
-        """Say where the copies lie; None: where the layers do."""
+        """Choose the device of the copies; None: that of each layer."""
         self.device = device
         self.pairs: dict[nn.Module, nn.Module] = {}
         self._tensors: dict[Tensor, Tensor] = {}
@@ -81,7 +81,7 @@ class StandIns:
         """Return the copy of ``module``: the same class and attributes, no hooks, no parameterization of ours."""
         if module in self.pairs:
             return self.pairs[module]
-        treated = entry_of(module) is not None
+        treated = parameterization_of(module) is not None
         kind: type[nn.Module] = parametrize.type_before_parametrizations(module) if treated else type(module)
         plain = kind.__new__(kind)
         self.pairs[module] = plain
@@ -112,30 +112,30 @@ class StandIns:
         """Put on each copy the parameterization of its layer.
 
         Raises:
-            ValueError: one cannot treat what was drawn, or its layer carries more than its parameterization.
+            ValueError: one refuses the new weights, or its layer has more than its parameterization.
         """
         for module, plain in self.pairs.items():
-            entry = entry_of(module)
-            if entry is not None:
-                entry.check(plain)
-                entry.apply(plain)
+            parameterization = parameterization_of(module)
+            if parameterization is not None:
+                parameterization.validate(plain)
+                parameterization.apply(plain)
         for module, plain in self.pairs.items():
             added = added_modules(module)
             if _structure(module, added) != _structure(plain, added):
                 raise ValueError(
-                    f"a {parametrize.type_before_parametrizations(plain).__name__} carries more than its "
-                    "parameterization, a further parametrization or other shapes, so its weights cannot be drawn anew"
+                    f"a {parametrize.type_before_parametrizations(plain).__name__} has more than its "
+                    "parameterization, a further parametrization or other shapes, so it cannot be reinitialized"
                 )
 
     def write(self) -> None:
-        """Copy the values of every copy into its layer's tensors, in place."""
+        """Copy the values of every copy to its layer's tensors, in place."""
         with torch.no_grad(), unchanged_on_failure(*self.pairs):
             for module, plain in self.pairs.items():
                 added = added_modules(module)
                 drawn = _tensors(plain, added)
                 for key, tensor in _tensors(module, added).items():
                     tensor.copy_(drawn[key])
-        for plain in self.pairs.values():  # torch's parametrized classes are cycles: they would keep the copies a while
+        for plain in self.pairs.values():  # they are in reference cycles, which would keep the tensors
             for inner in plain.modules():
                 inner._parameters.clear()
                 inner._buffers.clear()
@@ -143,7 +143,7 @@ class StandIns:
 
 def _plain_parameters(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a layer's parameters as they would be without parameterization, in the order of a plain layer."""
-    if entry_of(module) is None:
+    if parameterization_of(module) is None:
         return dict(module._parameters)
     modes = [(inner, inner.training) for inner in module.modules()]
     try:

@@ -1,4 +1,4 @@
-"""Changes to a model that happen as a whole or not at all."""
+"""Changes to a model that are undone if they fail."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn.parameter import is_lazy
 
 
 class _Snapshot:
-    """What one module consists of: class, attributes, the contents of its containers, and the values of its tensors."""
+    """The state of one module: class, attributes, the contents of its containers, and the values of its tensors."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.kind = type(module)
         self.attributes = dict(module.__dict__)
-        # The containers themselves stay in place: handles of hooks refer to them.
+        # The containers themselves are kept: handles of hooks refer to them.
         self.containers: list[tuple[Any, Any]] = [
             (value, value.copy()) for value in self.attributes.values() if isinstance(value, dict | list | set)
         ]
@@ -30,7 +30,7 @@ class _Snapshot:
         ]
 
     def restore(self) -> None:
-        """Make the module what it was."""
+        """Restore the module."""
         self.module.__dict__.clear()
         self.module.__dict__.update(self.attributes)
         self.module.__class__ = self.kind
@@ -50,7 +50,7 @@ class _Snapshot:
 def unchanged_on_failure(*models: nn.Module) -> Iterator[None]:
     """Undo every change of ``models`` when the block raises: classes, attributes, submodules, hooks, tensors' values.
 
-    While the block runs, the values are kept twice.
+    While the block runs, a second copy of the values is in memory.
     """
     modules = {id(module): module for model in models for module in model.modules()}
     snapshots = [_Snapshot(module) for module in modules.values()]

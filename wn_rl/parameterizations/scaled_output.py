@@ -1,8 +1,8 @@
-"""Weight normalization by scaling outputs: y = (g / ‖v‖) · (v·x) + b, the cheap way to the values of w = g · v / ‖v‖.
+"""Weight normalization by scaling outputs: y = (g / ‖v‖) · (v·x) + b, cheaper than computing w = g · v / ‖v‖.
 
-Computing w costs a pass over all weights in the forward and several in the backward pass; a dense layer's outputs of a
-minibatch are far fewer. What is left over a plain layer is one pass over v for its norm and one over its gradient. For
-convolutions it is the other way round: few weights, many outputs, so there w is computed.
+Computing w reads or writes all weights once in the forward pass and several times in the backward pass; the outputs of
+a dense layer for a minibatch are far fewer. Compared with a plain layer, what remains is to read v once for its norm
+and its gradient once. Convolutions have few weights and many outputs, so for them w is computed.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class _ScaledLinear(torch.autograd.Function):
             return _ScaledLinear._differentiable_gradient(ctx, dy)
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "an optimizer finishes this layer's gradient, so it cannot be differentiated (create_graph=True); "
-                "that of a copy.deepcopy of the model can"
+                "an optimizer completes this layer's gradient, so it cannot be differentiated (create_graph=True); "
+                "in a copy.deepcopy of the model it can"
             )
         return _ScaledLinear._gradient(ctx, dy)
 
     @staticmethod
     def _differentiable_gradient(ctx: Any, dy: Tensor) -> Any:  # noqa: ANN401
-        # From the inputs alone: what else was saved counts as constant.
+        # From the inputs alone: other saved tensors count as constants.
         x, v, g, *_ = ctx.saved_tensors
         norm = torch.linalg.vector_norm(v, dim=1)
         scale = g.view(-1) / norm
@@ -82,16 +82,16 @@ class _ScaledLinear(torch.autograd.Function):
 
 
 class Deferred:
-    """What an optimizer that finishes the gradient of v itself shares with the layer that v belongs to.
+    """State shared by a layer and an optimizer that completes the gradient of the layer's v.
 
-    The second term of ∇v = (g/‖v‖) ∇w − (g ∇g/‖v‖²) v and the norm of the next v each cost a pass over all weights. An
-    optimizer that passes over them anyway does both on the way, so the layer leaves the term out and takes the norm.
+    The second term of ∇v = (g/‖v‖) ∇w − (g ∇g/‖v‖²) v and the norm of the next v each need a pass over all weights. An
+    optimizer that reads them anyway computes both, so the layer leaves the term out and uses the norm.
 
     Attributes:
         v: the trained direction, shape (units, inputs).
         g: its scale, shape (units, 1).
-        norm: ‖v‖, shape (units,), as long as v has the ``version`` that it was taken of.
-        left_out: whether the term is missing: a pass through the layer's own forward, say for a hook, computes it.
+        norm: ‖v‖, shape (units,), valid while v has the ``version`` of which it was computed.
+        left_out: whether the term is missing; the layer's own forward, which a hook needs, computes it.
     """
 
     def __init__(self, v: torch.nn.Parameter, g: torch.nn.Parameter) -> None:
@@ -103,15 +103,15 @@ class Deferred:
         self.left_out = False
 
     def restore(self, norm: Tensor) -> None:
-        """Take over ‖v‖ of the v that was just loaded."""
+        """Set ‖v‖ of the v that was just loaded."""
         self.norm.copy_(norm)
         self.version = self.v._version
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Return None: the copy of a layer has no such optimizer and finishes its gradients itself."""
+        """Return None: the copy of a layer has no such optimizer and completes its gradients itself."""
 
     def known_norm(self) -> Tensor | None:
-        """Return ‖v‖, or None where v was changed since."""
+        """Return ‖v‖, or None if v was changed since."""
         return self.norm if self.v._version == self.version and self.v.dtype == self.norm.dtype else None
 
 
@@ -123,7 +123,7 @@ def scaled_linear(x: Tensor, v: Tensor, g: Tensor, b: Tensor | None, deferred: D
         v: shape (units, inputs).
         g: shape (units, 1).
         b: shape (units,), or None.
-        deferred: where an optimizer finishes the gradient of v: its first term alone is computed.
+        deferred: given if an optimizer completes the gradient of v: only its first term is computed.
     """
     norm = None if deferred is None else deferred.known_norm()
     if deferred is not None and torch.is_grad_enabled():

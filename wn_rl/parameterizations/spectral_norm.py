@@ -21,8 +21,8 @@ from wn_rl.parameterizations.registry import register
 class SpectralNormalized(nn.Module):
     """Compute w = c · v / σ(v) with σ from power iteration; c is 1 unless initialized from data.
 
-    A convolution's weight is taken as the matrix (units, everything else). In training mode each forward pass makes
-    ``iterations`` steps of power iteration; in evaluation mode none. Buffers are called ``running_…`` since
+    A convolution's weight counts as a matrix of shape (units, everything else). In training mode each forward pass
+    makes ``iterations`` steps of power iteration; in evaluation mode none. Buffers are called ``running_…`` since
     Stable-Baselines3 copies only such to its target network.
     """
 
@@ -74,7 +74,7 @@ class SpectralNormalization(WeightParameterization):
 
     Attributes:
         iterations: of the power method per training forward pass; 1 in Miyato et al. 2018 and in torch.
-        eps: added to the length of a vector before dividing by it; 1e-12 in torch.
+        eps: lower bound of the norm of a vector before dividing by it; 1e-12 in torch.
     """
 
     iterations: int = 1
@@ -82,26 +82,26 @@ class SpectralNormalization(WeightParameterization):
 
     has_training_mode = True
     preserves_output = False
-    treats = "penultimate"
+    default_layers = "penultimate"
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("iterations", self.iterations, 1, 1000)
         check_range("eps", self.eps, 0.0, 1e-3)
 
-    def check(self, layer: nn.Module) -> None:
-        """Refuse, beside what every entry refuses, a weight that is zero: so is its largest singular value."""
-        super().check(layer)
-        # σ is at least the largest element; below eps power iteration would not reach vectors of length 1.
+    def validate(self, layer: nn.Module) -> None:
+        """Refuse, beyond the common checks, a weight that is zero: so is its largest singular value."""
+        super().validate(layer)
+        # σ is at least the largest element; below eps power iteration would not reach unit vectors.
         refuse_zero_weights(layer, whole=True, eps=self.eps)
 
-    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+    def make_parametrization(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = v / σ(v)."""
         return SpectralNormalized(units, weight, self.iterations, self.eps)
 
     @torch.no_grad()
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
         """Multiply the fixed c, which is 1 in the sources, by ``factor`` per output unit; σ(w) is no longer 1."""
-        computes = layer.parametrizations["weight"][0]  # type: ignore[index]
-        assert isinstance(computes, SpectralNormalized)
-        computes.running_scale.mul_(factor)
+        parametrization = layer.parametrizations["weight"][0]  # type: ignore[index]
+        assert isinstance(parametrization, SpectralNormalized)
+        parametrization.running_scale.mul_(factor)

@@ -1,4 +1,4 @@
-"""Load state dicts of torch's two weight norms into layers that ``wn`` treats.
+"""Load state dicts of torch's two weight norms into layers with ``wn``.
 
 ``torch.nn.utils.parametrizations.weight_norm`` names and shapes its tensors as ``wn`` does
 (``parametrizations.weight.original0`` is g, ``…original1`` is v). The older ``torch.nn.utils.weight_norm`` has
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 Convert = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Take g and v of w = g · v / ‖v‖, of g's own axis, to the pair that is trained here."""
+"""Converts g and v of w = g · v / ‖v‖, with g on any axis, to the pair that is trained here."""
 
 
 def accept_older_weight_norm(layer: nn.Module, names: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def accept_older_weight_norm(layer: nn.Module, names: Sequence[str]) -> None:
 
     A recurrent layer of which only some weights were normalized has the others plain; they are read too.
     """
-    own = type(layer)  # this layer's since it is parametrized, and gone with the parametrization
+    own = type(layer)  # this layer's own class since it is parametrized; removed with the parametrization
     plain: Any = own.__bases__[0]
 
     def load(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:  # noqa: ANN401
@@ -30,13 +30,13 @@ def accept_older_weight_norm(layer: nn.Module, names: Sequence[str]) -> None:
         present = [name for name in names if name in slots]
         old = [name for name in present if {f"{prefix}{name}_g", f"{prefix}{name}_v"} <= state_dict.keys()]
         for name in present:
-            computes = slots[name][0]
+            parametrization = slots[name][0]
             try:
                 if name in old:
                     g, v = state_dict.pop(f"{prefix}{name}_g"), state_dict.pop(f"{prefix}{name}_v")
-                    pair = _pair(computes, g, v, slots[name].original0.shape)
+                    pair = _pair(parametrization, g, v, slots[name].original0.shape)
                 elif old and f"{prefix}{name}" in state_dict:
-                    pair = computes.right_inverse(state_dict.pop(f"{prefix}{name}"))
+                    pair = parametrization.right_inverse(state_dict.pop(f"{prefix}{name}"))
                 else:
                     continue
             except ValueError:
@@ -51,13 +51,13 @@ def accept_older_weight_norm(layer: nn.Module, names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def _pair(computes: Any, g: Tensor, v: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Return the trained tensors of ``computes`` for the older g and v; ``shape`` is that of its own g."""
-    if not computes.exponential and g.shape == shape:
+def _pair(parametrization: Any, g: Tensor, v: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Return the trained tensors of ``parametrization`` for the older g and v; ``shape`` is that of its own g."""
+    if not parametrization.exponential and g.shape == shape:
         return g, v
     axis = next((axis for axis in range(g.dim()) if g.shape[axis] > 1), 0) if g.dim() else -1
     if g.dim() not in (0, v.dim()) or (g.dim() and g.numel() != v.shape[axis]):
-        return g, v  # of another layer: torch says which shapes do not match
+        return g, v  # of another layer: torch reports which shapes do not match
     # A norm over other axes, or log g: another g and v give the same weight.
-    pair: tuple[Tensor, Tensor] = computes.right_inverse(torch._weight_norm(v, g, axis))
+    pair: tuple[Tensor, Tensor] = parametrization.right_inverse(torch._weight_norm(v, g, axis))
     return pair

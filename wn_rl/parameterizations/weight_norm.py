@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from wn_rl.parameterizations.base import (
     Units,
     WeightParameterization,
-    entry_of,
+    parameterization_of,
     refuse_zero_length,
     refuse_zero_weights,
     transformed,
@@ -25,7 +25,7 @@ from wn_rl.parameterizations.torch_weights import accept_older_weight_norm
 
 _DEFERRED = "_wn_rl_deferred"
 LARGE = 2**16
-"""Weights from which scaling a dense layer's outputs is quicker than computing w (measured on a CPU)."""
+"""Number of weights from which scaling a dense layer's outputs is faster than computing w (measured on a CPU)."""
 
 Scale = Literal["direct", "exp"]
 
@@ -39,7 +39,7 @@ _Gradients = tuple[Tensor | None, ...]
 
 
 def _differentiable(v: Tensor, g: Tensor, found: _Gradients, dw: _Gradients) -> _Gradients | None:
-    """Replace torch's gradients by v and g where they are to be differentiated: torch takes ‖v‖ for a constant."""
+    """Replace torch's gradients of v and g if they are differentiated again: torch treats ‖v‖ as a constant."""
     if not torch.is_grad_enabled() or dw[0] is None:
         return None
     norm = _norm(v)
@@ -55,12 +55,12 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
     """
     exporting = torch.compiler.is_exporting()
     if transformed() or (torch.compiler.is_compiling() and not exporting):
-        # Written out, it becomes part of the kernels around it; torch's own stays one, and so does its gradient.
+        # Elementary operations are fused with the kernels around them; torch's own function is not.
         return v * (g / _norm(v))
     w = torch._weight_norm(v, g, 0)
-    # Where torch has no kernel for a dtype it writes the formula out itself, and all is well.
+    # For dtypes without a kernel torch uses elementary operations, whose gradients are right.
     if w.grad_fn is not None and not exporting and w.grad_fn.name().startswith("WeightNormInterface"):
-        w.grad_fn.register_hook(partial(_differentiable, v, g))  # a function of our own would cost more
+        w.grad_fn.register_hook(partial(_differentiable, v, g))  # an autograd function of our own would cost more
     return w
 
 
@@ -73,7 +73,7 @@ class WeightNormalized(nn.Module):
     """
 
     def __init__(self, units: Units, *, exponential: bool = False) -> None:
-        """Say where the units lie, and whether log g is trained instead of g."""
+        """Set where the units are, and whether log g is trained instead of g."""
         super().__init__()
         self.units = units
         self.exponential = exponential
@@ -112,17 +112,19 @@ def direction_and_scale(layer: nn.Module, name: str = "weight") -> tuple[Tensor,
 
 
 def defer(model: nn.Module) -> list[Deferred]:
-    """Let an optimizer finish the gradients of the large dense layers that ``wn`` treats in ``model``.
+    """Let an optimizer complete the gradients of the large dense layers with ``wn`` in ``model``.
 
     From then on ``v.grad`` lacks its second term after a backward pass through ``parameterizations.forward``; the
-    optimizer that gets the result must add it. A deep copy of the model finishes its gradients itself again.
+    optimizer that gets the result must add it. A deep copy of the model completes its gradients itself again.
     """
     deferred = []
     for layer in model.modules():
-        entry = entry_of(layer)
-        if not isinstance(entry, WeightNormalization):
+        parameterization = parameterization_of(layer)
+        if not isinstance(parameterization, WeightNormalization):
             continue
-        scales_outputs = type(entry).forward is WeightNormalization.forward and entry.g == "direct"
+        scales_outputs = (
+            type(parameterization).forward is WeightNormalization.forward and parameterization.g == "direct"
+        )
         if scales_outputs and isinstance(layer, nn.Linear):
             v, g = direction_and_scale(layer)
             if v.numel() >= LARGE:
@@ -136,7 +138,7 @@ def defer(model: nn.Module) -> list[Deferred]:
 @register("wn")
 @dataclass(frozen=True)
 class WeightNormalization(WeightParameterization):
-    """Train g and v of w = g · v / ‖v‖: length and direction of each unit's weights apart.
+    """Train g and v of w = g · v / ‖v‖: the norm and the direction of each unit's weights, separately.
 
     Uses no batch statistics, so the Q-value of a state never depends on the other states of a minibatch. The
     paper pairs it with data-dependent initialization (section 3), on here unless switched off. It normalizes every
@@ -150,12 +152,12 @@ class WeightNormalization(WeightParameterization):
 
     data_dependent_init = True
 
-    def check(self, layer: nn.Module) -> None:
-        """Refuse, beside what every entry refuses, a unit whose weights are all zero: it has no direction."""
-        super().check(layer)
+    def validate(self, layer: nn.Module) -> None:
+        """Refuse, beyond the common checks, a unit whose weights are all zero: it has no direction."""
+        super().validate(layer)
         refuse_zero_weights(layer)
 
-    def computes(self, units: Units, weight: Tensor) -> nn.Module:
+    def make_parametrization(self, units: Units, weight: Tensor) -> nn.Module:
         """Return w = g · v / ‖v‖."""
         return WeightNormalized(units, exponential=self.g == "exp")
 
@@ -171,7 +173,7 @@ class WeightNormalization(WeightParameterization):
 
     @torch.no_grad()
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
-        """Multiply g by ``factor``; v keeps its length, which sets how fast its direction turns."""
+        """Multiply g by ``factor``; v keeps its norm, on which the effective learning rate of its direction depends."""
         _, g = direction_and_scale(layer)
         factor = factor.reshape(g.shape)
         if self.g == "exp":
@@ -180,14 +182,14 @@ class WeightNormalization(WeightParameterization):
             g.mul_(factor)
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return the output of ``layer(x)`` without the detour through parametrize.
+        """Return the output of ``layer(x)`` without the overhead of torch's parametrize.
 
         A large dense layer's is (g / ‖v‖) · (v·x) + b, which scales the few outputs; of others w is computed.
         """
         plain = transformed()  # for which the cheap way has no rules
         if plain or self.g != "direct" or layer._forward_hooks or layer._forward_pre_hooks:
             return super().forward(layer, x)
-        # Attribute look-ups of modules take a tenth of a small layer's time, dictionaries none.
+        # Attribute access on modules takes a tenth of a small layer's time, dictionaries almost none.
         trained = layer._modules["parametrizations"]._modules["weight"]._parameters  # type: ignore[union-attr]
         g, v = trained["original0"], trained["original1"]
         bias = layer._parameters["bias"]

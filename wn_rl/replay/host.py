@@ -1,4 +1,4 @@
-"""A replay for a GPU that has no room for it: frames stay in host memory, minibatches go to the device."""
+"""A replay that does not fit in GPU memory: frames stay in host memory, minibatches go to the device."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from wn_rl.replay.pinned_transfer import Staging
 
 
 class HostReplay(Replay):
-    """A :class:`Replay` in host memory that makes its minibatches there, in pinned memory, and sends them off.
+    """A :class:`Replay` in host memory: it makes minibatches there, in pinned memory, and copies them to the device.
 
-    The ring itself is ordinary memory: only the processor reads it. What is drawn is what a replay on a CPU draws.
+    The ring itself is ordinary memory: only the CPU reads it. It samples what a replay on a CPU samples.
     """
 
     resident = False
@@ -27,7 +27,7 @@ class HostReplay(Replay):
         frame_shape: tuple[int, int] = (84, 84),
         stack_size: int = 4,
     ) -> None:
-        """Allocate the ring; arguments as :class:`Replay`, with ``device`` where minibatches go."""
+        """Allocate the ring; arguments as of :class:`Replay`; ``device`` is where minibatches go."""
         super().__init__(
             capacity, num_envs, device="cpu", seed=seed, frame_shape=frame_shape, stack_size=stack_size, staged=False
         )
@@ -39,16 +39,16 @@ class HostReplay(Replay):
         )
 
     def stage_minibatch(self, batch_size: int) -> Minibatch:
-        """Draw a minibatch into tensors of the device that are always the same for a ``batch_size``.
+        """Sample a minibatch into tensors on the device, which are always the same ones for a ``batch_size``.
 
-        They hold it until the next call; the copy is under way when this returns.
+        They hold it until the next call. The copy is asynchronous: it may not be finished when this returns.
         """
-        batch = self._gather(self.draw(batch_size))
+        batch = self._lazy(self.sample_indices(batch_size))
         if batch_size not in self._stagings:
             stacks = (torch.uint8, (batch_size, self.stack_size + 1, *self._frame_shape))
-            numbers, rewards, truths = ((kind, (batch_size,)) for kind in (torch.int64, torch.float32, torch.bool))
+            integers, floats, bools = ((dtype, (batch_size,)) for dtype in (torch.int64, torch.float32, torch.bool))
             self._stagings[batch_size] = Staging(
-                {"frames": stacks, "actions": numbers, "rewards": rewards, "terminals": truths, "numbers": numbers},
+                {"frames": stacks, "actions": integers, "rewards": floats, "terminals": bools, "indices": integers},
                 self.destination,
             )
         staging = self._stagings[batch_size]
@@ -56,8 +56,8 @@ class HostReplay(Replay):
         filled = staging.host
         filled["frames"][:, :-1].copy_(batch.observations)
         filled["frames"][:, -1].copy_(batch.next_observations[:, -1])
-        assert batch.numbers is not None
-        for name in ("actions", "rewards", "terminals", "numbers"):
+        assert batch.indices is not None
+        for name in ("actions", "rewards", "terminals", "indices"):
             filled[name].copy_(getattr(batch, name))
         staging.send()
         sent = staging.device
@@ -67,11 +67,11 @@ class HostReplay(Replay):
             rewards=sent["rewards"],
             next_observations=sent["frames"][:, 1:],
             terminals=sent["terminals"],
-            numbers=sent["numbers"],
+            indices=sent["indices"],
         )
 
     def stage_observations(self) -> Tensor:
-        """Return the newest observations in a tensor of the device that is always the same; else as the other."""
+        """Return :meth:`observations` in a tensor on the device that is always the same one."""
         self._newest_stacks.begin()
         self._newest_stacks.host["observations"].copy_(super().observations())
         self._newest_stacks.send()
@@ -81,7 +81,7 @@ class HostReplay(Replay):
         """Return the newest observation of every emulator on the device: uint8, shape (N, 4, 84, 84)."""
         return super().observations().to(self.destination)
 
-    def transitions(self, numbers: Tensor) -> Minibatch:
-        """Return the transitions with these numbers in tensors of their own on the device."""
-        batch = self._gather(numbers.cpu()).looked_up()
+    def transitions(self, indices: Tensor) -> Minibatch:
+        """Return the transitions with these indices in tensors of their own on the device."""
+        batch = self._lazy(indices.cpu()).materialize()
         return Minibatch(**{name: value.to(self.destination) for name, value in vars(batch).items()})

@@ -29,7 +29,7 @@ class Minibatch:
         rewards: float32, shape (B,), raw points.
         next_observations: like ``observations``.
         terminals: bool, shape (B,): no bootstrap from ``next_observations``.
-        numbers: int64, shape (B,): which transitions of the replay these are; None where they are not from one.
+        indices: int64, shape (B,): which transitions of the replay these are; None where they are not from one.
     """
 
     observations: Tensor
@@ -37,21 +37,21 @@ class Minibatch:
     rewards: Tensor
     next_observations: Tensor
     terminals: Tensor
-    numbers: Tensor | None = None
+    indices: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Entries:
-    """What a replay keeps of each of its entries.
+class ReplayStorage:
+    """The arrays of a replay buffer, one entry for each emulator in each vector step.
 
     Attributes:
-        frames: uint8, shape (entries + 1, 84, 84): the newest frame of each; the last stays black and stands for frames
-            from before an episode.
+        frames: uint8, shape (entries + 1, 84, 84): the newest frame of each entry; the last frame stays zero and stands
+            for frames from before an episode.
         age: uint8, shape (entries,): how many earlier frames of its episode the stack may show.
         actions: uint8, shape (entries,).
         rewards: float32, shape (entries,), raw points.
         terminals: bool, shape (entries,).
-        entry_of: int64, shape (entries,): of the transition with each number, modulo their count.
+        entry_of: int64, shape (entries,): the entry of the transition with each index, modulo their number.
         offsets: int64, shape (stack + 1,): rows from an entry to each frame of its two observations, oldest first.
         num_envs: entries of a row.
     """
@@ -67,88 +67,88 @@ class Entries:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what there is for every entry."""
+        """Bytes of the arrays that have a value for every entry."""
         tensors = (self.frames, self.age, self.actions, self.rewards, self.terminals, self.entry_of)
         return sum(tensor.nbytes for tensor in tensors)
 
-    def places(self, entries: Tensor, count: int) -> Tensor:
-        """Return where the first ``count`` frames at ``offsets`` from each entry are, int64, shape (B, count)."""
-        black = len(self.age)
+    def frame_indices(self, entries: Tensor, count: int) -> Tensor:
+        """Return the indices of the first ``count`` frames at ``offsets`` from each entry, int64, shape (B, count)."""
+        zero_frame = len(self.age)
         offsets = self.offsets[:count]
-        places = (entries[:, None] + offsets * self.num_envs) % black
-        return places.masked_fill_(self.age[entries][:, None] < -offsets, black)
+        indices = (entries[:, None] + offsets * self.num_envs) % zero_frame
+        return indices.masked_fill_(self.age[entries][:, None] < -offsets, zero_frame)
 
-    def frames_at(self, places: Tensor) -> Tensor:
-        """Return copies of the frames at ``places``, uint8, shape (*places.shape, 84, 84)."""
-        return self.frames.index_select(0, places.flatten()).view(*places.shape, *self.frames.shape[1:])
+    def gather_frames(self, frame_indices: Tensor) -> Tensor:
+        """Return copies of the frames with these indices, uint8, shape (*frame_indices.shape, 84, 84)."""
+        return self.frames.index_select(0, frame_indices.flatten()).view(*frame_indices.shape, *self.frames.shape[1:])
 
-    def minibatch(self, numbers: Tensor) -> Minibatch:
-        """Return the transitions with these numbers, int64, shape (B,), all looked up now; it can be compiled."""
-        entries = self.entry_of[numbers % len(self.entry_of)]
-        frames = self.frames_at(self.places(entries, len(self.offsets)))
+    def minibatch(self, indices: Tensor) -> Minibatch:
+        """Return the transitions with these indices, int64, shape (B,), copied now; torch.compile can compile it."""
+        entries = self.entry_of[indices % len(self.entry_of)]
+        frames = self.gather_frames(self.frame_indices(entries, len(self.offsets)))
         return Minibatch(
             observations=frames[:, :-1],
             actions=self.actions[entries].long(),
             rewards=self.rewards[entries],
             next_observations=frames[:, 1:],
             terminals=self.terminals[entries],
-            numbers=numbers,
+            indices=indices,
         )
 
 
-class DrawnMinibatch(Minibatch):
-    """A minibatch that is still in the replay: each field is looked up when somebody looks at it.
+class LazyMinibatch(Minibatch):
+    """A minibatch whose fields are copied out of the replay when they are first read.
 
-    What the replay holds changes with the next vector step, so whoever keeps a minibatch looks at it before.
+    What the replay holds changes with the next vector step, so read the fields before, or call :meth:`materialize`.
 
     Attributes:
-        kept: what the replay keeps.
+        storage: the arrays of the replay.
     """
 
-    kept: Entries
-    numbers: Tensor
+    storage: ReplayStorage
+    indices: Tensor
 
-    def __init__(self, kept: Entries, numbers: Tensor) -> None:
-        """Make the minibatch of the transitions with these numbers, int64, shape (B,)."""
-        object.__setattr__(self, "kept", kept)
-        object.__setattr__(self, "numbers", numbers)
+    def __init__(self, storage: ReplayStorage, indices: Tensor) -> None:
+        """Make the minibatch of the transitions with these indices, int64, shape (B,)."""
+        object.__setattr__(self, "storage", storage)
+        object.__setattr__(self, "indices", indices)
 
     @property
-    def untouched(self) -> bool:
-        """Whether nobody has looked at a field yet, so that what the replay keeps is all there is to it."""
+    def is_lazy(self) -> bool:
+        """Whether no field has been read yet, so that storage and indices say everything about it."""
         return len(vars(self)) == 2
 
-    def looked_up(self) -> Minibatch:
-        """Return the fields as they are now, with what somebody wrote into them, in a minibatch that stays."""
-        return Minibatch(**{entry.name: getattr(self, entry.name) for entry in fields(Minibatch)})
+    def materialize(self) -> Minibatch:
+        """Return a minibatch of tensors of its own, with what somebody wrote into the fields of this one."""
+        return Minibatch(**{field.name: getattr(self, field.name) for field in fields(Minibatch)})
 
     @cached_property
     def _entries(self) -> Tensor:
-        return self.kept.entry_of[self.numbers % len(self.kept.entry_of)]
+        return self.storage.entry_of[self.indices % len(self.storage.entry_of)]
 
     @cached_property
-    def places(self) -> Tensor:
+    def frame_indices(self) -> Tensor:
         """int64, shape (B, 5): the frames of each transition, both observations together, oldest first."""
-        return self.kept.places(self._entries, len(self.kept.offsets))
+        return self.storage.frame_indices(self._entries, len(self.storage.offsets))
 
     @cached_property
     def actions(self) -> Tensor:
         """int64, shape (B,)."""
-        return self.kept.actions[self._entries].long()
+        return self.storage.actions[self._entries].long()
 
     @cached_property
     def rewards(self) -> Tensor:
         """float32, shape (B,), raw points."""
-        return self.kept.rewards[self._entries]
+        return self.storage.rewards[self._entries]
 
     @cached_property
     def terminals(self) -> Tensor:
         """bool, shape (B,)."""
-        return self.kept.terminals[self._entries]
+        return self.storage.terminals[self._entries]
 
     @cached_property
     def _stacks(self) -> Tensor:
-        return self.kept.frames_at(self.places)
+        return self.storage.gather_frames(self.frame_indices)
 
     @property
     def observations(self) -> Tensor:
@@ -162,25 +162,27 @@ class DrawnMinibatch(Minibatch):
 
 
 class Replay:
-    """The last transitions of N emulators that step together.
+    """The last transitions of N emulators that step together: a ring buffer.
 
-    Storage is a ring of rows, one row a vector step, one entry per emulator in a row. An entry holds the newest
-    frame o_t of that emulator, its age (how many earlier frames of its episode the stack may show), and what
+    Storage is a ring of rows, one row for each vector step, one entry for each emulator in a row. An entry holds the
+    newest frame o_t of that emulator, its age (how many earlier frames of its episode the stack may show), and what
     followed: action, raw reward, terminal. The row after it holds the frame that completes the next observation,
     also at an episode's end, since auto-reset takes a step of its own. An entry whose step was such an auto-reset is
-    no transition and is never drawn; it occupies one place of the capacity.
+    no transition and is never sampled; it uses one entry of the capacity.
 
-    Which entries can be drawn is said in one place: transitions are numbered in the order in which they were stored,
-    ``entry_of`` maps number → entry, and those of the last ``capacity // N`` rows form one range of numbers. Four
-    rows more than that are kept for the three older frames of the oldest stack and for the newest frame, so every
-    transition in the range is whole, each is drawn with the same probability, and no draw is ever rejected.
+    Which transitions can be sampled is decided in one place: transitions get the indices 0, 1, 2, … in the order in
+    which they are stored, ``entry_of`` maps an index to its entry, and those of the last ``capacity // N`` rows are one
+    range of indices, :attr:`index_range`. Four more rows are kept for the three older frames of the oldest stack and
+    for the newest frame, so every transition in the range is complete, each is sampled with the same probability, and
+    no sample is ever rejected.
 
-    On a GPU what a vector step adds comes in one asynchronous copy, and what changes from step to step, the range that
-    can be drawn and the place of the newest row, is read there: sampling asks the host for nothing and can be recorded.
+    On a GPU what a vector step adds is sent in one asynchronous copy. What changes from step to step, the index range
+    and the position of the newest row, is read on the device, so sampling never waits for the host and a CUDA graph can
+    capture it.
     """
 
     resident = True
-    """Whether the frames are where minibatches are made, so that sampling is device work alone."""
+    """Whether the frames are on the device where minibatches are made, so that sampling is device work alone."""
 
     def __init__(
         self,
@@ -198,11 +200,11 @@ class Replay:
         Args:
             capacity: agent steps; the ring holds the last ``capacity // num_envs`` vector steps.
             num_envs: N.
-            device: where frames live and minibatches are made.
-            seed: of the generator that draws minibatches.
+            device: where frames are stored and minibatches are made.
+            seed: of the generator that samples minibatches.
             frame_shape: height and width of a frame.
             stack_size: frames per observation.
-            staged: send what a step adds in one copy and keep its place on the device; None: on a GPU.
+            staged: send what a step adds in one copy and keep its position on the device; None: on a GPU.
 
         Raises:
             UsageError: the capacity is smaller than one vector step.
@@ -216,7 +218,7 @@ class Replay:
         self._rows = capacity // num_envs
         self._ring = self._rows + stack_size
         entries = self._ring * num_envs
-        self.kept = Entries(
+        self.storage = ReplayStorage(
             frames=torch.zeros((entries + 1, *frame_shape), dtype=torch.uint8, device=self.device),
             age=torch.zeros(entries, dtype=torch.uint8, device=self.device),
             actions=torch.zeros(entries, dtype=torch.uint8, device=self.device),
@@ -227,7 +229,7 @@ class Replay:
             num_envs=num_envs,
         )
         self._staging = self._make_staging(frame_shape) if staged or (staged is None and self._on_gpu) else None
-        self._newest = -1  # number of the newest row since the start; its place in the ring is this modulo _ring
+        self._newest = -1  # number of the newest row since the start; its position in the ring is this modulo _ring
         self._first_of_row = np.zeros(self._ring, np.int64)
         self._stored = 0
         self._newest_age = np.zeros(num_envs, np.uint8)
@@ -239,8 +241,8 @@ class Replay:
 
     def _make_staging(self, frame_shape: tuple[int, int]) -> Staging:
         n = self.num_envs
-        # First and one past the last number that can be drawn, and the entry of the newest row's first emulator.
-        self._place = torch.zeros(3, dtype=torch.int64, device=self.device)
+        # First and one past the last index that can be sampled, and the entry of the newest row's first emulator.
+        self._position = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._slots = torch.arange(n, device=self.device)
         fields: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "frames": (torch.uint8, (n, *frame_shape)),
@@ -248,99 +250,100 @@ class Replay:
             "actions": (torch.uint8, (n,)),
             "rewards": (torch.float32, (n,)),
             "terminals": (torch.bool, (n,)),
-            "numbers": (torch.int64, (n,)),
+            "indices": (torch.int64, (n,)),
             "entries": (torch.int64, (n,)),
-            "place": (torch.int64, (3,)),
+            "position": (torch.int64, (3,)),
         }
         return Staging(fields, self.device)
 
     def __len__(self) -> int:
-        """The number of transitions that can be drawn."""
-        low, high = self.drawable
+        """The number of transitions that can be sampled."""
+        low, high = self.index_range
         return high - low
 
     @property
-    def drawable(self) -> tuple[int, int]:
-        """The numbers (first, one past the last) of the transitions that can be drawn."""
+    def index_range(self) -> tuple[int, int]:
+        """The indices (first, one past the last) of the transitions that can be sampled."""
         oldest = self._newest - self._rows
         return (int(self._first_of_row[oldest % self._ring]) if oldest > 0 else 0), self._stored
 
     @staticmethod
     def expected_bytes(capacity: int, num_envs: int, frame_pixels: int = 84 * 84, stack_size: int = 4) -> int:
-        """Return the bytes that a replay will occupy, before there is one."""
+        """Return the bytes that a replay will need, before it is allocated."""
         entries = (capacity // num_envs + stack_size) * num_envs
-        bookkeeping = 1 + 1 + 4 + 1 + 8  # age, action, reward, terminal, number → entry
+        bookkeeping = 1 + 1 + 4 + 1 + 8  # age, action, reward, terminal, index → entry
         return entries * (frame_pixels + bookkeeping) + frame_pixels
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the ring occupies on the device."""
-        return self.kept.nbytes
+        """Bytes of the ring on the device."""
+        return self.storage.nbytes
 
     def start(self, frames: Array) -> None:
         """Store the first frame of every emulator's episode: uint8, shape (N, 84, 84)."""
         self._observe(frames, np.ones(self.num_envs, bool))
 
     @property
-    def rows_kept(self) -> int:
-        """Vector steps whose frames the ring holds."""
+    def num_rows(self) -> int:
+        """Rows of the ring: vector steps whose frames it holds."""
         return self._ring
 
-    def start_at(self, row: int, stored: int, ages: Array, frames: Array) -> None:
-        """Begin an empty replay in the middle of a run, to be filled anew by :meth:`add`.
+    def restore_at(self, vector_step: int, stored: int, ages: Array, frames: Array) -> None:
+        """Begin an empty replay in the middle of a run; :meth:`add` then fills it again.
 
         Args:
-            row: number of the vector step whose frames come first, from 0.
+            vector_step: whose frames come first, from 0.
             stored: transitions that were stored before it.
             ages: of each emulator, how many frames its episode had before this one, shape (N,).
             frames: as in :meth:`start`.
         """
-        self._newest = row - 1
+        self._newest = vector_step - 1
         self._stored = stored
         ages = np.asarray(ages)
         self._newest_age = np.clip(ages - 1, 0, self.stack_size - 1).astype(np.uint8)
         self._observe(frames, ages == 0)
 
     def checksum(self) -> str:
-        """Return the SHA-256 of what the ring holds and of where it stands in the run.
+        """Return the SHA-256 of the content of the ring and of its position in the run.
 
-        It is made of the checksums of the rows (CRC-32), which are taken as they are stored: nothing is read back.
+        It is computed from the CRC-32 checksums of the rows, which are taken when a row is stored: nothing is read back
+        from the device.
         """
         oldest = max(self._newest - self._ring + 1, 0)
-        places = np.arange(oldest, self._newest + 1) % self._ring
-        numbers = np.array([self._newest, self._stored, self._rows], "<i8")
-        rows = (self._row_sums[places].astype("<u4"), self._first_of_row[places].astype("<i8"))
-        digest = hashlib.sha256(numbers.tobytes())
+        positions = np.arange(oldest, self._newest + 1) % self._ring
+        counters = np.array([self._newest, self._stored, self._rows], "<i8")
+        rows = (self._row_sums[positions].astype("<u4"), self._first_of_row[positions].astype("<i8"))
+        digest = hashlib.sha256(counters.tobytes())
         for part in rows:
             digest.update(part.tobytes())
         return digest.hexdigest()
 
     def add(self, actions: Array, rewards: Array, terminals: Array, next_frames: Array, is_reset: Array) -> None:
-        """Store what followed the newest row, and the frames that came of it.
+        """Store what followed the newest row, and the next frames.
 
         Args:
             actions: int, shape (N,).
             rewards: raw points, shape (N,).
-            terminals: bool, shape (N,): the learner must not bootstrap (game over or life loss, not truncation).
+            terminals: bool, shape (N,): the learner must not bootstrap (game over or a lost life, not truncation).
             next_frames: the newest frame of each emulator after the step, uint8, shape (N, 84, 84).
             is_reset: bool, shape (N,): the step was an auto-reset, so it is no transition and its frame is the first
                 of an episode.
         """
-        place = self._newest % self._ring
-        row = slice(place * self.num_envs, (place + 1) * self.num_envs)
+        position = self._newest % self._ring
+        row = slice(position * self.num_envs, (position + 1) * self.num_envs)
         actions, rewards = np.asarray(actions, np.uint8), np.asarray(rewards, np.float32)
         terminals = np.asarray(terminals, bool)
         for part in (actions, rewards, terminals):
-            self._row_sums[place] = zlib.crc32(np.ascontiguousarray(part).data, int(self._row_sums[place]))
+            self._row_sums[position] = zlib.crc32(np.ascontiguousarray(part).data, int(self._row_sums[position]))
         if self._staging is not None:
             self._stage(self._staging, row, actions, rewards, terminals, next_frames, np.asarray(is_reset, bool))
             return
-        self.kept.actions[row] = torch.as_tensor(actions, device=self.device)
-        self.kept.rewards[row] = torch.as_tensor(rewards, device=self.device)
-        self.kept.terminals[row] = torch.as_tensor(terminals, device=self.device)
+        self.storage.actions[row] = torch.as_tensor(actions, device=self.device)
+        self.storage.rewards[row] = torch.as_tensor(rewards, device=self.device)
+        self.storage.terminals[row] = torch.as_tensor(terminals, device=self.device)
         (slots,) = np.nonzero(~np.asarray(is_reset, bool))
-        numbers = (self._stored + np.arange(len(slots))) % len(self.kept.entry_of)
-        self.kept.entry_of[torch.as_tensor(numbers, device=self.device)] = torch.as_tensor(
+        indices = (self._stored + np.arange(len(slots))) % len(self.storage.entry_of)
+        self.storage.entry_of[torch.as_tensor(indices, device=self.device)] = torch.as_tensor(
             row.start + slots, device=self.device
         )
         self._stored += len(slots)
@@ -348,20 +351,20 @@ class Replay:
 
     def _observe(self, frames: Array, is_reset: Array) -> None:
         row, frames = self._next_row(frames, is_reset)
-        self.kept.frames[row] = torch.as_tensor(frames, device=self.device)
-        self.kept.age[row] = torch.as_tensor(self._newest_age, device=self.device)
+        self.storage.frames[row] = torch.as_tensor(frames, device=self.device)
+        self.storage.age[row] = torch.as_tensor(self._newest_age, device=self.device)
         if self._staging is not None:
-            self._place.copy_(torch.tensor([*self.drawable, row.start]))
+            self._position.copy_(torch.tensor([*self.index_range, row.start]))
 
     def _next_row(self, frames: Array, is_reset: Array) -> tuple[slice, Array]:
-        """Go to the next row: (the entries that it takes, its frames as one block of memory)."""
+        """Advance to the next row; returns (its entries, its frames as one block of memory)."""
         self._newest += 1
-        place = self._newest % self._ring
-        row = slice(place * self.num_envs, (place + 1) * self.num_envs)
-        self._first_of_row[place] = self._stored
+        position = self._newest % self._ring
+        row = slice(position * self.num_envs, (position + 1) * self.num_envs)
+        self._first_of_row[position] = self._stored
         self._newest_age = np.where(is_reset, 0, np.minimum(self._newest_age + 1, self.stack_size - 1)).astype(np.uint8)
         frames = np.ascontiguousarray(frames)
-        self._row_sums[place] = zlib.crc32(self._newest_age.data, zlib.crc32(frames.data))
+        self._row_sums[position] = zlib.crc32(self._newest_age.data, zlib.crc32(frames.data))
         return row, frames
 
     def _stage(
@@ -374,89 +377,89 @@ class Replay:
         frames: Array,
         is_reset: Array,
     ) -> None:
-        """Do the rest of :meth:`add` without waiting for the device."""
+        """Finish :meth:`add` with one asynchronous copy, without waiting for the device."""
         fields = staging.begin()
         fields["actions"][:], fields["rewards"][:], fields["terminals"][:] = actions, rewards, terminals
-        # As many numbers as emulators whatever happened: those of resets are taken back by the next real transitions,
-        # which come before anybody may draw them.
+        # Always N indices, so that shapes stay the same: those after the real transitions are given again to the next
+        # ones, before they can be sampled.
         order = np.argsort(is_reset, kind="stable")
-        fields["numbers"][:] = (self._stored + np.arange(self.num_envs)) % len(self.kept.entry_of)
+        fields["indices"][:] = (self._stored + np.arange(self.num_envs)) % len(self.storage.entry_of)
         fields["entries"][:] = row.start + order
         self._stored += int((~is_reset).sum())
         next_row, frames = self._next_row(frames, is_reset)
         fields["frames"][:], fields["age"][:] = frames, self._newest_age
-        fields["place"][:] = (*self.drawable, next_row.start)
+        fields["position"][:] = (*self.index_range, next_row.start)
         staging.send()
         sent = staging.device
-        self.kept.actions[row] = sent["actions"]
-        self.kept.rewards[row] = sent["rewards"]
-        self.kept.terminals[row] = sent["terminals"]
-        self.kept.entry_of.index_copy_(0, sent["numbers"], sent["entries"])
-        self.kept.frames[next_row] = sent["frames"]
-        self.kept.age[next_row] = sent["age"]
-        self._place.copy_(sent["place"])
+        self.storage.actions[row] = sent["actions"]
+        self.storage.rewards[row] = sent["rewards"]
+        self.storage.terminals[row] = sent["terminals"]
+        self.storage.entry_of.index_copy_(0, sent["indices"], sent["entries"])
+        self.storage.frames[next_row] = sent["frames"]
+        self.storage.age[next_row] = sent["age"]
+        self._position.copy_(sent["position"])
 
     def observations(self) -> Tensor:
         """Return the newest observation of every emulator: uint8, shape (N, 4, 84, 84)."""
         if self._staging is not None:
-            entries = self._place[2] + self._slots
+            entries = self._position[2] + self._slots
         else:
-            place = self._newest % self._ring
-            entries = torch.arange(place * self.num_envs, (place + 1) * self.num_envs, device=self.device)
-        return self.kept.frames_at(self.kept.places(entries, self.stack_size))
+            position = self._newest % self._ring
+            entries = torch.arange(position * self.num_envs, (position + 1) * self.num_envs, device=self.device)
+        return self.storage.gather_frames(self.storage.frame_indices(entries, self.stack_size))
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Minibatch:
-        """Draw ``batch_size`` transitions uniformly, with replacement.
+        """Sample ``batch_size`` transitions uniformly, with replacement.
 
-        Each field is looked up when somebody looks at it, which must be before the next vector step.
+        The result is lazy: its fields must be read before the next vector step (:class:`LazyMinibatch`).
 
         Args:
             batch_size: B.
-            generator: draws instead of the replay's own.
+            generator: used in place of the replay's own.
 
         Raises:
             UsageError: the replay holds no transition yet.
         """
-        return self.transitions(self.draw(batch_size, generator))
+        return self.transitions(self.sample_indices(batch_size, generator))
 
-    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return the numbers that :meth:`sample` draws, int64, shape (B,)."""
+    def sample_indices(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return the indices of the transitions that :meth:`sample` returns, int64, shape (B,)."""
         low: int | Tensor
         high: int | Tensor
-        low, high = self.drawable
+        low, high = self.index_range
         if high == low:
             raise UsageError("the replay is empty: learning_starts must be larger than num_envs")
         if self._staging is not None:
-            low, high = self._place[0], self._place[1]
+            low, high = self._position[0], self._position[1]
         uniform = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=generator or self.generator)
         return low + (uniform * (high - low)).long()
 
-    def transitions(self, numbers: Tensor) -> Minibatch:
-        """Return the transitions with these numbers, int64, shape (B,), each within :attr:`drawable`.
+    def transitions(self, indices: Tensor) -> Minibatch:
+        """Return the transitions with these indices, int64, shape (B,), each within :attr:`index_range`.
 
-        When their fields are looked up: see :meth:`sample`.
+        Lazy, as those of :meth:`sample`.
         """
-        return self._gather(numbers)
+        return self._lazy(indices)
 
-    def _gather(self, numbers: Tensor) -> DrawnMinibatch:
-        return DrawnMinibatch(self.kept, numbers)
+    def _lazy(self, indices: Tensor) -> LazyMinibatch:
+        return LazyMinibatch(self.storage, indices)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the generator and :meth:`checksum`: the frames are made anew from the journal."""
+        """Return the state of the generator and :meth:`checksum`: the frames are restored from the action log."""
         return {"generator": self.generator.get_state(), "checksum": self.checksum()}
 
     def load_state_dict(self, state: dict[str, Any], *, same_device: bool = True) -> None:
-        """Restore the generator and check that the content is that of the checkpoint.
+        """Restore the generator, and check that the content is that of the checkpoint.
 
         Args:
             state: what :meth:`state_dict` returned.
-            same_device: False where the generator belongs to another kind of device and cannot go on.
+            same_device: False where the generator belongs to another type of device and cannot be restored.
 
         Raises:
-            ValueError: the content is another.
+            ValueError: the content differs.
         """
         if state["checksum"] != self.checksum():
-            raise ValueError("the replay that was made anew differs from the one of the run")
+            raise ValueError("the restored replay differs from that of the run")
         if same_device:
             self.generator.set_state(state["generator"])
         else:

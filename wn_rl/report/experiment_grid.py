@@ -26,7 +26,7 @@ IGNORED_KEYS = frozenset(
         *("game", "param", "param_options", "preset", "frames", "seed", "batch_size", "run_dir", "learning_rates"),
         "chosen",
         *("device", "precision", "backend", "compile", "num_threads", "emulator_threads"),
-        *("checkpoint_seconds", "checkpoint_period", "journal", "reseed_period", "log_period", "evaluation_envs"),
+        *("checkpoint_seconds", "checkpoint_period", "action_log", "reseed_period", "log_period", "evaluation_envs"),
     }
 )
 """Keys in which a run may differ from the preset: those of its configuration, of the machine, and of what is stored."""

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: a directory that is written whole or not at all, and never executes code when read.
+"""A checkpoint on disk: a directory that is written completely or not at all; reading it never executes code.
 
 checkpoint.json        format, versions, configuration, network spec, counters, and the SHA-256 of the other files
 model.safetensors      the Q-network's weights
@@ -22,7 +22,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from wn_rl.atari.games import find_game
-from wn_rl.config import TrainConfig, from_mapping
+from wn_rl.config import TrainConfig, current, from_mapping
 from wn_rl.errors import CheckpointError, OtherVersionError, WnRlError
 from wn_rl.networks import (
     Network,
@@ -39,9 +39,9 @@ from wn_rl.runs.safe_load import check_state as check_state
 
 FORMAT = 4
 _SINCE_FORMAT_4 = {"config": {"backend": "auto", "chosen": []}}
-"""What a checkpoint of format 3 does not say: the backend followed from the keys that it has."""
-_SINCE_FORMAT_3 = {"config": {"checkpoint_seconds": 600.0, "journal": "whole", "reseed_period": 100_000}}
-"""What a checkpoint of format 2 does not say; it can be evaluated, not resumed, and these matter in training only."""
+"""Keys that a checkpoint of format 3 lacks: the backend followed from the keys that it has."""
+_SINCE_FORMAT_3 = {"config": {"checkpoint_seconds": 600.0, "action_log": "full", "reseed_period": 100_000}}
+"""Keys that a checkpoint of format 2 lacks; it can be evaluated, not resumed, and these matter in training only."""
 _SINCE_FORMAT_2 = {
     "network": {"options": {}, "layers": None},
     "config": {
@@ -53,18 +53,25 @@ _SINCE_FORMAT_2 = {
         "compile": "off",
     },
 }
-"""What a checkpoint of format 1 does not say, and what it then was."""
+"""Keys that a checkpoint of format 1 lacks, with the values that held then."""
+_RENAMED = {
+    "loop/rows": "loop/vector_steps",
+    "loop/journal": "loop/action_log",
+    "run/watching": "run/measuring",
+    "run/watched": "run/measured",
+}
+"""Former paths of entries of the training state → their paths."""
 _JSON, _MODEL, _TRAINING = "checkpoint.json", "model.safetensors", "training.safetensors"
 _MAX_JSON = 2**21
-"""Bytes of checkpoint.json; one has a few thousand."""
+"""Largest checkpoint.json, bytes; a usual one has a few thousand."""
 _MAX_STEPS = 10**12
-"""Agent steps that no run makes."""
+"""More agent steps than any run makes."""
 _MAX_LAYERS = 64
-"""Names of layers in a spec; a network has five layers."""
+"""Most layer names in a spec; a network has five layers."""
 _TRAINING_MULTIPLE = 5
-"""Bytes of the training state per byte of weights: target network, two running means, and room."""
+"""Most bytes of the training state per byte of weights: target network, two moments, and a margin."""
 _TRAINING_CONSTANT = 2**25
-"""Bytes that the rest of the training state may have: random states, counters, held-out observations."""
+"""Most bytes of the rest of the training state: random states, counters, held-out observations."""
 _COUNTERS = ("agent/updates", "loop/agent_steps", "run/evaluated_at")
 """Entries of the training state that never exceed the number of agent steps."""
 
@@ -77,11 +84,12 @@ class Checkpoint:
         config: the run's resolved configuration.
         spec: of the Q-network.
         weights: the Q-network's state dict, on the CPU.
-        agent_steps: at which it was saved.
+        agent_steps: when it was saved.
         training: state of agent, replay and loop, or empty where only the weights were read.
         path: where it was read from.
         versions: of this project and of the packages with which it was written, and the ``processor`` on which.
-        notice: one line to tell the user where a damaged checkpoint was passed over for the one before it, or None.
+        notice: one line for the user if a damaged checkpoint was skipped for the one before it, or None.
+        renamed: one line about configuration keys that have other names now; empty if there are none.
     """
 
     config: TrainConfig
@@ -92,6 +100,7 @@ class Checkpoint:
     path: Path
     versions: dict[str, str]
     notice: str | None = None
+    renamed: str = ""
 
     def q_network(self, device: torch.device | str = "cpu") -> Network:
         """Build the Q-network with its weights, in evaluation mode.
@@ -128,13 +137,13 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Undo :func:`flatten`.
 
     Raises:
-        CheckpointError: an entry is a value and a group at a time, or lies too deep.
+        CheckpointError: an entry is both a value and a group, or nested too deeply.
     """
     state: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split("/")
         if len(parents) >= MAX_DEPTH:
-            raise CheckpointError(f"the entry '{shown(path)}' of the training state lies too deep")
+            raise CheckpointError(f"the entry '{shown(path)}' of the training state is nested too deeply")
         inner = state
         for parent in parents:
             inner = inner.setdefault(parent, {})
@@ -157,13 +166,13 @@ def save(
     versions: Mapping[str, str],
     keep_previous: bool = False,
 ) -> None:
-    """Write a checkpoint to the directory ``path``, replacing the one there only when the new one is whole.
+    """Write a checkpoint to the directory ``path``; the one there is only replaced when the new one is complete.
 
-    The files go to a directory beside it, are synced, and are renamed into place; a reader finds the old or the new
-    checkpoint, at worst under the name ``path.previous``, where the old one stays if ``keep_previous`` says so.
+    The files are written to a directory beside it, synced, and renamed into place. A reader finds the old or the new
+    checkpoint, at worst under the name ``path.previous``, where ``keep_previous`` keeps the old one.
 
     Raises:
-        CheckpointError: it could not be written; what was there before still is.
+        CheckpointError: it could not be written; the one before is unchanged.
     """
     tensors, values = flatten(training)
     files = {
@@ -207,7 +216,7 @@ def save(
 
 
 def save_evidence(path: Path, tensors: Mapping[str, Tensor], statistics: Mapping[str, Any]) -> None:
-    """Write tensors and JSON values to the directory ``path``, for a person to look at.
+    """Write tensors and JSON values to the directory ``path``, for inspection by a person.
 
     Raises:
         OSError: it cannot be written.
@@ -227,7 +236,7 @@ def _sync(directory: Path) -> None:
 
 
 def settle(latest: Path, found: Path) -> None:
-    """Make the checkpoint ``found`` that a run goes on from its latest, and put a damaged one aside.
+    """Rename the checkpoint ``found``, from which a run is resumed, to the latest one; a damaged one is kept aside.
 
     Raises:
         CheckpointError: a file cannot be renamed.
@@ -257,7 +266,7 @@ def find(path: Path) -> Path:
 def _places(path: Path) -> list[Path]:
     """Return the checkpoint directories that ``path`` can mean, the newest first; at least one."""
     try:
-        # A run that died between the two renames of a save has but the one before.
+        # A run that was killed between the two renames of a save has only the one before.
         if not path.exists() and not Path(f"{path}.previous").exists():
             raise CheckpointError(f"{path} does not exist")
         for candidate in (path, path / "checkpoints" / "latest"):
@@ -276,8 +285,8 @@ def load(path: Path, *, with_training: bool = True) -> Checkpoint:
     """Read the checkpoint in the directory ``path``, or the latest of the run ``path``.
 
     Nothing in it is trusted: the files are read up to the size that their network can need, and names, dtypes and
-    shapes of the weights are compared with those of the network before either is allocated. Where the checkpoint is
-    damaged and the one before it is still there and whole, that one is read and ``notice`` says so.
+    shapes of the weights are compared with those of the network before either is allocated. If the checkpoint is
+    damaged and the one before it is still there and complete, that one is read and ``notice`` says so.
 
     Args:
         path: see :func:`find`.
@@ -290,7 +299,7 @@ def load(path: Path, *, with_training: bool = True) -> Checkpoint:
     try:
         saved = _load(places[0], with_training=with_training)
     except OtherVersionError:
-        raise  # whole, so not to be passed over
+        raise  # complete, so it must not be skipped
     except CheckpointError as error:
         for place in places[1:]:
             with contextlib.suppress(CheckpointError):
@@ -324,18 +333,19 @@ def _load(path: Path, *, with_training: bool) -> Checkpoint:
         tensors = read_tensors(path / _TRAINING, digest=digests[_TRAINING], limit=limit)
         try:
             if twice := values.keys() & tensors.keys():
-                raise CheckpointError(f"the entry '{min(twice)}' of the training state stands twice")
-            training = unflatten(values | tensors)
+                raise CheckpointError(f"the entry '{min(twice)}' of the training state appears twice")
+            training = unflatten({_RENAMED.get(path, path): value for path, value in (values | tensors).items()})
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {shown(error)}") from None
-    return Checkpoint(config, spec, weights, agent_steps, training, path, versions)
+    renamed = current(description["config"])[1]
+    return Checkpoint(config, spec, weights, agent_steps, training, path, versions, renamed=renamed)
 
 
 def seal(description: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of checkpoint.json with its own SHA-256 among the others.
 
-    It is taken of the content as JSON with sorted keys and without spaces, itself left out, so that a flipped bit in a
-    setting is noticed like one in the weights.
+    It is computed of the content as JSON with sorted keys and without spaces, without itself, so that a flipped bit in
+    a setting is noticed like one in the weights.
     """
     digests = {name: digest for name, digest in description["sha256"].items() if name != _JSON}
     content = {**description, "sha256": digests}
@@ -359,7 +369,7 @@ def _described(description: Any) -> tuple[TrainConfig, QNetworkSpec, int, dict[s
         for part, values in unsaid.items() if description["format"] < later else ():
             description[part] = values | description[part]
     spec = QNetworkSpec.from_json(description["network"])
-    config = from_mapping(description["config"])
+    config = from_mapping(current(description["config"])[0])
     for key in ("game", "preset"):
         name = getattr(config, key)
         if len(name) > 100 or not name.isprintable():
@@ -374,11 +384,11 @@ def _described(description: Any) -> tuple[TrainConfig, QNetworkSpec, int, dict[s
 
 
 def _check_values(values: Mapping[str, Any], agent_steps: int) -> None:
-    """Refuse values of the training state that no run writes, whatever its parts are."""
+    """Refuse values of the training state that no run writes."""
     for path, value in values.items():
         entries = value if isinstance(value, list) else [value]
         if not all(isinstance(entry, bool | int | float | str | None) for entry in entries):
-            raise CheckpointError(f"the entry '{path}' of the training state is no number and no text")
+            raise CheckpointError(f"the entry '{path}' of the training state is neither a number nor a text")
         if any(type(entry) is int and entry < 0 for entry in entries):
             raise CheckpointError(f"the entry '{path}' of the training state is below 0")
         if path in _COUNTERS and not (type(value) is int and value <= agent_steps):
@@ -395,8 +405,8 @@ def _expected_weights(spec: QNetworkSpec, model: Path) -> dict[str, Layout]:
         with torch.device("meta"):
             weights = build_q_network(spec, seed=0).state_dict()
     except RuntimeError:
-        # Somebody's own parameterization may need values, which the meta device has not. Then the network is built if
-        # the weights that lie there can be its.
+        # A user's own parameterization may need values, which tensors on the meta device lack. Then the network is
+        # built on the CPU, if the file can hold its weights.
         plain = spec.count_parameters() * torch.float32.itemsize
         with open_regular(model, 2**40) as file:
             there = os.fstat(file.fileno()).st_size
@@ -409,9 +419,9 @@ def _expected_weights(spec: QNetworkSpec, model: Path) -> dict[str, Layout]:
 
 
 def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
-    """Refuse a network that is not the configuration's."""
+    """Refuse a network that does not match the configuration."""
     try:
-        entry = resolve(get(config.param).name, config.param_options)
+        parameterization = resolve(get(config.param).name, config.param_options)
     except KeyError:
         raise CheckpointError(unknown_in_file(config.param)) from None
     except ValueError as error:
@@ -423,10 +433,10 @@ def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
         raise CheckpointError(unknown_network_in_file(config.network)) from None
     except ValueError as error:
         raise CheckpointError(f"network_options: {error}") from None
-    treated = spec.outline().default_layers(entry)
+    treated = spec.outline().default_layers(parameterization)
     pairs: dict[str, tuple[object, object]] = {
-        "the parameterization": (get(spec.parameterization).name, entry.name),
-        "its options": (spec.entry().options(), entry.options()),
+        "the parameterization": (get(spec.parameterization).name, parameterization.name),
+        "its options": (spec.entry().options(), parameterization.options()),
         "the layers": (
             treated if spec.layers is None else spec.layers,
             treated if config.param_layers is None else config.param_layers,
@@ -438,6 +448,4 @@ def _check_agreement(config: TrainConfig, spec: QNetworkSpec) -> None:
     }
     for name, (of_network, of_config) in pairs.items():
         if of_network != of_config:
-            raise CheckpointError(
-                f"network and configuration do not fit each other: {name}: {of_network!r} and {of_config!r}"
-            )
+            raise CheckpointError(f"network and configuration do not match: {name}: {of_network!r} and {of_config!r}")

@@ -1,4 +1,4 @@
-"""A run directory: its files, their columns, and the rows that a resumed run keeps."""
+"""A run directory: its files, their columns, and how a resumed run truncates them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ EVALUATION_COLUMNS = ("frames", "episodes", "mean", "std", "min", "max", "mean_l
 EPISODE_COLUMNS = ("frames", "return", "length")
 _LOCK = ".lock"
 CLOSING_SUFFIX = ".closing"
-"""Ends the name of the TensorBoard file of a run's end, which a run that goes on does without."""
+"""Suffix of the TensorBoard file with the end of a run, which is removed when the run is continued."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this project, of Python and of the packages that decide results."""
+    """Return the versions of this project, of Python and of the packages on which results depend."""
     found = {"wn_rl": __version__, "python": platform.python_version()}
     for package in ("torch", "ale-py", "gymnasium", "numpy"):
         found[package] = metadata.version(package)
@@ -40,8 +40,8 @@ def versions() -> dict[str, str]:
 def new_directory(game: str, param: str, preset: str, seed: int) -> Iterator[Path]:
     """Make ``runs/GAME-PARAM-PRESET-sSEED-TIME``, which no other run has; TIME is local, PARAM a class's name alone.
 
-    Where another run took the name within the same second, ``-2``, ``-3`` … follow. If nothing was written to it, it is
-    removed afterwards.
+    If another run took the name within the same second, ``-2``, ``-3`` … is appended. If nothing was written to it, it
+    is removed afterwards.
 
     Raises:
         WnRlError: it cannot be made.
@@ -55,7 +55,7 @@ def new_directory(game: str, param: str, preset: str, seed: int) -> Iterator[Pat
             if os.path.lexists(runs) and not runs.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             with suppress(FileExistsError):
-                path.mkdir(parents=True)  # one process makes it, whoever else asks gets the error
+                path.mkdir(parents=True)  # only one process succeeds, the others get the error
                 break
     except OSError as error:
         raise WnRlError(f"cannot write to runs: {error.strerror}") from None
@@ -79,8 +79,8 @@ def _remove_unused(path: Path) -> None:
 class RunDirectory:
     """The files of one run.
 
-    ``config.yaml``, ``journal.bin``, TensorBoard events, ``evaluations.csv``, ``episodes.csv``, ``checkpoints/latest``,
-    ``checkpoints/best`` and ``summary.json``. Every axis is emulator frames.
+    ``config.yaml``, ``action_log.bin``, TensorBoard events, ``evaluations.csv``, ``episodes.csv``,
+    ``checkpoints/latest``, ``checkpoints/best`` and ``summary.json``. Every axis is emulator frames.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,7 +90,8 @@ class RunDirectory:
         self.evaluations = path / "evaluations.csv"
         self.episodes = path / "episodes.csv"
         self.summary = path / "summary.json"
-        self.journal = path / "journal.bin"
+        former = path / "journal.bin"  # in runs of earlier versions
+        self.action_log = former if os.path.lexists(former) else path / "action_log.bin"
         self.nonfinite = path / "nonfinite"
         self.latest = path / "checkpoints" / "latest"
         self.best = path / "checkpoints" / "best"
@@ -105,7 +106,7 @@ class RunDirectory:
         try:
             if self.latest.exists() or self.latest.with_name("latest.previous").exists():
                 raise UsageError(f"{self.path} already holds a run: name another --run-dir, or --resume {self.path}")
-            if self.config.exists():  # there is nothing yet to go on from
+            if self.config.exists():  # no checkpoint to resume from yet
                 raise UsageError(
                     f"{self.path} already holds a run, which has no checkpoint yet: name another --run-dir; "
                     f"--config {self.config} repeats it"
@@ -143,7 +144,7 @@ class RunDirectory:
         """Keep other processes from training in this directory.
 
         Raises:
-            WnRlError: one does already.
+            WnRlError: another process trains in it.
         """
         lock = self.path / _LOCK
         try:
@@ -162,14 +163,14 @@ class RunDirectory:
             except OSError:
                 pass  # a file system without locks
             if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                raise WnRlError(f"{self.path} was removed by another process in the meantime: try again")
+                raise WnRlError(f"{self.path} was removed by another process: try again")
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
             yield
 
     def cut(self, *, episodes: int, evaluations: int) -> None:
-        """Drop the rows of both CSV files that lie after these frames, for a run that goes on from there.
+        """Remove the rows of both CSV files after these frames, for a run that is resumed there.
 
         Raises:
             WnRlError: a file is missing or damaged, or cannot be written.
@@ -182,12 +183,12 @@ class RunDirectory:
             write_file(file, _csv_lines([columns, *kept]))
 
     def forget_closing_events(self) -> None:
-        """Remove the TensorBoard files of the run's end, for a run that goes on."""
+        """Remove the TensorBoard files with the end of the run, for a run that is continued."""
         for file in self.path.glob(f"events.out.tfevents.*{CLOSING_SUFFIX}"):
             file.unlink(missing_ok=True)
 
     def append(self, file: Path, rows: Iterable[Sequence[object]], *, sync: bool = False) -> None:
-        """Append rows to a CSV file of this run, and wait for the disk where ``sync`` says so.
+        """Append rows to a CSV file of this run; ``sync`` waits for the disk.
 
         Raises:
             WnRlError: it cannot be written.
@@ -212,12 +213,12 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class Found:
-    """What names on a command line stand for.
+    """The paths that names on a command line mean.
 
     Attributes:
-        paths: in the order of the names, sorted within each, none twice.
-        searched: directories that hold some and were looked through.
-        skipped: directories below those that look like runs and are none, each with the reason.
+        paths: in the order of the names, sorted within each, without duplicates.
+        searched: directories that were searched and contain some.
+        skipped: directories below those that look like runs but are not, each with the reason.
     """
 
     paths: list[Path]
@@ -225,7 +226,7 @@ class Found:
     skipped: list[tuple[Path, str]]
 
     def describe(self, what: str) -> str:
-        """Return in one line how many were found where, and what was skipped; empty where nothing was searched."""
+        """Return one line on how many were found where, and what was skipped; empty if nothing was searched."""
         if not self.searched:
             return ""
         count = f"{len(self.paths)} {what}{'' if len(self.paths) == 1 else 's'}"
@@ -238,22 +239,22 @@ class Found:
 
 
 MOST_SKIPPED = 5
-"""Skipped directories that a line names."""
+"""Most skipped directories that the line names."""
 
 
 def expand(names: Sequence[str], is_one: Callable[[Path], bool], what: str) -> Found:
-    """Return the paths that ``names`` stand for: each is one itself, a directory that holds some, or a pattern.
+    """Return the paths that ``names`` mean: each is one itself, a directory that contains some, or a pattern.
 
-    A directory that is none itself is searched with all that it holds; what is found is not looked into further, and a
-    directory is visited once, whatever links lead to it.
+    A directory that is not one itself is searched recursively; what is found is not searched further, and a directory
+    is visited only once, also with symbolic links.
 
     Args:
-        names: as they were typed.
-        is_one: whether a path is what is looked for.
-        what: is looked for, for the error, e.g. ``run``.
+        names: as the user typed them.
+        is_one: whether a path is what is searched for.
+        what: its name for the error, e.g. ``run``.
 
     Raises:
-        WnRlError: a pattern that matches nothing, or a directory that holds nothing of the kind.
+        WnRlError: a pattern that matches nothing, or a directory that contains none.
     """
     paths: list[Path] = []
     searched: list[Path] = []
@@ -262,7 +263,7 @@ def expand(names: Sequence[str], is_one: Callable[[Path], bool], what: str) -> F
         path = Path(name)
         if not path.exists() and glob.has_magic(name):
             matches = [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - takes absolute patterns
-            # A pattern may hit files beside the runs; they are not what was meant.
+            # A pattern may also match files that are not runs; they are ignored.
             found = [match for match in matches if is_one(match)]
             for match in matches:
                 if match not in found and match.is_dir():
@@ -280,7 +281,7 @@ def expand(names: Sequence[str], is_one: Callable[[Path], bool], what: str) -> F
 
 
 def _below(directory: Path, is_one: Callable[[Path], bool], skipped: list[tuple[Path, str]]) -> list[Path]:
-    """Return what is found in a directory and all below it, sorted by path; notes what looks like a run and is none."""
+    """Return what is found in a directory, recursively, sorted by path; ``skipped`` gets what only looks like a run."""
     found: list[Path] = []
     visited: set[tuple[int, int]] = set()
 
@@ -301,19 +302,19 @@ def _below(directory: Path, is_one: Callable[[Path], bool], skipped: list[tuple[
                 found.append(child)
             elif child.is_dir():
                 if looks := sorted(name for name in _OF_A_RUN if (child / name).exists()):
-                    skipped.append((child, f"it has {looks[0]} and is no run"))
+                    skipped.append((child, f"it has {looks[0]} but is not a run"))
                 search(child)
 
     search(directory)
     return found
 
 
-_OF_A_RUN = ("evaluations.csv", "episodes.csv", "summary.json", "journal.bin")
+_OF_A_RUN = ("evaluations.csv", "episodes.csv", "summary.json", "action_log.bin", "journal.bin")
 """Files that a directory without ``config.yaml`` has if it was a run."""
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """Return the rows of a run's CSV file by column; a last line that was cut off is left out.
+    """Return the rows of a run's CSV file by column; an incomplete last line is ignored.
 
     Raises:
         WnRlError: it cannot be read, or its columns are not numbers.
@@ -331,10 +332,10 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def write_file(file: Path, content: str | bytes, *, sync: bool = True) -> None:
-    """Replace a file's content at once; see :func:`write_atomically`.
+    """Replace a file's content atomically; see :func:`write_atomically`.
 
     Raises:
-        WnRlError: it cannot be written; what was there before still is.
+        WnRlError: it cannot be written; the former content is unchanged.
     """
     try:
         write_atomically(file, content, sync=sync)
@@ -343,9 +344,9 @@ def write_file(file: Path, content: str | bytes, *, sync: bool = True) -> None:
 
 
 def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
-    """Replace a file's content at once: a reader sees the old or the new; text is written as UTF-8.
+    """Replace a file's content atomically: a reader sees the old or the new content; text is written as UTF-8.
 
-    Without ``sync`` nobody waits for the disk: for what can be made again, since a power cut may lose it.
+    Without ``sync`` it does not wait for the disk: for files that can be made again, since a power cut may lose them.
     """
     temporary = file.with_name(f".{file.name}.writing")
     try:

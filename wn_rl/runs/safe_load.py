@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: what they claim is checked before anything of that size is allocated."""
+"""Safe reading of untrusted files: their claims are checked before anything of that size is allocated."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch import Tensor
 from wn_rl.errors import CheckpointError, one_line
 
 MAX_HEADER = 2**20
-"""Bytes of a safetensors header; that of the largest Q-network has some tens of thousands."""
+"""Largest safetensors header, bytes; that of the largest Q-network has some tens of thousands."""
 MAX_DEPTH = 16
-"""Levels of a nested state; ours have four."""
+"""Most levels of a nested state; ours have four."""
 MAX_DIGITS = 40
-"""Digits of a whole number in JSON: enough for the 128 bits of a random generator's state."""
+"""Most digits of an integer in JSON: enough for the 128 bits of a random generator's state."""
 _MAX_MESSAGE = 300
 _DTYPES = {
     "F64": torch.float64,
@@ -50,16 +50,15 @@ def shown(error: object) -> str:
 
 @contextlib.contextmanager
 def open_regular(path: Path, limit: int) -> Iterator[BinaryIO]:
-    """Open a regular file of at most ``limit`` bytes; a symbolic link to one will do.
+    """Open a regular file of at most ``limit`` bytes, or a symbolic link to one.
 
     Raises:
-        CheckpointError: it cannot be opened, is too large, or is something that reading could wait for: a pipe, a
-            device, a directory.
+        CheckpointError: it cannot be opened, is too large, or is not a regular file: a pipe, a device, a directory.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a device can have effects of its own
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a device can have side effects
             raise CheckpointError(f"{path} is not a file")
-        # What is there may have changed since, and opening a pipe would wait for a writer.
+        # The file may have been replaced since, and opening a pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
@@ -73,10 +72,10 @@ def open_regular(path: Path, limit: int) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path, limit: int) -> Any:  # noqa: ANN401 - whatever the file holds
-    """Return what a JSON file of at most ``limit`` bytes holds.
+    """Return the content of a JSON file of at most ``limit`` bytes.
 
-    Refused beside what is no JSON: NaN and infinity, a key that stands twice, bytes that are no UTF-8, a number of
-    more than ``MAX_DIGITS`` digits.
+    Also refused: NaN and infinity, a key that appears twice, bytes that are not UTF-8, a number of more than
+    ``MAX_DIGITS`` digits.
 
     Raises:
         CheckpointError: the file cannot be read or is refused.
@@ -90,7 +89,7 @@ def read_json(path: Path, limit: int) -> Any:  # noqa: ANN401 - whatever the fil
 
 
 def parse_json(data: bytes) -> Any:  # noqa: ANN401 - whatever the text holds
-    """Return what ``data`` holds as JSON; see :func:`read_json`.
+    """Return ``data`` parsed as JSON; see :func:`read_json`.
 
     Raises:
         ValueError: it is refused.
@@ -110,12 +109,12 @@ def parse_json(data: bytes) -> Any:  # noqa: ANN401 - whatever the text holds
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return found
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _whole(digits: str) -> int:
@@ -133,7 +132,7 @@ def _finite(digits: str) -> float:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file says of a tensor: dtype and shape."""
+    """dtype and shape of a tensor, as a file declares them."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -159,7 +158,7 @@ def read_layouts(file: BinaryIO) -> dict[str, Layout]:
     (https://github.com/huggingface/safetensors, section Format).
 
     Raises:
-        ValueError: the header is not one, or does not describe the bytes that follow it.
+        ValueError: the header is invalid, or does not describe the bytes that follow it.
     """
     file.seek(0, os.SEEK_END)
     size = file.tell()
@@ -206,13 +205,13 @@ def _are_sizes(values: object) -> bool:
 def read_tensors(
     path: Path, *, digest: object, limit: int, expected: Mapping[str, Layout] | None = None
 ) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU; its tensors are allocated after everything else was found right.
+    """Read a safetensors file onto the CPU; its tensors are allocated after everything else was checked.
 
     Args:
         path: the file.
         digest: SHA-256 that it must have, in hexadecimal.
-        limit: bytes that its tensors may have together.
-        expected: the layouts that it must hold; None: any.
+        limit: most bytes of all its tensors.
+        expected: the layouts that it must have; None: any.
 
     Raises:
         CheckpointError: it cannot be read, is damaged, holds other tensors, or a number that is not finite.
@@ -239,7 +238,7 @@ def read_tensors(
 
 
 def _sha256(file: BinaryIO) -> str:
-    """Return the SHA-256 of a file, read in pieces: what it is part of may yet be refused for its size."""
+    """Return the SHA-256 of a file, read in pieces: the file may still be refused for its size."""
     digest = hashlib.sha256()
     while piece := file.read(2**20):
         digest.update(piece)
@@ -247,7 +246,7 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def compare_layouts(path: Path, found: Mapping[str, Layout], expected: Mapping[str, Layout]) -> None:
-    """Refuse weights that are not those of the network.
+    """Refuse weights that do not match the network.
 
     Raises:
         CheckpointError: the first difference.
@@ -270,15 +269,15 @@ def check_state(
     """Compare a nested state that was read from a file with that of freshly built objects, before it is restored.
 
     Same keys; tensors of the same shape and dtype (the device may differ); values of the same type, numbers finite, a
-    counter not below 0. A mapping that is empty in ``expected`` has no content yet: an optimizer's before the first
-    step. It may be missing in ``found``; what it holds there is finite numbers and texts, or by the number of a
-    parameter the optimizer's tensors, each a scalar or of the shape of that parameter, the same ones for every
+    counter not below 0. A mapping that is empty in ``expected`` has no content yet, e.g. an optimizer's state before
+    the first step. It may be missing in ``found``. Otherwise it holds finite numbers and texts, or for the index of
+    each parameter the optimizer's tensors: each a scalar or of the parameter's shape, with the same names for every
     parameter.
 
     Args:
         found: from the file.
-        expected: of new objects that were built from the same configuration.
-        parameters: the optimizer's, in their order.
+        expected: state of new objects with the same configuration.
+        parameters: the optimizer's, in order.
         place: path of the state within a larger one, for messages.
 
     Raises:
@@ -338,7 +337,7 @@ def _check_number(value: object, path: str, *, counter: bool = False) -> None:
 
 
 def _check_moments(found: Mapping[Any, Any], parameters: Sequence[Tensor], path: str) -> None:
-    """Refuse an optimizer's state that does not belong to ``parameters``."""
+    """Refuse an optimizer's state that does not match ``parameters``."""
     numbers = [str(number) for number in range(len(parameters))]
     if set(found) != set(numbers):
         raise CheckpointError(f"the training state's '{path}' is not that of {len(numbers)} parameters")

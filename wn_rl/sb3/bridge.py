@@ -92,13 +92,13 @@ def policy_kwargs(
     after ``wn_rl.fold(model.policy)``. The layers get parameters that give the loaded weights, and the optimizer
     starts without moments. ``ln`` refuses plain weights, since it cannot compute what they did.
 
-    A deep copy of a policy has an optimizer without hooks, as torch makes them: an entry that projects
+    A deep copy of a policy has an optimizer without hooks, as torch makes them: a parameterization that projects
     (``wn_projected``) is then no longer projected. ``save`` and ``load`` keep it.
 
     Args:
         param: a registered name, or a :class:`Parameterization`.
-        include: only these layers: names with ``*`` and ``?``, or types; default: those that the entry's source treats
-            (``wn``: all; ``ln`` and ``wn_projected``: all but the heads; ``sn``: the one before each head).
+        include: only these layers: names with ``*`` and ``?``, or types; default: those of the parameterization's
+            source (``wn``: all; ``ln`` and ``wn_projected``: all but the heads; ``sn``: the one before each head).
         exclude: not these.
         options: of the parameterization, where a name is given.
         optimizer_class: what trains the new parameters; default: what the algorithm has without this function,
@@ -151,12 +151,12 @@ class ReparameterizeThenOptimize:
 
     def __str__(self) -> str:
         """Return the parameterization as JSON: ``save`` writes it beside the pickle, for readers that execute none."""
-        entry = self.parameterization
-        return json.dumps({"parameterization": entry.name, "options": entry.options()})
+        parameterization = self.parameterization
+        return json.dumps({"parameterization": parameterization.name, "options": parameterization.options()})
 
     def _asked(self) -> tuple[object, ...]:
-        entry = self.parameterization
-        return type(entry), entry.options(), self.include, self.exclude, self.inner
+        parameterization = self.parameterization
+        return type(parameterization), parameterization.options(), self.include, self.exclude, self.inner
 
     def __call__(self, parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:  # noqa: ANN401
         """Reparameterize the policy that is being built and return the optimizer of its new parameters.
@@ -225,7 +225,7 @@ class ReparameterizeThenOptimize:
         blanks = blank_layers(network)
         include: list[Any] | None = None if self.include is None else list(self.include)
         exclude: list[Any] = list(self.exclude)
-        treats = "all" if self.include is not None else self.parameterization.treats
+        treats = "all" if self.include is not None else self.parameterization.default_layers
         if treats == "penultimate":
             include = [layer for path in _paths(network) for layer in path[-2:-1]]
         elif treats == "hidden":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wn_rl.parameterizations import Parameterization
 from wn_rl.parameterizations.api import treated_layers
-from wn_rl.parameterizations.base import LAYERS, RECURRENT, Units, entry_of, weight_names
+from wn_rl.parameterizations.base import LAYERS, RECURRENT, Units, parameterization_of, weight_names
 
 TOLERANCE = 1e-4
 """Largest difference of a weight that went through a parameterization, in units of the unit's length: rounding in
@@ -51,7 +51,7 @@ class _FromPlain:
     """Turns a layer's plain weights in a state dict into those of its parameterization."""
 
     blank: nn.Module
-    entry: Parameterization
+    parameterization: Parameterization
     name: str
     loading: PlainLoading | None
 
@@ -68,7 +68,7 @@ class _FromPlain:
     ) -> None:
         """Replace plain weights in ``state``; others are left alone. A hook of ``Module.load_state_dict``."""
         found = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-        if not found or entry_of(layer) is None:  # a layer that was folded takes plain weights as they are
+        if not found or parameterization_of(layer) is None:  # a layer that was folded takes plain weights as they are
             return
         if found != set(self.blank.state_dict()):
             if self.loading is not None:
@@ -92,33 +92,35 @@ class _FromPlain:
         Raises:
             ValueError: they have other shapes, or no parameters of the parameterization give these weights.
         """
-        entry = self.entry
+        parameterization = self.parameterization
         layer = copy.deepcopy(self.blank).to_empty(device="cpu").eval()
         for name, tensor in layer.state_dict().items():
             if tensor.shape != given[name].shape:
                 raise ValueError(f"its {name} is of shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(given[name])
-        if not entry.foldable:
-            raise ValueError(f"plain weights do not load into '{entry.name}': no parameters of it give the same output")
-        entry.check(layer)
+        if not parameterization.foldable:
+            raise ValueError(
+                f"plain weights do not load into '{parameterization.name}': no parameters of it give the same output"
+            )
+        parameterization.validate(layer)
         weights = {name: getattr(layer, name).clone() for name in weight_names(layer)}
         with torch.random.fork_rng(devices=[]):
-            entry.apply(layer)
+            parameterization.apply(layer)
         units = Units.of(layer)
-        if not entry.preserves_output and not isinstance(layer, RECURRENT):
-            before, now = units.norm(weights["weight"]), units.norm(_folded(layer, entry)["weight"])
+        if not parameterization.preserves_output and not isinstance(layer, RECURRENT):
+            before, now = units.norm(weights["weight"]), units.norm(_folded(layer, parameterization)["weight"])
             with contextlib.suppress(TypeError):  # it has no scale: the comparison below says whether that matters
-                entry.rescale(layer, torch.where(now > 0, before / now, 1.0).flatten())
-        for name, weight in _folded(layer, entry).items():
+                parameterization.rescale(layer, torch.where(now > 0, before / now, 1.0).flatten())
+        for name, weight in _folded(layer, parameterization).items():
             if bool((units.norm(weight - weights[name]) > TOLERANCE * units.norm(weights[name])).any()):
-                raise ValueError(f"no parameters of '{entry.name}' give the {name} that is loaded")
+                raise ValueError(f"no parameters of '{parameterization.name}' give the {name} that is loaded")
         return layer.state_dict()
 
 
-def _folded(layer: nn.Module, entry: Parameterization) -> dict[str, Tensor]:
+def _folded(layer: nn.Module, parameterization: Parameterization) -> dict[str, Tensor]:
     """Return the plain weights that a treated layer's come to."""
     plain = copy.deepcopy(layer)
-    entry.fold(plain)
+    parameterization.fold(plain)
     return {name: getattr(plain, name).detach() for name in weight_names(plain)}
 
 
@@ -142,10 +144,12 @@ def refuse_after_fold(network: nn.Module) -> Callable[..., None]:
 
     The optimizer holds the parameters from before, so that the weights that are used would silently stay what they are.
     """
-    layers = [layer for layer, entry in treated_layers(network).values() if not entry.leaves_plain]
+    layers = [
+        layer for layer, parameterization in treated_layers(network).values() if not parameterization.leaves_plain
+    ]
 
     def check(*_: object) -> None:
-        if any(entry_of(layer) is None for layer in layers):
+        if any(parameterization_of(layer) is None for layer in layers):
             raise RuntimeError(
                 "the policy was folded, and its optimizer holds the parameters from before: save the model and load it "
                 "to train on"
@@ -162,8 +166,8 @@ def accept_plain_weights(network: nn.Module, blanks: dict[nn.Module, nn.Module],
         blanks: its layers before, by :func:`blank_layers`.
         loading: what the trained network shares with its optimizer; None for a target network.
     """
-    for name, (layer, entry) in treated_layers(network).items():
+    for name, (layer, parameterization) in treated_layers(network).items():
         blank = blanks.get(layer)
-        if blank is not None and not entry.leaves_plain:
-            hook = _FromPlain(blank, entry, name, loading).convert
+        if blank is not None and not parameterization.leaves_plain:
+            hook = _FromPlain(blank, parameterization, name, loading).convert
             layer.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]

@@ -287,7 +287,7 @@ def q_network(path: Path, param: str | None = None, options: dict[str, Any] | No
     ours = {LAYERS[layer] + name.removeprefix(layer): value for name, value in state.items() if (layer := theirs[name])}
     plain = {name for name in LAYERS.values() if {k for k in ours if k.startswith(f"{name}.")} == _plain(name)}
     treated = tuple(name for name in LAYERS.values() if name not in plain)
-    entry = _parameterization(path, settings, treated, param, options or {})
+    parameterization = _parameterization(path, settings, treated, param, options or {})
     filters = [value for name, value in ours.items() if name.startswith("convolutions.0.") and value.dim() == 4]
     channels = max((value.shape[1] for value in filters), default=4)  # g of wn has an axis of length 1 there
     if channels != 4:
@@ -296,8 +296,8 @@ def q_network(path: Path, param: str | None = None, options: dict[str, Any] | No
         )
     spec = QNetworkSpec(
         num_actions=_units(path, ours, "output", 18),
-        parameterization=entry.name,
-        options=entry.options(),
+        parameterization=parameterization.name,
+        options=parameterization.options(),
         layers=treated or None,
         hidden_units=_units(path, ours, "hidden", 65_536),
     )
@@ -347,9 +347,9 @@ def _parameterization(
     return given
 
 
-def _described(entry: Parameterization) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in entry.options().items())
-    return f"{entry.name} ({options})" if options else entry.name
+def _described(parameterization: Parameterization) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in parameterization.options().items())
+    return f"{parameterization.name} ({options})" if options else parameterization.name
 
 
 @torch.no_grad()

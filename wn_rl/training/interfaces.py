@@ -1,4 +1,4 @@
-"""What the training loop asks of an agent and of the backend that carries it out."""
+"""What the training loop asks of an agent, and of the backend that does its computations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wn_rl.replay import Minibatch
 
 @dataclass(frozen=True)
 class Statistics:
-    """Means over the transitions of the updates since the last reading; ``updates`` is how many these were."""
+    """Means over the transitions of the updates since the last reading; ``updates`` is the number of these updates."""
 
     updates: int
     loss: float
@@ -27,7 +27,7 @@ class Statistics:
 
 
 class Agent(Protocol):
-    """An algorithm; :class:`agents.dqn.DQN` is one. A :class:`Backend` carries it out."""
+    """An algorithm; :class:`agents.dqn.DQN` is one. A :class:`Backend` does its computations."""
 
     config: TrainConfig
     device: torch.device
@@ -56,13 +56,13 @@ class Agent(Protocol):
         """Return whether every weight is finite."""
 
     def offending_transitions(self) -> Tensor | None:
-        """Return the numbers in replay of the first minibatch whose loss was not finite."""
+        """Return the replay indices of the first minibatch whose loss was not finite; None if all were."""
 
     def gradient_norm(self) -> float:
         """Return the norm of the last gradient."""
 
     def read_statistics(self) -> Statistics:
-        """Return the means since the last reading."""
+        """Return the means since the last reading, and reset them."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state without the network's weights."""
@@ -72,7 +72,7 @@ class Agent(Protocol):
 
 
 class Backend(Protocol):
-    """What the loop needs of whoever carries an agent out on a replay; ``agents.backends`` has them."""
+    """What the loop asks of a backend, which does an agent's computations on a replay; see ``agents.backends``."""
 
     name: ClassVar[BackendName]
     detail: str
@@ -80,7 +80,7 @@ class Backend(Protocol):
 
     @property
     def agent(self) -> Agent:
-        """The agent that is carried out."""
+        """The agent whose work it does."""
 
     @property
     def q_network(self) -> Network:
@@ -94,7 +94,7 @@ class Backend(Protocol):
         """Return ε-greedy actions for the newest observations, shape (N,), with ε of each; waits for them.
 
         Raises:
-            NonFiniteLossError: an update before this one had a loss that is not finite, and it can only be told now.
+            NonFiniteLossError: the loss of an earlier update was not finite, which is only known now.
         """
 
     def q_values(self, observations: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Backend(Protocol):
         """Prepare for the first update, with observations from replay."""
 
     def update(self, count: int = 1) -> None:
-        """Make ``count`` updates one after the other, each on a minibatch of its own from the replay."""
+        """Make ``count`` updates in sequence, each on its own minibatch from the replay."""
 
     def copy_target(self) -> None:
         """Copy the network to the target network."""
@@ -113,25 +113,25 @@ class Backend(Protocol):
         """Return whether every weight is finite."""
 
     def offending_transitions(self) -> Tensor | None:
-        """Return the numbers in replay of the first minibatch whose loss was not finite."""
+        """Return the replay indices of the first minibatch whose loss was not finite; None if all were."""
 
     def gradient_norm(self) -> float:
         """Return the norm of the last gradient."""
 
-    def watch_next_update(self) -> None:
-        """Measure how far the next update moves each layer's weight."""
+    def measure_next_update(self) -> None:
+        """Measure the effective learning rates of the next update."""
 
     def effective_learning_rates(self) -> dict[str, float]:
-        """Return what the watched update did, by tag."""
+        """Return the effective learning rates of the measured update, by TensorBoard tag."""
 
-    def watch_state(self) -> dict[str, Any]:
-        """Return whether the next update is watched, and what the last watched one did."""
+    def measurement_state(self) -> dict[str, Any]:
+        """Return whether the next update is to be measured, and the last measurement, for a checkpoint."""
 
-    def load_watch_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`watch_state` returned."""
+    def load_measurement_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`measurement_state` returned."""
 
     def read_statistics(self) -> Statistics:
-        """Return the means since the last reading."""
+        """Return the means since the last reading, and reset them."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state without the network's weights."""

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, History, Journal
+from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, ActionLog, History
 from wn_rl.atari.env import FRAME_SKIP, AtariVector
-from wn_rl.atari.restore import PlayedAgain, play_again
+from wn_rl.atari.restore import ReplayedStep, replay_actions
 from wn_rl.config import TrainConfig
 from wn_rl.replay import Replay
 from wn_rl.training.interfaces import Agent, Backend
-from wn_rl.training.schedule import Event, epsilon_at, owed, training_seeds
+from wn_rl.training.schedule import TrainEvent, epsilon_at, scheduled_events, training_seeds
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class TrainingLoop:
     """Emulators, an agent's backend and replay, one vector step at a time.
 
     Agent steps are numbered 1, 2, 3, … across the emulators in slot order; a step that was an auto-reset has no
-    number. In each vector step all emulators act on the same network; while they run, the updates owed by the
-    numbers of this vector step are made from what the replay held before it. Logging, evaluation and checkpoints
-    stay outside and draw nothing from these generators.
+    number. In each vector step all emulators act on the same network; while they run, the updates scheduled at the
+    agent steps of this vector step are made from what the replay held before it. Logging, evaluation and checkpoints
+    are outside the loop and draw nothing from these generators.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class TrainingLoop:
         env: AtariVector,
         backend: Backend,
         replay: Replay,
-        journal: Journal | None = None,
+        action_log: ActionLog | None = None,
     ) -> None:
-        """Join the parts; :meth:`start` or :meth:`rebuild` begins. Without a journal a run cannot be resumed."""
+        """Join the parts; call :meth:`start` or :meth:`restore` next. Without an action log a run cannot be resumed."""
         self.config = config
         self.env = env
         self.backend = backend
         self.replay = replay
-        self.journal = journal
+        self.action_log = action_log
         self.agent_steps = 0
-        self.rows = 0
+        self.vector_steps = 0
         self._ended = np.zeros(env.num_envs, bool)
         self._seed_labels = np.zeros(env.num_envs, np.int64)
 
@@ -73,37 +73,37 @@ class TrainingLoop:
         return float(epsilon_at(self.config, np.array([self.agent_steps + 1]))[0])
 
     @property
-    def first_row_kept(self) -> int:
+    def oldest_vector_step(self) -> int:
         """Number of the oldest vector step whose frames the replay holds."""
-        return max(self.rows - self.replay.rows_kept + 1, 0)
+        return max(self.vector_steps - self.replay.num_rows + 1, 0)
 
     def start(self) -> None:
         """Reset the emulators for a new run."""
         observations, _ = self.env.reset(seed=self._seeds(0))
         self.replay.start(observations[:, -1])
 
-    def rebuild(self, history: History, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Bring emulators, replay and counters to where they were at the end of ``history``, by playing it again.
+    def restore(self, history: History, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Restore emulators, replay and counters as they were at the end of ``history``, by replaying its actions.
 
         Args:
-            history: what was played.
-            on_progress: called with (vector steps played, of how many); may raise to stop.
+            history: the actions of the run.
+            on_progress: called with (vector steps replayed, of how many); may raise to stop.
 
         Raises:
             CheckpointError: the emulators do not do what they did in the run.
         """
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # copying frames on several would only take cores from the emulators
+        torch.set_num_threads(1)  # more threads would copy frames no faster and take cores from the emulators
         try:
-            self._rebuild(history, on_progress)
+            self._restore(history, on_progress)
         finally:
             torch.set_num_threads(threads)
 
-    def _rebuild(self, history: History, on_progress: Callable[[int, int], None]) -> None:
-        self.rows = history.end_row
-        first_row = self.first_row_kept
+    def _restore(self, history: History, on_progress: Callable[[int, int], None]) -> None:
+        self.vector_steps = history.end_row
+        first_row = self.oldest_vector_step
         before = history.state(first_row)
-        for played in play_again(
+        for step in replay_actions(
             self.env,
             history,
             first_row,
@@ -111,31 +111,31 @@ class TrainingLoop:
             sticky=self.config.sticky_actions > 0,
             on_progress=on_progress,
         ):
-            if isinstance(played, PlayedAgain):
-                terminals = self._terminals(played.terminated, played.info)
-                self.replay.add(played.actions, played.rewards, terminals, played.frames, played.info["is_reset"])
-                self._ended = played.terminated | played.truncated
+            if isinstance(step, ReplayedStep):
+                terminals = self._terminals(step.terminated, step.info)
+                self.replay.add(step.actions, step.rewards, terminals, step.frames, step.info["is_reset"])
+                self._ended = step.terminated | step.truncated
             else:
-                self.replay.start_at(first_row, before.steps, first_row - before.started, played)
+                self.replay.restore_at(first_row, before.steps, first_row - before.started, step)
         now = history.state(history.end_row)
         self.agent_steps = now.steps
         self._seed_labels = now.seed_label.copy()
 
     def vector_step(self) -> list[FinishedEpisode]:
-        """Step every emulator once, make the updates owed, and return the episodes that ended."""
+        """Step every emulator once, make the scheduled updates, and return the episodes that ended."""
         plays = ~self._ended  # the others are reset by this step
-        numbers = self.agent_steps + np.cumsum(plays)
-        actions = np.where(plays, self.backend.act(epsilon_at(self.config, numbers)), 0)
+        agent_steps = self.agent_steps + np.cumsum(plays)  # number of each emulator's agent step
+        actions = np.where(plays, self.backend.act(epsilon_at(self.config, agent_steps)), 0)
         self.env.send(actions)
-        reseeded = self._due_for_a_seed()
-        if self.journal is not None:
-            played = np.where(plays, actions, np.where(reseeded, RESEEDED, AUTO_RESET))
-            self.journal.append(played.astype(np.uint8))
-        first, last = self.agent_steps + 1, int(numbers[-1])
-        for event, same in groupby(event for _, event in owed(self.config, first, last)):
-            if event is Event.UPDATE:
+        reseeded = self._reseed_due()
+        if self.action_log is not None:
+            logged = np.where(plays, actions, np.where(reseeded, RESEEDED, AUTO_RESET))
+            self.action_log.append(logged.astype(np.uint8))
+        first, last = self.agent_steps + 1, int(agent_steps[-1])
+        for event, same in groupby(event for _, event in scheduled_events(self.config, first, last)):
+            if event is TrainEvent.UPDATE:
                 self.backend.update(len(list(same)))
-            elif event is Event.TARGET_COPY:
+            elif event is TrainEvent.TARGET_COPY:
                 for _ in same:
                     self.backend.copy_target()
             else:
@@ -147,12 +147,12 @@ class TrainingLoop:
             renewed = self.env.restart(reseeded, self._seeds(label)[reseeded])[:, -1]
             frames = np.where(reseeded[:, None, None], renewed, frames)
         self.replay.add(actions, rewards, self._terminals(terminated, info), frames, info["is_reset"])
-        self.rows += 1
+        self.vector_steps += 1
         self.agent_steps = last
         self._ended = terminated | truncated
         return [
             FinishedEpisode(
-                int(numbers[slot]) * FRAME_SKIP,
+                int(agent_steps[slot]) * FRAME_SKIP,
                 float(info["episode_return"][slot]),
                 int(info["episode_length"][slot]),
             )
@@ -162,10 +162,10 @@ class TrainingLoop:
     def _seeds(self, label: int) -> NDArray[np.int32]:
         return training_seeds(self.config, label)
 
-    def _due_for_a_seed(self) -> NDArray[np.bool_]:
-        """Return which emulators this step seeds anew: with sticky actions, a period after their last seeding.
+    def _reseed_due(self) -> NDArray[np.bool_]:
+        """Return which emulators this step re-seeds: with sticky actions, one period after their last seeding.
 
-        Otherwise all that was ever played would have to be played again to get the emulators to where they are.
+        Otherwise a resumed run would have to replay every action of the run to restore the emulators.
         """
         if self.config.sticky_actions == 0:
             return np.zeros_like(self._ended)
@@ -175,8 +175,8 @@ class TrainingLoop:
         return terminated | info["life_loss"] if self.config.life_loss_terminal else terminated
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters and, with a journal, the place in it; the journal is then on the disk."""
-        if self.journal is None:
+        """Return the counters and the position in the action log, if any, which is synced to the disk first."""
+        if self.action_log is None:
             return {"agent_steps": self.agent_steps}
-        mark = self.journal.mark()
-        return {"agent_steps": self.agent_steps, "rows": mark.rows, "journal": mark.digest}
+        mark = self.action_log.mark()
+        return {"agent_steps": self.agent_steps, "vector_steps": mark.rows, "action_log": mark.digest}

@@ -1,4 +1,4 @@
-"""What a run goes on from, and which configuration keys may change then."""
+"""How a run is resumed: its checkpoint, and the configuration keys that may change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wn_rl.runs.directory import RunDirectory, read_rows, versions
 
 
 def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainConfig, checkpoint.Checkpoint]:
-    """Return the configuration and the checkpoint with which the run in ``directory`` goes on.
+    """Return the configuration and the checkpoint with which the run in ``directory`` is resumed.
 
     Args:
         directory: of the run.
@@ -32,7 +32,7 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
     saved = checkpoint.load(RunDirectory(directory).path)
     _check_resumable(saved)
     read_rows(RunDirectory(directory).evaluations)
-    # A name may be written in several ways, and an option as a text.
+    # A name can be written in several ways, and an option as text.
     changes = {key: _canonical(saved.config, key, value) for key, value in changes.items()}
     for key, value in changes.items():
         if key not in RESUMABLE and value != getattr(saved.config, key):
@@ -42,7 +42,7 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
             )
     changes = {key: value for key, value in changes.items() if key in RESUMABLE}
     moved = "device" in changes and pick_device(changes["device"]) != saved.config.device
-    if moved:  # what was decided for another device says nothing about this one
+    if moved:  # what was chosen for another device does not hold for this one
         changes = {"compile": "auto", "backend": "auto"} | changes
     config = replace(saved.config, **changes)
     differs = {key for key in changes if getattr(saved.config, key) != changes[key] and changes[key] != "auto"}
@@ -53,15 +53,15 @@ def open_for_resume(directory: Path, changes: Mapping[str, Any]) -> tuple[TrainC
 
 
 def _check_resumable(saved: checkpoint.Checkpoint) -> None:
-    if "rows" not in saved.training.get("loop", {}):
+    if "vector_steps" not in saved.training.get("loop", {}):
         raise CheckpointError(
-            f"{saved.path} was written by an earlier version, which kept no journal: it can be evaluated, not resumed"
+            f"{saved.path} was written by an earlier version, without an action log: it can be evaluated, not resumed"
         )
     then, now = saved.versions.get("ale-py"), versions()["ale-py"]
     if then != now:
         raise CheckpointError(
-            f"{saved.path} was made with ale-py {then}, here is {now}, whose games may differ: "
-            f"pip install ale-py=={then} to go on"
+            f"{saved.path} was made with ale-py {then}, and this is {now}, whose games may differ: "
+            f"pip install ale-py=={then} to resume it"
         )
 
 
@@ -100,7 +100,7 @@ RESUMABLE = frozenset(
         "evaluation_envs",
         "checkpoint_seconds",
         "checkpoint_period",
-        "journal",
+        "action_log",
         "log_period",
     }
 )

@@ -1,4 +1,4 @@
-"""The state of one training run: what a checkpoint holds of it, and what it evaluates and measures."""
+"""One training run: its state, as a checkpoint stores it, its evaluations and its diagnostics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wn_rl import diagnostics
-from wn_rl.atari.action_log import Journal, Mark
+from wn_rl.atari.action_log import ActionLog, Mark
 from wn_rl.atari.env import FRAME_SIDE, STACK_SIZE, make_atari
 from wn_rl.config import TrainConfig, to_mapping
 from wn_rl.errors import CheckpointError, NonFiniteLossError
@@ -34,18 +34,18 @@ from wn_rl.training.interfaces import Agent, Backend
 from wn_rl.training.loop import FinishedEpisode, TrainingLoop
 
 NOISE_MINIBATCHES = 8
-"""Minibatches across which the noise of a state's Q-value is measured."""
+"""Minibatches over which the noise of a state's Q-value is measured."""
 HELD_OUT_STATES = 512
-"""States on which the mean max-Q is watched."""
+"""States on which the mean max-Q is measured."""
 
 MakeAgent = Callable[[TrainConfig, int, torch.device], Agent]
 """(configuration, number of actions, device) → agent."""
 MakeBackend = Callable[[Agent, Replay], Backend]
-"""(agent, replay) → what carries the agent out, as its configuration says."""
+"""(agent, replay) → the backend that the agent's configuration asks for."""
 
 
 class Run:
-    """One run in one process: the loop, its directory and its dashboards."""
+    """One run in one process: the training loop, its run directory, and what it reports."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class Run:
         replay = kind(config.replay_capacity, config.num_envs, device=self.device, seed=config.seed)
         backend = make_backend(make_agent(config, self.env.num_actions, self.device), replay)
         reseed_period = config.reseed_period if config.sticky_actions > 0 else 0
-        self.journal = Journal(directory.journal, config.num_envs, reseed_period)
+        self.action_log = ActionLog(directory.action_log, config.num_envs, reseed_period)
         self.config = config = replace(config, backend=backend.name)
-        self.loop = TrainingLoop(config, self.env, backend, replay, self.journal)
+        self.loop = TrainingLoop(config, self.env, backend, replay, self.action_log)
         self.held_out: Tensor | None = None
         self.evaluated_at = 0
         self.logged_at = 0
@@ -86,10 +86,10 @@ class Run:
         return self.loop.frames >= self.config.frames and self.evaluated_at == self.loop.agent_steps
 
     def begin_closing(self) -> None:
-        """From now on what is reported belongs to the run's end alone; a run that goes on later takes none of it over.
+        """Mark the end of the run: what is reported from now on is not part of a longer run that goes on from here.
 
-        The last evaluation and the last point of the curves come at the end whatever the schedule says, and a longer
-        run would not have had them. Checkpoints keep what was before them.
+        The last evaluation and the last point of the curves are made at the end of a run, scheduled or not; a longer
+        run would not have made them there. Checkpoints store the state before them.
         """
         self._before_closing = {"agent": self.loop.backend.state_dict(), **self._reported()}
 
@@ -104,7 +104,7 @@ class Run:
             ).reshape(-1, 3),
             "best": self.best or {},
             "final": self.final or {},
-            **self.loop.backend.watch_state(),
+            **self.loop.backend.measurement_state(),
         }
 
     def save(self, path: Path) -> None:
@@ -139,15 +139,15 @@ class Run:
         )
 
     def save_evidence(self) -> Path | None:
-        """Write what the update saw whose loss was not finite; None where it is not known or cannot be written."""
+        """Write the minibatch whose loss was not finite; returns None if it is not known or cannot be written."""
         backend, replay, path = self.loop.backend, self.loop.replay, self.directory.nonfinite
-        numbers = backend.offending_transitions()
-        low, high = replay.drawable
-        if numbers is None or not bool(((numbers >= low) & (numbers < high)).all()):
+        indices = backend.offending_transitions()
+        low, high = replay.index_range
+        if indices is None or not bool(((indices >= low) & (indices < high)).all()):
             return None
-        batch = replay.transitions(numbers)
+        batch = replay.transitions(indices)
         tensors = {
-            "numbers": numbers,
+            "indices": indices,
             "observations": batch.observations,
             "actions": batch.actions,
             "rewards": batch.rewards,
@@ -169,27 +169,27 @@ class Run:
             return None
         return path
 
-    def trim_journal(self) -> None:
-        """Forget what no resumed run needs, where the configuration says so; after each latest checkpoint.
+    def trim_action_log(self) -> None:
+        """With ``action_log: replay``, remove actions that no resumed run needs; called after each latest checkpoint.
 
-        What the checkpoint before it needs stays: the run goes on from that one if the latest is damaged.
+        What the checkpoint before it needs is kept: the run is resumed from that one if the latest is damaged.
         """
-        if self.config.journal == "replay":
-            self.journal.trim(self._first_row_before)
-        self._first_row_before = self.loop.first_row_kept
+        if self.config.action_log == "replay":
+            self.action_log.trim(self._first_row_before)
+        self._first_row_before = self.loop.oldest_vector_step
 
     def restore(self, saved: checkpoint.Checkpoint, on_progress: Callable[[int, int], None]) -> None:
-        """Bring everything to where it was at the checkpoint; nothing on the disk changes.
+        """Restore everything as it was at the checkpoint; nothing on the disk changes.
 
         Raises:
-            CheckpointError: the checkpoint, the journal and the emulators do not fit together.
+            CheckpointError: the checkpoint, the action log and the emulators do not match.
         """
         try:
             agent, device = saved.training["agent"], self.device.type
             if saved.config.device != device:
-                # The random numbers of another kind of device cannot go on; new ones must not repeat the first.
+                # A generator's state cannot move to another type of device, and the first numbers must not be repeated.
                 agent = agent | {"generator": torch.Generator(device).manual_seed(self._new_seed()).get_state()}
-            # Norms of weight-normalized layers, which an earlier version kept beside the weights.
+            # Norms of weight-normalized layers, which an earlier version stored beside the weights.
             agent = {key: value for key, value in agent.items() if key != "norms"}
             backend = self.loop.backend
             parameters = list(backend.q_network.parameters())
@@ -198,21 +198,23 @@ class Run:
             loop, run = saved.training["loop"], saved.training["run"]
             if loop["agent_steps"] != saved.agent_steps:
                 raise ValueError("two counters of agent steps differ")
-            history = self.journal.open(Mark.of(loop, self.config.num_envs))
-            self.loop.rebuild(history, on_progress)
-            self._first_row_before = self.loop.first_row_kept
+            history = self.action_log.open(Mark.of(loop, self.config.num_envs))
+            self.loop.restore(history, on_progress)
+            self._first_row_before = self.loop.oldest_vector_step
             if self.loop.agent_steps != saved.agent_steps:
-                raise ValueError(f"the journal holds {self.loop.agent_steps:,} agent steps, not {saved.agent_steps:,}")
+                raise ValueError(
+                    f"the action log holds {self.loop.agent_steps:,} agent steps, not {saved.agent_steps:,}"
+                )
             drawn = saved.training["replay"]["generator"]
-            # A replay in host memory draws with another kind of generator than one on a GPU.
+            # A replay in host memory has another type of generator than one on a GPU.
             same = saved.config.device == device and len(drawn) == len(self.loop.replay.generator.get_state())
             self.loop.replay.load_state_dict(saved.training["replay"], same_device=same)
             self.evaluated_at = int(run.get("evaluated_on_schedule", run["evaluated_at"]))
             self.logged_at, self.points = int(run["logged_at"]), int(run["points"])
             self.unlogged = [FinishedEpisode(int(f), float(r), int(n)) for f, r, n in run["unlogged"].tolist()]
             self.earlier_seconds = float(run["seconds"])
-            if "watching" in run:
-                self.loop.backend.load_watch_state(run)
+            if "measuring" in run:
+                self.loop.backend.load_measurement_state(run)
             self.best, self.final = run.get("best"), run.get("final")
             self.held_out = _unpacked(run["held_out"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, zlib.error) as error:
@@ -225,7 +227,7 @@ class Run:
         return int(seeds[0])
 
     def evaluate(self, should_stop: Callable[[], bool]) -> EvaluationResult:
-        """Evaluate on emulators and generators of their own: the cadence changes no weight."""
+        """Evaluate with separate emulators and generators, so how often this is done changes no weight."""
         config = self.config
         options = environment_options(config)
         env = make_atari(config.game, config.evaluation_envs, num_threads=config.emulator_threads, **options)
@@ -253,7 +255,7 @@ class Run:
             env.close()
 
     def q_values_held_out(self) -> Tensor | None:
-        """Return Q-values, (states, actions), of states that random play reached, the same ones for the whole run.
+        """Return Q-values, (states, actions), of states that random play reached; the same states for the whole run.
 
         None before the first update.
         """

@@ -1,4 +1,4 @@
-"""What happens at which agent step: events, ε, seeds. Functions of the configuration alone."""
+"""The schedule: which events happen at which agent step, ε, seeds. Functions of the configuration alone."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from wn_rl.atari.env import emulator_seeds
 from wn_rl.config import TrainConfig
 
 TRAINING_STREAM = 0
-"""Label that keeps training's random numbers apart from evaluation's (stream 1)."""
+"""Label that separates training's random numbers from evaluation's (stream 1)."""
 
 
-class Event(enum.Enum):
-    """What an agent step can owe."""
+class TrainEvent(enum.Enum):
+    """What can be scheduled at an agent step."""
 
     INITIALIZE = "initialize"
     UPDATE = "update"
     TARGET_COPY = "target copy"
 
 
-def owed(config: TrainConfig, first: int, last: int) -> Iterator[tuple[int, Event]]:
-    """Yield (agent step, event) for what the agent steps ``first`` … ``last`` owe, in order.
+def scheduled_events(config: TrainConfig, first: int, last: int) -> Iterator[tuple[int, TrainEvent]]:
+    """Yield (agent step, event) for everything scheduled at the agent steps ``first`` … ``last``, in order.
 
-    An update when the step's number is a multiple of ``update_period``, then a target copy when it is one of
-    ``target_period``; nothing before ``learning_starts``, whose first event is the initialization.
+    An update at each step whose number is a multiple of ``update_period``, then a target copy if it is a multiple of
+    ``target_period``. Nothing happens before ``learning_starts``; the first event there is the initialization.
     """
     for step in range(max(first, config.learning_starts), last + 1):
         if step == config.learning_starts:
-            yield step, Event.INITIALIZE
+            yield step, TrainEvent.INITIALIZE
         if step % config.update_period == 0:
-            yield step, Event.UPDATE
+            yield step, TrainEvent.UPDATE
         if step % config.target_period == 0:
-            yield step, Event.TARGET_COPY
+            yield step, TrainEvent.TARGET_COPY
 
 
 def updates_owed(config: TrainConfig, first: int, last: int) -> int:
@@ -51,5 +51,5 @@ def epsilon_at(config: TrainConfig, steps: NDArray[np.int64]) -> NDArray[np.floa
 
 
 def training_seeds(config: TrainConfig, label: int) -> NDArray[np.int32]:
-    """Return the seeds of all N emulators for the seeding ``label``; 0 is that of the start."""
+    """Return the seeds of all N emulators for the seeding with this ``label``; 0 is the start of the run."""
     return emulator_seeds(config.seed, config.num_envs, TRAINING_STREAM, label)

@@ -1,4 +1,4 @@
-"""A training run from its start, or from where it stopped, to its end or to the next stop."""
+"""A training session: a run from its start, or from a checkpoint, to its end or to the next interruption."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ from wn_rl.training.signals import Signals
 from wn_rl.training.telemetry import Dashboard, Progress
 
 LONG_ON_A_CPU = 20_000_000
-"""Emulator frames from which a run on a CPU takes the better part of a day or more."""
+"""Emulator frames from which a run on a CPU takes most of a day or more."""
 MEASURED_SECONDS = 60.0
-"""Wall time of steady training after which the run says how long it will take."""
+"""Wall time of steady training after which the run estimates its duration."""
 DIAGNOSTIC_POINTS = 10
-"""A histogram of Q-values and the diagnostics at every so many points of the curves."""
+"""Points of the curves between two histograms of Q-values and diagnostics."""
 
 
 @dataclass
 class _Clock:
-    """Wall time of vector steps after warm-up, with the frames and updates that were made in it."""
+    """Wall time of vector steps, with the frames and updates made in it."""
 
     seconds: float = 0.0
     frames: int = 0
@@ -80,7 +80,7 @@ def train(
         config: resolved by :func:`wn_rl.config.resolve`.
         make_agent: (configuration, number of actions, device) → agent.
         directory: of the run; new unless ``resume`` is given.
-        resume: the checkpoint to go on from.
+        resume: the checkpoint to resume from.
         quiet: print nothing but errors.
         make_backend: (agent, replay) → backend; None: what ``agents.backends.choice`` chooses.
 
@@ -88,9 +88,9 @@ def train(
         The exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM.
 
     Raises:
-        WnRlError: what a user can mend; everything saved before is kept.
+        WnRlError: an error that the user can fix; everything saved before is kept.
     """
-    # Where a run lies is no part of it: its config.yaml repeats it in a directory of its own.
+    # The directory is not part of the experiment: the run's config.yaml repeats it in a directory of its own.
     wanted, config = config, replace(resolve_device(config), run_dir=None)
     set_float32_precision(config.precision)
     torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
@@ -136,7 +136,7 @@ def _choose(
     """
     done = resume.agent_steps if resume is not None else 0
     as_before = resume is not None and config.backend == resume.config.backend
-    choice = import_agent("backends.choice").choose(  # late: the agents stand above this package
+    choice = import_agent("backends.choice").choose(  # imported late: agents are above this package
         config,
         make_agent,
         precisions=precisions(wanted, config.device),
@@ -159,7 +159,7 @@ def _moved(run: Run, resume: checkpoint.Checkpoint) -> list[str]:
 def _refuse_finished(config: TrainConfig, files: RunDirectory, resume: checkpoint.Checkpoint | None) -> None:
     frames = resume.agent_steps * FRAME_SKIP if resume else 0
     if resume and frames >= config.frames and resume.training["run"].get("evaluated_at") == resume.agent_steps:
-        raise UsageError(f"{files.path} is finished at frame {frames:,}: raise --frames to go on")
+        raise UsageError(f"{files.path} is finished at frame {frames:,}: raise --frames to continue it")
 
 
 def _train_locked(
@@ -174,20 +174,20 @@ def _train_locked(
                 progress.say(note)
             _describe(run, memory, progress)
             if resume is None:
-                run.journal.create()
+                run.action_log.create()
                 loop.start()
             else:
                 try:
-                    _rebuild(run, resume, progress, signals)
+                    _restore(run, resume, progress, signals)
                 except _StoppedError:
-                    progress.say(f"stopped before it went on; nothing changed in {files.path}")
+                    progress.say(f"stopped while the replay buffer was restored; nothing changed in {files.path}")
                     return 128 + (signals.received or 0)
                 files.cut(episodes=loop.frames, evaluations=run.evaluated_at * FRAME_SKIP)
                 files.forget_closing_events()
-                run.journal.cut()
+                run.action_log.cut()
                 checkpoint.settle(files.latest, resume.path)
                 files.write_config(to_yaml(config))
-                if config != resume.config:  # else a kill before the next checkpoint would undo the change
+                if config != resume.config:  # otherwise a kill before the next checkpoint would undo the change
                     run.save(files.latest)
             dashboard = Dashboard(files.path, resume_frames=loop.frames if resume else None)
             dashboard.describe(to_yaml(config))
@@ -197,12 +197,12 @@ def _train_locked(
                 evidence = run.save_evidence()
                 kept = f" The minibatch is in {evidence}." if evidence else ""
                 raise NonFiniteLossError(
-                    f"{error} at frame {loop.frames:,}; the last good checkpoint is kept.{kept} A smaller "
-                    "--learning-rate is the usual remedy."
+                    f"{error} at frame {loop.frames:,}; the last good checkpoint is kept.{kept} The usual remedy is a "
+                    "smaller --learning-rate."
                 ) from None
             if signals.received is None:
                 return 0
-            progress.say(f"stopped at frame {loop.frames:,}; go on with: {command('train')} --resume {files.path}")
+            progress.say(f"stopped at frame {loop.frames:,}; to resume: {command('train')} --resume {files.path}")
             return 128 + signals.received
     finally:
         progress.close()
@@ -211,10 +211,10 @@ def _train_locked(
 
 
 def _check_newest(resume: checkpoint.Checkpoint, files: RunDirectory) -> None:
-    """Refuse to go on from a checkpoint that another process replaced before this one had the lock.
+    """Refuse to resume from a checkpoint that another process replaced before this one had the lock.
 
     Raises:
-        WnRlError: it did; what it wrote after that checkpoint would be cut or put aside as damaged.
+        WnRlError: it did; what it wrote after that checkpoint would be lost.
     """
     now = checkpoint.load(files.path)
     if (now.path, now.agent_steps) != (resume.path, resume.agent_steps):
@@ -222,23 +222,25 @@ def _check_newest(resume: checkpoint.Checkpoint, files: RunDirectory) -> None:
 
 
 class _StoppedError(Exception):
-    """A signal came while the replay was being filled."""
+    """A signal arrived while the replay was being restored."""
 
 
-def _rebuild(run: Run, saved: checkpoint.Checkpoint, progress: Progress, signals: Signals) -> None:
+def _restore(run: Run, saved: checkpoint.Checkpoint, progress: Progress, signals: Signals) -> None:
     if saved.notice is not None:
         progress.say(saved.notice)
+    if saved.renamed:
+        progress.say(f"a run of an earlier version: {saved.renamed}")
     started = time.monotonic()
 
     def on_progress(done: int, total: int) -> None:
         if signals.received is not None:
             raise _StoppedError
-        progress.rebuilding(done, total)
+        progress.restoring(done, total)
 
     run.restore(saved, on_progress)
     progress.say(
-        f"played {len(run.loop.replay):,} transitions again in {duration(time.monotonic() - started)}; going on from "
-        f"frame {run.loop.frames:,}"
+        f"replay buffer restored: {len(run.loop.replay):,} transitions in {duration(time.monotonic() - started)}; "
+        f"resuming at frame {run.loop.frames:,}"
     )
 
 
@@ -261,14 +263,14 @@ def _describe(run: Run, memory: MemoryPlan, progress: Progress) -> None:
     where = "memory" if config.device == "cpu" or memory.replay_on_host else "GPU memory"
     if memory.replay_on_host:
         progress.say(
-            f"the GPU has no room for a replay of {replay}: it is kept in host memory, which is slower; "
-            "lower --replay-capacity to have it on the GPU"
+            f"a replay of {replay} does not fit in GPU memory: it is kept in host memory, which is slower; "
+            "a lower --replay-capacity keeps it on the GPU"
         )
-    progress.say(f"at most {replay} of {where} for the replay, about {working} of memory for the rest")
+    progress.say(f"memory: at most {replay} of {where} for the replay, about {working} for everything else")
     if config.device == "cpu" and config.frames >= LONG_ON_A_CPU:
         progress.say(
-            f"this machine has no GPU, and {config.frames:,} frames take days on a CPU; --preset quick shows "
-            "something in an hour"
+            f"this machine has no GPU, and {config.frames:,} frames take days on a CPU; --preset quick has "
+            "results in an hour"
         )
 
 
@@ -292,7 +294,7 @@ def _train(run: Run, dashboard: Dashboard, progress: Progress, signals: Signals)
             if run.points % DIAGNOSTIC_POINTS == 0:
                 dashboard.histogram(loop.frames, "q_values/held_out", q_values)
                 dashboard.scalars(loop.frames, run.diagnose() | loop.backend.effective_learning_rates())
-                loop.backend.watch_next_update()
+                loop.backend.measure_next_update()
             run.points += 1
         dashboard.scalars(
             loop.frames,
@@ -316,13 +318,13 @@ def _train(run: Run, dashboard: Dashboard, progress: Progress, signals: Signals)
 
     def save(*paths: Path) -> None:
         nonlocal saved_at, saved_time
-        # A checkpoint must never know more than the files that a resumed run cuts to it.
+        # The CSV files must never be behind the checkpoint: a resumed run cuts them to it.
         files.append(files.episodes, [(e.frames, e.episode_return, e.length) for e in unwritten], sync=True)
         unwritten.clear()
         run.earlier_seconds = time.monotonic() - started
         for path in paths:
             run.save(path)
-        run.trim_journal()
+        run.trim_action_log()
         dashboard.flush()
         saved_at, saved_time = loop.agent_steps, time.monotonic()
 
@@ -345,7 +347,7 @@ def _train(run: Run, dashboard: Dashboard, progress: Progress, signals: Signals)
                     dashboard.begin_closing()
                 if run.logged_at != loop.agent_steps:
                     log()
-            # The best one first: a run that goes on from an older checkpoint makes it again.
+            # The best one first: a run that is resumed from an older checkpoint writes it again.
             best = run.best is not None and run.best["frames"] == loop.frames
             save(*([files.best] if best else []), files.latest)
         if done or signals.received is not None:
@@ -368,7 +370,7 @@ def _train(run: Run, dashboard: Dashboard, progress: Progress, signals: Signals)
             told_duration = True
             rate = steady.frames / steady.seconds
             left = (config.frames - loop.frames) / rate
-            progress.say(f"measured {rate:,.0f} frames/s: {duration(left)} for the rest, evaluations not counted")
+            progress.say(f"measured {rate:,.0f} frames/s: {duration(left)} left, not counting evaluations")
         if loop.agent_steps // config.log_period > run.logged_at // config.log_period:
             log()
         by_steps = config.checkpoint_period > 0 and (
@@ -376,7 +378,7 @@ def _train(run: Run, dashboard: Dashboard, progress: Progress, signals: Signals)
         )
         if by_steps or time.monotonic() - saved_time >= config.checkpoint_seconds:
             save(files.latest)
-    # A new run that is stopped before its first step needs a checkpoint to go on from, too.
+    # A new run that is stopped before its first step needs a checkpoint, too.
     if saved_at != loop.agent_steps or unwritten or not files.latest.exists():
         save(files.latest)
     if done and run.final is not None and run.best is not None:
@@ -427,7 +429,7 @@ def _record_evaluation(run: Run, dashboard: Dashboard, progress: Progress, resul
 
 
 def duration(seconds: float) -> str:
-    """Return a wall time as a person would say it: ``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
+    """Return a wall time in a readable unit: ``40 s``, ``12 min``, ``3.5 h`` or ``2.1 days``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 100 * 60:

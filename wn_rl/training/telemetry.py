@@ -1,4 +1,4 @@
-"""What a run shows while it trains: TensorBoard scalars, and a progress bar or plain lines."""
+"""What a run reports while it trains: TensorBoard scalars, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ TAGS = {
     "train/gradient_norm": "2-norm of the last update's gradient",
     "train/learning_rate": "learning rate of the optimizer",
     "train/epsilon": "probability of a random action",
-    "train/replay_size": "transitions that can be drawn from the replay, agent steps",
+    "train/replay_size": "transitions that can be sampled from the replay, agent steps",
     "speed/frames_per_second": "emulator frames per second since the last point, evaluation excluded",
     "speed/updates_per_second": "optimizer steps per second since the last point, evaluation excluded",
-    "evaluation/return_mean": "mean raw score of the evaluation's episodes, points",
+    "evaluation/return_mean": "mean raw return of the evaluation's episodes, points",
     "evaluation/return_std": "their standard deviation (n - 1), points",
     "evaluation/episode_length_mean": "their mean length, agent steps",
 }
 """Every scalar tag and what it holds. The axis of all is emulator frames."""
 FINAL_TAGS = {
-    "summary/final_return_mean": "mean score of the last evaluation, one point at the end of the run, points",
-    "summary/best_return_mean": "highest mean score of all evaluations, one point at the end of the run, points",
+    "summary/final_return_mean": "mean return of the last evaluation, one point at the end of the run, points",
+    "summary/best_return_mean": "highest mean return of all evaluations, one point at the end of the run, points",
 }
 """Scalars that are written once; the HPARAMS tab shows them beside the configuration."""
 HISTOGRAM_TAGS = {"q_values/held_out": "Q-values of every action on a fixed set of states, clipped-reward units"}
 LAYOUT = {
-    "What matters": {
-        "Test score": ["Multiline", ["evaluation/return_mean"]],
+    "Overview": {
+        "Evaluation return": ["Multiline", ["evaluation/return_mean"]],
         "Training return": ["Multiline", ["train/episode_return"]],
         "Max-Q on held-out states": ["Multiline", ["train/max_q_held_out"]],
         "Loss": ["Multiline", ["train/loss"]],
     },
-    "Trouble": {
+    "Diagnostics": {
         "TD error and Q-value": ["Multiline", ["train/td_error", "train/q_value"]],
         "Gradient norm": ["Multiline", ["train/gradient_norm"]],
         "Dormant units": ["Multiline", [diagnostics.DORMANT_FRACTION]],
-        "Noise of a state's Q-value across minibatches": ["Multiline", [diagnostics.Q_NOISE]],
+        "Noise of Q-values across minibatches": ["Multiline", [diagnostics.Q_NOISE]],
         "Overestimation": ["Multiline", [diagnostics.OVERESTIMATION]],
         "Effective learning rate": ["Multiline", ["layers/.*/effective_learning_rate"]],
         "Speed": ["Multiline", ["speed/frames_per_second", "speed/updates_per_second"]],
     },
 }
-"""What the CUSTOM SCALARS tab opens on."""
+"""Charts of the CUSTOM SCALARS tab, which opens on the first group."""
 HPARAMS = (
     "game",
     "param",
@@ -99,13 +99,13 @@ class Dashboard:
 
         purge = None if resume_frames is None else resume_frames + 1
         self._directory = directory
-        self._silence_the_writers_thread()
+        self._silence_writer_thread()
         with self._writing():
             self._writer = SummaryWriter(directory, purge_step=purge)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what the event file's own thread met into one line."""
+        """Turn an error of the event file's writer thread into one line."""
         try:
             yield
         except OSError as error:
@@ -127,8 +127,8 @@ class Dashboard:
                     self._writer.add_scalar(tag, value, frames)
 
     @staticmethod
-    def _silence_the_writers_thread() -> None:
-        """Print no traceback of TensorBoard's thread: its error comes up again in the next call."""
+    def _silence_writer_thread() -> None:
+        """Print no traceback of TensorBoard's thread: the next call raises its error."""
         shown = threading.excepthook
 
         def hook(arguments: threading.ExceptHookArgs) -> None:
@@ -140,7 +140,7 @@ class Dashboard:
         threading.excepthook = hook
 
     def begin_closing(self) -> None:
-        """Write what follows into an event file of its own: the end of the run, which a longer run does not have."""
+        """Write the end of the run, which a longer run does not have, into a separate event file."""
         from torch.utils.tensorboard import SummaryWriter
 
         with self._writing():
@@ -165,7 +165,7 @@ class Dashboard:
             self._writer.add_histogram(tag, values, frames)
 
     def hparams(self, frames: int, config: TrainConfig, *, final: float, best: float) -> None:
-        """Enter the run in the HPARAMS tab with its final and best score."""
+        """Add the run to the HPARAMS tab with its final and best evaluation return."""
         from torch.utils.tensorboard.summary import hparams
 
         scores = dict(zip(FINAL_TAGS, (final, best), strict=True))
@@ -193,30 +193,30 @@ class Dashboard:
         self.flush()
 
     def flush(self) -> None:
-        """Hand everything to the file system."""
+        """Write everything to the file system."""
         with self._writing():
             self._writer.flush()
 
     def close(self) -> None:
-        """Close the event file; what cannot be written any more is lost, and :meth:`flush` has told so."""
+        """Close the event file; what cannot be written is lost, which :meth:`flush` has reported."""
         with suppress(OSError):
             self._writer.close()
 
 
 class Progress:
-    """A bar on a terminal; a plain line a minute elsewhere."""
+    """A progress bar on a terminal; elsewhere one plain line a minute."""
 
     LINE_SECONDS = 60.0
 
     def __init__(
         self, total_frames: int, start_frames: int = 0, stream: TextIO | None = None, *, quiet: bool = False
     ) -> None:
-        """Show nothing yet.
+        """Prepare; nothing is shown yet.
 
         Args:
             total_frames: where the run ends.
-            start_frames: where it starts (more than 0 after a resume).
-            stream: where to; default: standard output.
+            start_frames: where it starts (more than 0 in a resumed run).
+            stream: the output; default: standard output.
             quiet: show nothing.
         """
         self._stream = readable(stream or sys.stdout)
@@ -246,7 +246,7 @@ class Progress:
             self._bar.start()
 
     def episode(self, episode_return: float) -> None:
-        """Note the raw return of a training episode that ended."""
+        """Record the raw return of a training episode that ended."""
         self._returns.append(episode_return)
 
     def evaluation(self, frames: int, result: EvaluationResult) -> None:
@@ -258,7 +258,7 @@ class Progress:
         )
 
     def update(self, frames: int, epsilon: float) -> None:
-        """Show where the run is."""
+        """Show the progress of the run."""
         if self._quiet:
             return
         now = time.monotonic()
@@ -277,8 +277,8 @@ class Progress:
         left = (self._total - frames) / max(rate, 1e-9) / 60
         self.say(f"frames {frames:,} of {self._total:,}, {left:.0f} min left, {', '.join(parts)}")
 
-    def rebuilding(self, done: int, total: int) -> None:
-        """Show how far the filling of a resumed run's replay is: vector steps done, of how many."""
+    def restoring(self, done: int, total: int) -> None:
+        """Show the progress of restoring a resumed run's replay: vector steps done, of how many."""
         if self._quiet:
             return
         now = time.monotonic()
@@ -286,12 +286,12 @@ class Progress:
         if self._bar is not None and self._task is not None:
             if now - self._last_line >= 0.2 or done == total:
                 self._last_line = now
-                self._bar.update(self._task, total=total, completed=done, description="playing the journal again")
+                self._bar.update(self._task, total=total, completed=done, description="restoring the replay buffer")
             if done == total:
                 self._bar.reset(self._task, total=self._total, completed=self._start_frames, description="")
         elif now - self._last_line >= self.LINE_SECONDS / 6:
             self._last_line = now
-            self.say(f"playing the journal again, to fill the replay: {100 * share:.0f}%")
+            self.say(f"restoring the replay buffer from the action log: {100 * share:.0f}%")
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -302,11 +302,11 @@ class Progress:
                 self._bar.console.print(line, highlight=False, markup=False)
             else:
                 print(line, file=self._stream, flush=True)
-        except OSError:  # the reader of a pipe went away, or the disk of a log is full: the run goes on without
+        except OSError:  # the reader of a pipe went away, or a log's disk is full: the run continues without
             self._quiet = True
             forget(self._stream)
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()

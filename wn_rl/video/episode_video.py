@@ -266,10 +266,10 @@ class EpisodeVideo:
             if count is not None and yielded >= count:
                 return
             if panel is None:
-                panel = self._panel(frame.picture.shape[0])
+                panel = self._panel(frame.rgb.shape[0])
             if drawn != (key := (step, score, frame.lives)):
                 side, drawn = panel.draw(self._state(step, score, frame.lives, panel.memory)), key
-            screen = frame.picture
+            screen = frame.rgb
             if heats is not None:
                 while shown < step:
                     shown, layer = next(heats)
@@ -350,7 +350,7 @@ def training_video_command(paths: Sequence[Path], which: str, video: Path) -> in
         nonlocal seen
         for frame in episode.frames:
             seen += frame.reward
-            yield frame.picture
+            yield frame.rgb
         if seen != episode.episode_return:  # raised here, no file is written
             raise WnRlError(
                 f"episode {episode.number:,} gave {seen:g} points when it was rendered again and "

@@ -233,20 +233,20 @@ def training_episode(directory: Path, which: str) -> TrainingEpisode:
     saved = checkpoint.load(directory)
     config = saved.config
     loop = saved.training.get("loop", {})
-    if "rows" not in loop:
-        raise CheckpointError(f"{saved.path} was written by an earlier version, which kept no action log")
+    if "vector_steps" not in loop:
+        raise CheckpointError(f"{saved.path} was written by an earlier version, without an action log")
     sticky = config.sticky_actions > 0
     try:
         mark = Mark.of(loop, config.num_envs)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{saved.path} is damaged: {error}") from None
-    history = read_history(files.journal, config.num_envs, config.reseed_period if sticky else 0, mark)
+    history = read_history(files.action_log, config.num_envs, config.reseed_period if sticky else 0, mark)
     rows = {int(float(row["frames"])): (number, row) for number, row in enumerate(read_rows(files.episodes), 1)}
     found: list[tuple[int, float, PlayedEpisode]] = []
     for episode in history.episodes():
         number, row = rows.get(episode.last_step * FRAME_SKIP, (0, {}))
         if number == 0 or int(float(row["length"])) != episode.length:
-            raise CheckpointError(f"{files.episodes} does not fit {files.journal}")
+            raise CheckpointError(f"{files.episodes} does not fit {files.action_log}")
         found.append((number, float(row["return"]), episode))
     number, episode_return, episode = _choose(found, which, len(rows), directory)
     begin, end = episode.first_row - history.first_row, episode.last_row + 1 - history.first_row

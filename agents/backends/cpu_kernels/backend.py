@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wn_rl.networks import QNetwork
 from wn_rl.parameterizations import fold
-from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 from wn_rl.training import Agent
 
 from ...dqn import DQN
@@ -33,14 +33,15 @@ LOSS = ("td_loss_of", "reduce")
 """The loss given both networks' Q-values: an agent's own is computed by torch between the kernels' two passes."""
 
 
+@interface.register("cpu_kernels")
 class CpuKernels(interface.Backend):
     """Acts and updates by C kernels on packed copies of the weights.
 
-    Where the processor has vectors of 512 bits the updates that a vector step owes are one call, from the minibatches'
-    indices to the next weights; an agent's own :meth:`~agents.dqn.DQN.td_loss_of` is computed by torch in between.
+    Where the kernels have the processor's vectors (``csrc/simd.h``) the updates that a vector step owes are one call,
+    from the minibatches' indices to the next weights; an agent's own :meth:`~agents.dqn.DQN.td_loss_of` is computed by
+    torch in between.
     """
 
-    name = "cpu_kernels"
     agent: DQN
 
     def __init__(self, agent: Agent, replay: Replay) -> None:
@@ -62,8 +63,10 @@ class CpuKernels(interface.Backend):
         computed = bool(self.network.computed_from)
         self._one_call = whole and not self._torch_loss and not computed
         parts = {"loss": self._torch_loss, "weights": computed, "products": not whole}
-        self.detail = " and ".join(name for name, by_torch in parts.items() if by_torch)
-        self.detail += " by torch" if self.detail else ""
+        by_torch = " and ".join(name for name, is_torchs in parts.items() if is_torchs)
+        on_tiles = isinstance(self.network, KernelNetwork) and self.network.shape.tiles
+        details = (f"{by_torch} by torch" if by_torch else "", "products by the tile unit" if on_tiles else "")
+        self.detail = ", ".join(filter(None, details))
 
     @classmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:
@@ -112,7 +115,7 @@ class CpuKernels(interface.Backend):
         """Make ``count`` updates, where possible in one call; they draw what one by one would draw."""
         size = self.agent.config.batch_size
         if self._one_call and type(self.replay) is Replay:
-            self.update_on(DrawnMinibatch(self.replay.kept, self.replay.draw(count * size)), count)
+            self.update_on(LazyMinibatch(self.replay.storage, self.replay.sample_indices(count * size)), count)
             return
         for _ in range(count):
             self.update_on(self.replay.sample(size))
@@ -151,8 +154,8 @@ class CpuKernels(interface.Backend):
         made, loss = self.network.update(self._packed_target(), batch, self._loss, steps)
         self.optimizer.count_steps(steps, made)
         self.agent.count_updates(made)
-        if made < count and batch.numbers is not None:
-            self.agent.finite.refuse(loss, batch.numbers.view(count, -1)[made])
+        if made < count and batch.indices is not None:
+            self.agent.finite.refuse(loss, batch.indices.view(count, -1)[made])
 
     def _update_with_loss_by_torch(self, batch: Minibatch) -> None:
         """Make one update: both forward passes, torch's loss of the Q-values, the backward pass and the step."""

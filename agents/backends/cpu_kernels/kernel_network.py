@@ -1,4 +1,4 @@
-"""The whole update in one call of C, for processors with vectors of 512 bits; others take torch's operations.
+"""The whole update in one call of C: float32 on processors with AVX-512, AVX2, SSE2 or NEON, bfloat16 with AVX512-BF16.
 
 The same arithmetic as :class:`.packed_network.PackedNetwork`'s with float32 where that rounds to bfloat16 between two
 operations: sums, biases, the hidden layer and all gradients of weights. ``csrc/structs.h`` defines the layouts.
@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from wn_rl.networks import QNetwork
 from wn_rl.parameterizations.base import bias_of
 from wn_rl.parameterizations.spectral_norm import SpectralNormalized
-from wn_rl.replay import DrawnMinibatch, Minibatch
+from wn_rl.replay import LazyMinibatch, Minibatch
 
-from .layouts import conv_offsets, conv_shapes, network_shape, pack_conv_weight, pair_size
+from .layouts import (
+    conv_offsets,
+    conv_shapes,
+    network_shape,
+    pack_conv_weight,
+    pair_size,
+    tile_stages,
+)
 from .normalization import PassNormalizations, normalization_of, pass_normalizations
 from .packed_network import PackedNetwork, PackedWeights
 from .structs import BackwardArgs, ForwardArgs, OptimizerStep, ReplayStorage, TDLossArgs, WeightKind
@@ -38,8 +45,9 @@ class KernelNetwork(PackedNetwork):
     def _allocate(self) -> None:
         self.pair = pair_size(self.precision)
         self.convolutions = conv_shapes(self.network)
-        self.shape = network_shape(self.network, self.precision, self.block)
         normalizations = [layer.normalization for layer in self.layers]
+        tiles = tile_stages(self.network, self.library, self.precision)
+        self.shape = network_shape(self.network, self.precision, self.block, tiles)
         self.workspace = Workspace(self.shape, self.precision, normalizations)
         self.packed = PackedWeights(
             [self._empty_weight(layer) for layer in self.layers], [layer.b for layer in self.layers], normalizations
@@ -130,6 +138,7 @@ class KernelNetwork(PackedNetwork):
         args.batch, args.frame_index_stride = len(observations.indices), observations.indices.stride(0)
         args.nonzero_blocks = activations.nonzero_blocks.data_ptr()
         args.flat, args.hidden = activations.flat.data_ptr(), activations.hidden.data_ptr()
+        args.flat_columns = activations.flat_columns.data_ptr()
         args.q_values = q_values.data_ptr()
 
     def _normalizations(self, weights: PackedWeights, activations: Activations) -> PassNormalizations:
@@ -170,8 +179,8 @@ class KernelNetwork(PackedNetwork):
 
         What is saved is valid until the next call. Frames that are still in replay are read there.
         """
-        if isinstance(batch, DrawnMinibatch):
-            frames, indices = batch.kept.frames, batch.places
+        if isinstance(batch, LazyMinibatch):
+            frames, indices = batch.storage.frames, batch.frame_indices
             now, then = ObservationFrames(frames, indices[:, :-1]), ObservationFrames(frames, indices[:, 1:])
         else:
             now, then = as_frames(batch.observations), as_frames(batch.next_observations)
@@ -208,14 +217,14 @@ class KernelNetwork(PackedNetwork):
             IndexError: a transition has an index or an action that does not exist; no update was made.
             ValueError: the observations are not what the network takes, or fields differ in length.
         """
-        drawn = batch if isinstance(batch, DrawnMinibatch) and batch.untouched else None
-        indices = None if drawn is None else drawn.numbers.long().contiguous()
+        drawn = batch if isinstance(batch, LazyMinibatch) and batch.is_lazy else None
+        indices = None if drawn is None else drawn.indices.long().contiguous()
         count, transitions = len(steps), len(batch.actions if indices is None else indices)
         size = transitions // count
         if size * count != transitions or (count > 1 and indices is None):
             raise ValueError(f"the transitions cannot be divided among {count} updates")
         prepared = self._prepared
-        if prepared is None or drawn is None or not prepared.serves(target, drawn.kept, size, loss):
+        if prepared is None or drawn is None or not prepared.serves(target, drawn.storage, size, loss):
             prepared = self._prepared = self._prepare(target, batch, drawn, size, loss)
         scratch, threads = self.workspace.scratch()
         prepared.alternate_flat()
@@ -244,11 +253,11 @@ class KernelNetwork(PackedNetwork):
         return made, last.value
 
     def _prepare(
-        self, target: PackedWeights, batch: Minibatch, drawn: DrawnMinibatch | None, size: int, loss: TDLoss
+        self, target: PackedWeights, batch: Minibatch, drawn: LazyMinibatch | None, size: int, loss: TDLoss
     ) -> PreparedUpdate:
         replay = None
         if drawn is not None:
-            kept, frames = drawn.kept, len(drawn.kept.offsets) - 1
+            kept, frames = drawn.storage, len(drawn.storage.offsets) - 1
             indices = torch.empty(size, frames + 1, dtype=torch.int64)
             then = ObservationFrames(kept.frames, indices[:, 1:])
             now = ObservationFrames(kept.frames, indices[:, :-1])
@@ -273,12 +282,12 @@ class KernelNetwork(PackedNetwork):
         for args in zip(passes, (target, self.packed), (then, now), activations, q_values, strict=True):
             self._fill_forward(*args)
         arrays = (indices, actions, rewards, terminals, q_gradient, loss.sums, self.stage_seconds)
-        settings = (loss.gamma, loss.reward_clip, loss.mean, batch.numbers is None)
+        settings = (loss.gamma, loss.reward_clip, loss.mean, batch.indices is None)
         loss_args = TDLossArgs(*(tensor.data_ptr() for tensor in arrays), *settings)
         backward = self._backward_args(q_gradient)
         return PreparedUpdate(
             target=target,
-            storage=None if drawn is None else weakref.ref(drawn.kept),
+            storage=None if drawn is None else weakref.ref(drawn.storage),
             size=size,
             loss=loss,
             passes=passes,
@@ -305,6 +314,7 @@ class KernelNetwork(PackedNetwork):
             assert weight_gradient is not None
             args.transposed_weight[index] = None if transposed is None else transposed.data_ptr()
             args.conv_gradient[index] = conv_gradient.data_ptr()
+            args.transposed_gradient[index] = gradients.transposed[index].data_ptr() if gradients.transposed else None
             args.weight_gradient[index] = weight_gradient.data_ptr()
             args.bias_gradient[index] = self._bias_gradients[index].data_ptr()
         return args

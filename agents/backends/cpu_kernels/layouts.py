@@ -18,7 +18,9 @@ from .structs import (
     MAX_FRAMES,
     MAX_TILE,
     ConvShape,
+    Integer,
     NetworkShape,
+    TileStage,
     precision_code,
 )
 
@@ -45,7 +47,7 @@ def conv_shapes(network: QNetwork) -> list[ConvShape]:
 def unsupported(network: QNetwork, library: ctypes.CDLL, precision: torch.dtype) -> str:
     """Return why the kernels cannot compute ``network``, an empty text if they can."""
     if not loader.supports(library, precision):
-        return f"the processor has no vectors of 512 bits for {str(precision).removeprefix('torch.')}"
+        return f"the kernels have no vectors of this processor's for {str(precision).removeprefix('torch.')}"
     shapes = conv_shapes(network)
     if not 1 <= len(shapes) <= MAX_CONVOLUTIONS:
         return f"it has {len(shapes)} convolutions"
@@ -65,8 +67,42 @@ def unsupported(network: QNetwork, library: ctypes.CDLL, precision: torch.dtype)
     return ""
 
 
-def network_shape(network: QNetwork, precision: torch.dtype, block: int) -> NetworkShape:
-    """Return all sizes, those of a thread's workspace included; ``block`` is the first layer's stride in pixels."""
+def whole_tiles(count: int) -> int:
+    """Return ``count`` rounded up to whole tiles of 16 rows or columns."""
+    return -(-count // 16) * 16
+
+
+def tile_stages(network: QNetwork, library: ctypes.CDLL, precision: torch.dtype) -> TileStage:
+    """Return the stages of an update that the tile unit can compute; none where there is no such unit."""
+    stages = TileStage(0)
+    if precision is not torch.bfloat16 or not library.has_tile_unit():
+        return stages
+    convs = conv_shapes(network)
+    stages |= TileStage.HIDDEN_FORWARD | TileStage.FLAT_BACKWARD | TileStage.HIDDEN_WEIGHT | TileStage.CONV_WEIGHT
+    # A tile's row is 32 elements of a kernel's line, of one kernel's line only.
+    if all(conv.kernel * conv.in_channels % 32 == 0 for conv in convs):
+        stages |= TileStage.CONV_FORWARD
+    if all(conv.kernel // conv.stride * conv.out_channels % 32 == 0 for conv in convs[1:]):
+        stages |= TileStage.CONV_INPUT
+    return stages
+
+
+def transposed_columns(conv: ConvShape) -> tuple[int, int]:
+    """Return how many lines a transposed gradient by a convolution's sums has, and their columns."""
+    if conv.stride == 1:
+        return 1, whole_tiles((conv.out_height - 1) * conv.in_width + conv.out_width)
+    return conv.out_height, whole_tiles(conv.out_width)
+
+
+def network_shape(network: QNetwork, precision: torch.dtype, block: int, tiles: TileStage) -> NetworkShape:
+    """Return all sizes, those of a thread's workspace included.
+
+    Args:
+        network: one that :func:`unsupported` has nothing against.
+        precision: of the hidden layers.
+        block: the first layer's stride in pixels.
+        tiles: some of :func:`tile_stages`.
+    """
     spec, convs = network.spec, conv_shapes(network)
     flat, hidden = spec.flat_features(), spec.hidden_units
     max_activation = 0
@@ -83,6 +119,7 @@ def network_shape(network: QNetwork, precision: torch.dtype, block: int) -> Netw
         hidden * 4,  # the gradient of an output unit
         # The rows of 16 units of a convolution, twice, and the order of their inputs.
         *((2 * 16 + 1) * count * 4 for count in inputs),
+        *(_tile_workspace(convs, flat, hidden, max_activation) if tiles else ()),
     )
     return NetworkShape(
         precision_code(precision),
@@ -96,6 +133,20 @@ def network_shape(network: QNetwork, precision: torch.dtype, block: int) -> Netw
         max_activation,
         max_positions,
         workspace + 4096 - workspace % 4096,
+        tiles,
+        (Integer * MAX_CONVOLUTIONS)(*(transposed_columns(conv)[1] for conv in convs)),
+    )
+
+
+def _tile_workspace(convs: list[ConvShape], flat: int, hidden: int, max_activation: int) -> tuple[int, ...]:
+    """Return what each stage on the tile unit takes of a thread's workspace, in bytes."""
+    past_the_end = 16 * max(conv.stride * conv.in_channels for conv in convs) * 2
+    return (
+        # Sums of two blocks, the last layer's output as words, four activations in bfloat16.
+        2 * 32 * 32 * 4 + max_activation * (4 + 4 * 2) + past_the_end,
+        -(-hidden // 32) * 16 * 32 * 4,  # the hidden layer's weights for 32 inputs
+        16 * flat * 4,  # the gradient of 16 hidden units
+        *(conv.kernel * conv.in_channels * conv.out_channels * 4 for conv in convs),  # of a row of a kernel
     )
 
 

@@ -35,6 +35,17 @@ class OptimizerKind(enum.IntEnum):
     RMSPROP_MNIH = 2
 
 
+class TileStage(enum.IntFlag):
+    """Stages of an update that the tile unit computes; see ``csrc/structs.h``."""
+
+    CONV_FORWARD = 1
+    HIDDEN_FORWARD = 2
+    FLAT_BACKWARD = 4
+    HIDDEN_WEIGHT = 8
+    CONV_INPUT = 16
+    CONV_WEIGHT = 32
+
+
 Integer, Float, Pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 Pointers = Pointer * MAX_CONVOLUTIONS
 
@@ -83,7 +94,8 @@ class NetworkShape(ctypes.Structure):
         *_fields(Integer, "precision", "convolutions"),
         ("convolution", ConvShape * MAX_CONVOLUTIONS),
         *_fields(Integer, "frames", "block", "flat", "hidden", "actions"),
-        *_fields(Integer, "max_activation", "max_positions", "workspace_bytes"),
+        *_fields(Integer, "max_activation", "max_positions", "workspace_bytes", "tiles"),
+        ("transposed_columns", Integer * MAX_CONVOLUTIONS),
     )
 
 
@@ -109,7 +121,7 @@ class ForwardArgs(ctypes.Structure):
         *_fields(Pointer, "frames", "frame_indices"),
         *_fields(Integer, "frame_index_stride", "batch"),
         ("saved_input", Pointer * (MAX_CONVOLUTIONS + 1)),
-        *_fields(Pointer, "nonzero_blocks", "flat", "hidden", "q_values"),
+        *_fields(Pointer, "nonzero_blocks", "flat", "flat_columns", "hidden", "q_values"),
     )
 
 
@@ -119,7 +131,7 @@ class BackwardArgs(ctypes.Structure):
     _fields_ = (
         ("transposed_weight", Pointers),
         *_fields(Pointer, "q_gradient", "hidden_gradient", "hidden_gradient_pairs", "flat_gradient"),
-        *_fields(Pointers, "conv_gradient", "weight_gradient", "bias_gradient"),
+        *_fields(Pointers, "conv_gradient", "transposed_gradient", "weight_gradient", "bias_gradient"),
     )
 
 

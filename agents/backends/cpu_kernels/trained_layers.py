@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wn_rl.parameterizations.base import Normalization, Parameterization, WeightParameterization, entry_of
+from wn_rl.parameterizations.base import Normalization, Parameterization, WeightParameterization, parameterization_of
 from wn_rl.parameterizations.batch_norm import (
     BatchNormalization,
     MeanOnlyBatchNormalization,
@@ -66,7 +66,7 @@ TRAINS_W = (Standard, LayerNormalization, BatchNormalization, MeanOnlyBatchNorma
 
 def weight_kind(layer: nn.Module) -> WeightKind | str:
     """Return how the C function makes a layer's weight, or why nothing here can."""
-    entry = entry_of(layer)
+    entry = parameterization_of(layer)
     if entry is None or type(entry) in TRAINS_W:
         return WeightKind.PLAIN
     if type(entry) is WeightNormalizationWithMeanOnly:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from wn_rl.parameterizations.base import Normalization
-from wn_rl.replay import Entries
+from wn_rl.replay import uniform
 
-from .layouts import pair_size
+from .layouts import pair_size, transposed_columns, whole_tiles
 from .normalization import PassNormalizations, pass_normalizations
 from .packed_network import PackedWeights
 from .structs import BackwardArgs, ConvShape, ForwardArgs, NetworkShape, ReplayStorage, TDLossArgs
@@ -67,6 +68,7 @@ class Activations:
         saved_inputs: of each layer but the last; empty unless there is a backward pass.
         nonzero_blocks: int64, (groups, blocks in a column).
         flat: (B, flat features) in the passes' precision.
+        flat_columns: the same as int32 words (flat features / 2, B rounded up to 16); empty without a tile unit.
         hidden: float32 (B, hidden units).
         normalizations: of a pass that is saved, and what it keeps; None otherwise.
     """
@@ -74,6 +76,7 @@ class Activations:
     saved_inputs: list[Tensor]
     nonzero_blocks: Tensor
     flat: Tensor
+    flat_columns: Tensor
     hidden: Tensor
     normalizations: PassNormalizations | None
 
@@ -86,6 +89,7 @@ class ActivationGradients:
     hidden_pairs: Tensor
     flat: Tensor
     convolutions: list[Tensor]
+    transposed: list[Tensor]
 
 
 class Workspace:
@@ -131,12 +135,18 @@ class Workspace:
         saved: list[Tensor] = []
         if save:
             words = [conv.in_height * conv.in_width * conv.in_channels for conv in self._convs]
-            saved = [torch.empty(groups, count, dtype=torch.int32) for count in words]
+            # A tile may reach behind the last: a step of 16 positions of a convolution, of 16 pairs of observations of
+            # the hidden layer. What it finds there counts nothing, but must be finite.
+            past = [16 * conv.stride * conv.in_channels if shape.tiles else 0 for conv in self._convs]
+            saved = [_zero_behind(groups, count, behind) for count, behind in zip(words, past, strict=True)]
             # Where a word is one element, the hidden layer's input is saved as it is.
-            saved.append(flat if self._pair == 1 else torch.empty(groups, shape.flat, dtype=torch.int32))
+            rows = whole_tiles(groups) - groups if shape.tiles else 0
+            saved.append(flat if self._pair == 1 else _zero_behind(groups, shape.flat, rows * shape.flat))
         nonzero_blocks = torch.empty(groups if save else 0, self._convs[0].in_height, dtype=torch.int64)
         normalizations = pass_normalizations(shape, self._normalizations, batch) if save else None
-        return Activations(saved, nonzero_blocks, flat, torch.empty(batch, shape.hidden), normalizations)
+        columns = (shape.flat // 2, whole_tiles(batch)) if shape.tiles else (0, 0)
+        flat_columns, hidden = torch.empty(columns, dtype=torch.int32), torch.empty(batch, shape.hidden)
+        return Activations(saved, nonzero_blocks, flat, flat_columns, hidden, normalizations)
 
     def gradients_for(self, batch: int) -> tuple[ActivationGradients, bool]:
         """Return memory for the gradients of ``batch`` observations, and whether it replaces that of another number."""
@@ -144,13 +154,27 @@ class Workspace:
             return self.gradients, False
         groups, shape = -(-batch // self._pair), self._shape
         words = [conv.out_height * conv.out_width * conv.out_channels for conv in self._convs]
+        rows = whole_tiles(batch) if shape.tiles else batch
+        transposed = []
+        if shape.tiles:
+            sizes = [conv.out_channels * math.prod(transposed_columns(conv)) for conv in self._convs]
+            transposed = [torch.empty(groups, size, dtype=torch.int32) for size in sizes]
         self.gradients = ActivationGradients(
-            torch.empty(batch, shape.hidden, dtype=self._precision),
+            # A tile takes 32 hidden units of 16 observations, so it may reach behind the last row.
+            torch.zeros(rows + 1, shape.hidden, dtype=self._precision)[:batch],
             torch.empty(groups, shape.hidden, dtype=torch.int32),
-            torch.empty(batch, shape.flat),
+            torch.empty(rows, shape.flat)[:batch],
             [torch.empty(groups, count, dtype=torch.int32) for count in words],
+            transposed,
         )
         return self.gradients, True
+
+
+def _zero_behind(groups: int, words: int, behind: int) -> Tensor:
+    """Return int32 memory (groups, words) with so many more words behind it, which are zero."""
+    memory = torch.empty(groups * words + behind, dtype=torch.int32)
+    memory[groups * words :] = 0
+    return memory[: groups * words].view(groups, words)
 
 
 @dataclass
@@ -162,7 +186,7 @@ class PreparedUpdate:
     """
 
     target: PackedWeights
-    storage: weakref.ref[Entries] | None
+    storage: weakref.ref[uniform.ReplayStorage] | None
     size: int
     loss: TDLoss
     passes: ctypes.Array[ForwardArgs]
@@ -174,7 +198,7 @@ class PreparedUpdate:
     spare_flat: Tensor
     alive: list[Any]
 
-    def serves(self, target: PackedWeights, storage: Entries, size: int, loss: TDLoss) -> bool:
+    def serves(self, target: PackedWeights, storage: uniform.ReplayStorage, size: int, loss: TDLoss) -> bool:
         """Whether these are the arguments of such an update."""
         same_replay = self.storage is not None and self.storage() is storage
         return same_replay and self.target is target and self.size == size and self.loss is loss

@@ -1,8 +1,8 @@
-"""Acting and updating on a GPU: recorded once as CUDA graphs and replayed from then on.
+"""Acting and updates on a GPU, captured once as CUDA graphs and replayed from then on.
 
-An update of this network is some hundred small kernels, and starting each from Python takes longer than running it. A
-CUDA graph starts all of them at once. What is recorded must find everything where it was: weights, moments, replay and
-random generators keep their place, whatever changes from step to step lies on the device, and nothing is read back.
+An update of this network is about a hundred small kernels, and launching each from Python takes longer than running it.
+A CUDA graph launches all of them at once. It depends on fixed addresses: weights, moments, replay and random generators
+stay where they are, values that change from step to step are read on the device, and nothing is copied back.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from wn_rl.replay.pinned_transfer import Readback, Staging
 from wn_rl.training import Agent
 
 from ...dqn import DQN
-from ..interface import Backend, subclass_problem
+from ..interface import Backend, register, subclass_problem
 from .flat_optimizer import FlatOptimizer
 from .recording import CudaRecorder, Recorder, Repeated
 from .torch_compile import CompiledLoss
 
 REPLACED = ("update", "act", "epsilon_greedy", "copy_target", "state_dict", "load_state_dict")
-"""Methods of an agent that are carried out in another way here; what they call of the others is recorded as it is."""
+"""Methods of an agent that this backend replaces; the other methods that it calls are captured."""
 
 
+@register("cuda_graphs")
 class CudaGraphs(Backend):
-    """Acts and updates with one wait per vector step: the actions.
+    """Acts and updates with one synchronization per vector step, for the actions.
 
-    The agent gets a :class:`FlatOptimizer`. A loss that is not finite is noted on the device and comes with the next
-    actions. With ``compile: on`` the loss, its gradient and the optimizer's step go through torch.compile.
+    The agent gets a :class:`FlatOptimizer`. A loss that is not finite is recorded on the device and read with the next
+    actions. With ``compile: on`` torch.compile compiles the loss, its gradient and the optimizer's step.
     """
 
-    name = "cuda_graphs"
     agent: DQN
 
     def __init__(
         self, agent: Agent, replay: Replay, *, recorder: Recorder | Literal["device"] | None = "device"
     ) -> None:
-        """Give every tensor of an update its place.
+        """Give every tensor of an update a fixed address.
 
         Args:
             agent: a DQN before its first update.
             replay: staged, or a :class:`HostReplay`.
-            recorder: of the agent's device, which only a GPU has; None: nothing is recorded.
+            recorder: captures work on the agent's device, a GPU; None: nothing is captured.
         """
         super().__init__(agent, replay)
         assert isinstance(agent, DQN)
@@ -59,14 +59,14 @@ class CudaGraphs(Backend):
         if recorder == "device":
             recorder = CudaRecorder(device) if device.type == "cuda" else None
         agent.optimizer = self.optimizer = FlatOptimizer.of(config, agent.q_network.parameters())
-        agent.target.keep_place()
+        agent.target.keep_addresses()
         agent.finite.reads_back = False
         # None until the first update has shown whether it can be compiled.
         self._loss_of: Callable[[Minibatch], Tensor] | None = None if config.compile == "on" else agent.loss
-        self.detail = "loss and step compiled by torch" if config.compile == "on" else ""
+        self.detail = "loss and step compiled by torch.compile" if config.compile == "on" else ""
         self._epsilon = Staging({"epsilon": (torch.float32, (n,))}, device)
         self._random_play = torch.zeros(n, agent.q_network.spec.num_actions, device=device)
-        # The actions and, last, whether an update's loss was not finite.
+        # The actions, and last whether an update's loss was not finite.
         self._outcome = torch.zeros(n + 1, dtype=torch.int64, device=device)
         self._readback = Readback(n + 1, device)
         self._observations: Tensor | None = None
@@ -77,13 +77,13 @@ class CudaGraphs(Backend):
 
     @classmethod
     def unsupported(cls, agent: Agent, replay: Replay) -> str:
-        """Return why there is nothing to record: no GPU, or an agent with an update or actions of its own."""
+        """Return why the agent is not supported: no GPU, or overridden methods; an empty text if it is."""
         if agent.device.type != "cuda":
             return f"the network is on {agent.device.type}, not on a CUDA GPU"
         return subclass_problem(agent, DQN, REPLACED)
 
     def act(self, epsilon: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Return ε-greedy actions for the newest observations, shape (N,), with ε of each; waits for them.
+        """Return ε-greedy actions for the newest observations, shape (N,), with ε of each; waits for the device.
 
         Raises:
             NonFiniteLossError: the loss of an update before this call was not finite.
@@ -102,16 +102,16 @@ class CudaGraphs(Backend):
         return outcome[:-1]
 
     def make_updates(self, count: int) -> None:
-        """Make ``count`` updates; waits for nothing."""
+        """Make ``count`` updates, asynchronously."""
         for _ in range(count):
             self._stage()
             self.updating()
             self._count()
 
-    def watched_update(self) -> None:
-        """Make one update without what was recorded."""
+    def measured_update(self) -> None:
+        """Make one update without the CUDA graph."""
         self._stage()
-        self.updating.as_it_is()
+        self.updating.run_directly()
         self._count()
 
     def _stage(self) -> None:
@@ -136,7 +136,7 @@ class CudaGraphs(Backend):
         self.update_on(self.replay.sample(self.agent.config.batch_size) if self._batch is None else self._batch)
 
     def update_on(self, batch: Minibatch) -> None:
-        """Do what of an update on ``batch`` the device does; nothing is counted."""
+        """Do the device's part of an update on ``batch``; nothing is counted."""
         if self._loss_of is None:
             self._compile(batch)
         else:
@@ -147,8 +147,8 @@ class CudaGraphs(Backend):
             self.optimizer.minimize(loss_of(batch))
 
     def _compile(self, batch: Minibatch) -> None:
-        """Make the first update through torch.compile; where that cannot be done make it, and all others, without."""
-        print("compiling the update, once for this run", file=sys.stderr)
+        """Make the first update with torch.compile; if that fails, make it and all others without."""
+        print("compiling the update (once per run)", file=sys.stderr)
         agent = self.agent
         loss_of: Callable[[Minibatch], Tensor] = CompiledLoss(agent.loss)
         weights, state = copy.deepcopy(agent.q_network.state_dict()), copy.deepcopy(agent.state_dict())

@@ -1,7 +1,7 @@
-"""An optimizer over one flat buffer whose step never asks the host, so that it can be recorded and done again.
+"""An optimizer over one flat buffer whose step never synchronizes with the host, so that a CUDA graph can capture it.
 
-torch's optimizers go over a list of parameters; the many small kernels of that are what an update on a GPU spends its
-time with. Here all parameters, gradients and moments lie each in one buffer, and the count of steps is on the device.
+torch's optimizers loop over a list of parameters, and an update on a GPU spends its time on those many small kernels.
+Here all parameters, all gradients and all moments are in one buffer each, and the step counter is on the device.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from wn_rl.config import TrainConfig
 from ...optimizers import MOMENTS, OptimizerName
 
 ALIGNMENT = 64
-"""Elements to whose multiple a parameter's place is rounded up: 256 bytes in float32, as a GPU's allocator gives."""
+"""Each parameter begins at a multiple of so many elements: 256 bytes in float32, as in a GPU's allocator."""
 
 
 class FlatOptimizer(torch.optim.Optimizer):
-    """adamax, adam or rmsprop_mnih over one flat buffer: the values of the plain optimizer but for rounding.
+    """adamax, adam or rmsprop_mnih over one flat buffer: the values of torch's optimizer up to rounding.
 
-    The parameters become views of the buffer when this is made; from then on nothing may give them other storage. Its
-    state dict is the plain optimizer's, so a checkpoint goes from one to the other.
+    The parameters become views of the buffer; from then on they must not get other storage. The state dict is that of
+    torch's optimizer, so a checkpoint of one loads into the other.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class FlatOptimizer(torch.optim.Optimizer):
         """Move the parameters into one buffer.
 
         Args:
-            name: of the optimizer; only the arguments that it has are used.
+            name: of the optimizer; only its own arguments are used.
             params: what to train, all of one dtype and on one device.
-            learning_rate: step size.
+            learning_rate: learning rate.
             eps: as the plain optimizer's.
-            beta1: momentum of adamax and adam.
-            beta2: decay of the gradient's scale in adamax and adam.
+            beta1: decay of the gradient's running mean in adamax and adam.
+            beta2: decay of the gradient's running scale in adamax and adam.
             rmsprop_decay: of both running means in rmsprop_mnih.
         """
         self._parameters = list(params)
@@ -92,7 +92,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def minimize(self, loss: Tensor) -> None:
         """Make one step against the gradient of ``loss``, a scalar."""
-        # Not backward(): it would add to .grad in one kernel per parameter, on whatever stream first saw the parameter.
+        # Not backward(): it would add to .grad in one kernel per parameter, on the stream that first used it.
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         with torch.no_grad():
             parts: list[Tensor] = []
@@ -104,14 +104,14 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Make one step with what :attr:`gradient` holds."""
-        # Not in the rule: torch 2.13, compiling for a CPU, loses a change of a tensor without dimensions.
+        """Make one step with :attr:`gradient`."""
+        # Outside the rule: torch 2.13, compiling for a CPU, loses changes of zero-dimensional tensors.
         self._steps.add_(1)
         self._rule()
         self.show_gradients()
 
     def compile(self, on: bool = True) -> None:
-        """Let torch compile what a step does, when the next one is made; or no longer."""
+        """Compile the step with torch.compile when the next one is made; with ``on`` False, use the uncompiled one."""
         plain: Callable[[], None] = getattr(self, f"_{self.name}")
         self._rule = torch.compile(plain, fullgraph=True, dynamic=False) if on else plain
 
@@ -123,7 +123,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.values.addcmul_(direction, rate.to(self.values.dtype))
 
     def _adamax(self) -> None:
-        """Kingma & Ba 2015, algorithm 2, with torch's placing of ε: u ← max(β2 u, |∇| + ε)."""
+        """Kingma & Ba 2015, algorithm 2, with ε where torch has it: u ← max(β2 u, |∇| + ε)."""
         beta1, beta2 = self._betas
         self._mean.lerp_(self.gradient, 1 - beta1)
         torch.maximum(self._scale.mul_(beta2), self.gradient.abs().add_(self._eps), out=self._scale)
@@ -146,20 +146,20 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.values.addcdiv_(self.gradient, variance.add_(self._eps).sqrt_(), value=-self._rate)
 
     def show_gradients(self) -> None:
-        """Let each parameter's ``.grad`` be its part of :attr:`gradient`, which every step overwrites."""
+        """Set each parameter's ``.grad`` to its part of :attr:`gradient`, which every step overwrites."""
         if not self._shown:
             self._shown = True
             for index, parameter in enumerate(self._parameters):
                 parameter.grad = self._of(self.gradient, index)
 
     def hide_gradients(self) -> None:
-        """Let no parameter have a ``.grad``, as before the first step."""
+        """Set every ``.grad`` to None, as before the first step."""
         self._shown = False
         for parameter in self._parameters:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies, by parameter and under the plain optimizer's names; waits for the device."""
+        """Return copies, by parameter, with the names of torch's optimizer; waits for the device."""
         steps = int(self._steps)
         first, second = MOMENTS[self.name]
         state: dict[int, dict[str, Tensor]] = {}
@@ -172,7 +172,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy a state dict of this or of the plain optimizer into the buffers, which stay where they are.
+        """Copy a state dict of this or of torch's optimizer into the buffers, which keep their addresses.
 
         Raises:
             KeyError: it is another optimizer's.
@@ -185,6 +185,6 @@ class FlatOptimizer(torch.optim.Optimizer):
             self._of(self._mean, index).copy_(state[index][first])
             self._of(self._scale, index).copy_(state[index][second])
         if state:
-            # rmsprop_mnih does not count; a number above 0 says that there is a state.
+            # rmsprop_mnih counts no steps; a number above 0 means that there is a state.
             self._steps.fill_(1.0 if self.name == "rmsprop_mnih" else float(state[0]["step"]))
         self.hide_gradients()

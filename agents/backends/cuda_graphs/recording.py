@@ -1,7 +1,7 @@
-"""Work of the device that is recorded once as a CUDA graph and replayed from then on.
+"""Device work that is captured once as a CUDA graph and replayed from then on.
 
-The pieces of work are ordinary functions. :class:`Repeated` runs them as they are where there is no recorder, so that a
-CPU can test everything but CUDA's own recording.
+The work is ordinary functions. Without a recorder :class:`Repeated` calls them directly, so that everything but CUDA's
+own capture can be tested on a CPU.
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ import torch
 from wn_rl.errors import one_line
 
 WARM_UPS = 3
-"""Times that a piece of work is done as it is before it is recorded: libraries choose and allocate in the first ones
-what must not be chosen or allocated while recording. torch's documentation takes as many."""
+"""Direct calls before the capture: in the first calls libraries choose algorithms and allocate memory, which they must
+not do during a capture. torch's documentation recommends as many."""
 
 Work = Callable[[], None]
 _FAILED: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose recording failed: torch's allocator goes on asking them whether memory is theirs."""
+"""Graphs whose capture failed; torch's allocator still refers to them, so they must stay alive."""
 
 
 class Recorder(Protocol):
-    """Records device work."""
+    """Captures device work."""
 
     def warm_up(self, work: Work) -> None:
-        """Do the work where it will be recorded."""
+        """Do the work where it will be captured."""
 
     def record(self, work: Work, generators: Sequence[torch.Generator]) -> Work:
-        """Return what does the work again, without doing it now.
+        """Return a function that does the work again; it is not done now.
 
         Args:
-            work: gives kernels to the device and reads nothing back.
-            generators: that it draws from; each goes on from wherever it is at every repetition.
+            work: launches kernels and reads nothing back.
+            generators: the random generators that it uses; each replay continues from their present state.
 
         Raises:
-            RuntimeError: it cannot be recorded. Nothing was done and everything is as it was before.
+            RuntimeError: it cannot be captured. Nothing was done and everything is unchanged.
         """
 
 
 class CudaRecorder:
-    """Records work of the current GPU as CUDA graphs.
+    """Captures work of the current GPU as CUDA graphs.
 
-    Warm-ups and recordings share one stream that is not the default one: recording is not allowed there, and handles
-    that libraries make for each stream are then ready.
+    Warm-ups and captures share one stream other than the default one, on which capture is not allowed; handles that
+    libraries create for each stream then exist already.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Make the stream."""
+        """Create the stream."""
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def warm_up(self, work: Work) -> None:
-        """Do the work on the recording stream, in order with what comes before and after on the current one."""
+        """Do the work on the capture stream, in order with the work before and after it on the current one."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -65,7 +65,7 @@ class CudaRecorder:
         """Return the replay of a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        touched = [*generators, *torch.cuda.default_generators]  # torch registers the default one by itself
+        touched = [*generators, *torch.cuda.default_generators]  # torch registers the default one itself
         states = [generator.get_state() for generator in touched]
         for generator in generators:
             graph.register_generator_state(generator)
@@ -73,7 +73,7 @@ class CudaRecorder:
             with torch.cuda.graph(graph, stream=self._stream):
                 work()
         except Exception:
-            # torch leaves its stream current when the end of a recording fails, and a generator waiting for that end.
+            # If the end of a capture fails, torch leaves its stream current and the generators in capture mode.
             _FAILED.append(graph)
             torch.cuda.set_stream(current)
             for generator, state in zip(touched, states, strict=True):
@@ -86,19 +86,18 @@ class CudaRecorder:
 
 
 class Repeated:
-    """A piece of device work that is done many times: a few times as it is, then recorded, then as recorded."""
+    """Device work that is done many times: a few times directly, then captured, then replayed."""
 
     def __init__(
         self, name: str, work: Work, recorder: Recorder | None, generators: Sequence[torch.Generator] = ()
     ) -> None:
-        """Prepare; the first calls do the work as it is.
+        """Prepare; the first calls do the work directly.
 
         Args:
-            name: for the message if it cannot be recorded.
-            work: gives kernels to the device and reads nothing back; what it leaves is in tensors that keep their
-                place.
-            recorder: None: always do the work as it is.
-            generators: that it draws from.
+            name: for the message if it cannot be captured.
+            work: launches kernels and reads nothing back; its results are in tensors with fixed addresses.
+            recorder: None: always do the work directly.
+            generators: the random generators that it uses.
         """
         self.name = name
         self._work = work
@@ -109,11 +108,11 @@ class Repeated:
 
     @property
     def recorded(self) -> bool:
-        """Whether the next call does what was recorded."""
+        """Whether the next call replays the captured graph."""
         return self._again is not None
 
     def __call__(self) -> None:
-        """Do the work in the quickest way that there is by now."""
+        """Do the work: directly, or by replaying the graph."""
         if self._again is None and self._recorder is not None:
             if self._warm_ups < WARM_UPS:
                 self._warm_ups += 1
@@ -122,8 +121,8 @@ class Repeated:
             self._record(self._recorder)
         (self._again or self._work)()
 
-    def as_it_is(self) -> None:
-        """Do the work without what was recorded."""
+    def run_directly(self) -> None:
+        """Do the work without the graph."""
         self._work()
 
     def _record(self, recorder: Recorder) -> None:
@@ -131,10 +130,10 @@ class Repeated:
             self._again = recorder.record(self._work, self._generators)
         except RuntimeError as error:
             cause: BaseException = error
-            while cause.__context__ is not None:  # the first thing that went wrong; the rest follows from it
+            while cause.__context__ is not None:  # the first error; the others follow from it
                 cause = cause.__context__
             print(
-                f"{self.name} cannot be recorded as a CUDA graph and runs slower: {one_line(cause)[:200]}",
+                f"{self.name} cannot be captured as a CUDA graph and runs slower: {one_line(cause)[:200]}",
                 file=sys.stderr,
             )
             self._recorder = None

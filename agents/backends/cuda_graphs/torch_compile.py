@@ -1,6 +1,6 @@
-"""The loss of an update through torch.compile: a few kernels made for it in place of many general ones.
+"""The loss of an update through torch.compile: a few fused kernels in place of many general ones.
 
-As it is, an update asks the device for more than a hundred small operations, three times as many as are left
+Without it an update is more than a hundred small operations on the device, three times as many as with it
 (``tests/agents/test_compiled.py`` counts them).
 """
 
@@ -11,35 +11,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wn_rl.replay import DrawnMinibatch, Entries, Minibatch
+from wn_rl.replay import LazyMinibatch, Minibatch, ReplayStorage
 
 
 class CompiledLoss:
-    """Computes the same as ``plain`` but for rounding; what was drawn is looked up in the same kernels.
+    """Computes what ``plain`` does, up to rounding; a lazy minibatch is gathered from the replay in the same kernels.
 
-    The first call compiles, for each size of a minibatch anew; so does the first gradient of what it returns. torch
-    compiles the same code eight times in a process, so for eight agents, and then raises.
+    The first call compiles, once for each minibatch size; so does the first gradient of the result. torch compiles the
+    same code at most eight times in a process, so for eight agents, and then raises.
     """
 
     def __init__(self, plain: Callable[[Minibatch], Tensor]) -> None:
         """Prepare.
 
         Args:
-            plain: returns the loss of a minibatch, a scalar, and may change tensors where they are.
+            plain: returns the loss of a minibatch, a scalar, and may change tensors in place.
         """
 
-        def of_drawn(kept: Entries, numbers: Tensor) -> Tensor:
-            return plain(kept.minibatch(numbers))
+        def of_storage(storage: ReplayStorage, indices: Tensor) -> Tensor:
+            return plain(storage.minibatch(indices))
 
-        # A whole graph or an error: with Python in between most of what it is for is lost.
-        self._of_drawn = torch.compile(of_drawn, fullgraph=True, dynamic=False)
-        self._of_given = torch.compile(plain, fullgraph=True, dynamic=False)
+        # One whole graph or an error: with Python in between, most of the gain is lost.
+        self._of_storage = torch.compile(of_storage, fullgraph=True, dynamic=False)
+        self._of_tensors = torch.compile(plain, fullgraph=True, dynamic=False)
 
     def __call__(self, batch: Minibatch) -> Tensor:
         """Return the loss of a minibatch, a scalar."""
-        if not isinstance(batch, DrawnMinibatch):
-            return self._of_given(batch)
-        if batch.untouched:
-            return self._of_drawn(batch.kept, batch.numbers)
-        # What somebody wrote into its fields counts, and looking up on demand cannot be compiled.
-        return self._of_given(batch.looked_up())
+        if not isinstance(batch, LazyMinibatch):
+            return self._of_tensors(batch)
+        if batch.is_lazy:
+            return self._of_storage(batch.storage, batch.indices)
+        # What somebody wrote into its fields counts, and lazy fields cannot be compiled.
+        return self._of_tensors(batch.materialize())

@@ -69,13 +69,13 @@ def test_a_loss_of_a_subclass_is_called_at_every_update_of_a_run(name: str, tmp_
 def test_what_the_kernels_would_not_call_is_computed_by_eager_and_said(name: str) -> None:
     made = carried(small(), kind=counting(name, []))
     assert made.backend.name == "eager"
-    assert f"Own has its own {name}" in made.backend.reason
+    assert f"Own overrides {name}" in made.backend.reason
     agent = DQN(small(), 4, CPU)
     setattr(agent, name, getattr(agent, name))  # on the instance alone
     backend = make_backend(agent, Given())  # type: ignore[arg-type]
     assert backend.name == "eager"
     agent.config = replace(agent.config, backend="cpu_kernels")
-    with pytest.raises(UsageError, match=f"--backend cpu_kernels: DQN has its own {name}"):
+    with pytest.raises(UsageError, match=f"--backend cpu_kernels: DQN overrides {name}"):
         make_backend(agent, Given())  # type: ignore[arg-type]
 
 
@@ -121,7 +121,7 @@ def test_kernels_around_a_loss_by_torch_make_eagers_update(kind: type[DQN], redu
 
 @pytest.mark.parametrize("name", FORMER)
 def test_a_method_of_an_earlier_version_is_refused_instead_of_ignored(name: str) -> None:
-    with pytest.raises(UsageError, match=f"Own overrides {name}, which is called no more: override {FORMER[name]}"):
+    with pytest.raises(UsageError, match=f"Own overrides {name}, which is no longer called: override {FORMER[name]}"):
         carried(small(), kind=type("Own", (DQN,), {name: lambda self, *_: None}))
 
 
@@ -160,5 +160,5 @@ def test_the_backend_of_a_run_is_in_its_config_and_goes_on(tmp_path: Path) -> No
     assert train(resumed, without, tmp_path, resume=saved, quiet=True) == 0
     assert checkpoint.load(tmp_path).config.backend == "eager"
     resumed, saved = open_for_resume(tmp_path, {"frames": 1200, "backend": "cpu_kernels"})
-    with pytest.raises(UsageError, match="Own has its own update"):
+    with pytest.raises(UsageError, match="Own overrides update"):
         train(resumed, without, tmp_path, resume=saved, quiet=True)

@@ -26,6 +26,7 @@ from agents.backends import BACKENDS
 from agents.backends.cpu_kernels import loader
 from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cpu_kernels.structs import TileStage
 from agents.backends.eager import Eager
 from agents.backends.interface import Backend
 from agents.dqn import DQN
@@ -51,7 +52,7 @@ class Squared(DQN):
 
 
 def configured(**changes: Any) -> TrainConfig:
-    values = {"game": "breakout", "hidden_units": 64, "batch_size": 8, "num_threads": 1, "compile": "off"}
+    values = {"game": "breakout", "hidden_units": 32, "batch_size": 8, "num_threads": 1, "compile": "off"}
     return replace(resolve(replace(load("paper"), **(values | changes))), device="cpu")
 
 
@@ -155,6 +156,36 @@ def test_a_backend_makes_eagers_updates(backend: type[Backend], param: str, prec
     pytest.skip(f"{backend.name}: {'; '.join(problems)}")
 
 
+def kernels_of(config: TrainConfig, vectors: str) -> CpuKernels:
+    """The backend on one of the builds of the kernels."""
+    library = loader.load(vectors=vectors)
+    if isinstance(library, str) or not loader.supports(library, torch.bfloat16):
+        pytest.skip("no kernels in bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "load", lambda: library)
+        agent, replay = DQN(config, 4, CPU), replay_of_noise(CPU)
+        assert not CpuKernels.unsupported(agent, replay)
+        return CpuKernels(agent, replay)
+
+
+@pytest.mark.parametrize("param", names())
+def test_the_tile_units_stand_in_makes_the_updates_of_the_kernels_over_vectors(param: str) -> None:
+    config = configured(param=param, precision="bfloat16")
+    tiles, vectors = kernels_of(config, "tiles"), kernels_of(config, "no_tiles")
+    assert isinstance(tiles.network, KernelNetwork)
+    assert isinstance(vectors.network, KernelNetwork)
+    assert tiles.network.shape.tiles == sum(TileStage)
+    assert vectors.network.shape.tiles == 0
+    assert tiles.detail.endswith("products by the tile unit")
+    compare(tiles, vectors, "bfloat16")
+
+
+@pytest.mark.parametrize("param", ["standard", "wn", "sn", "ln"])
+def test_the_tile_units_stand_in_makes_eagers_updates(param: str) -> None:
+    config = configured(param=param, precision="bfloat16")
+    compare(kernels_of(config, "tiles"), Eager(DQN(config, 4, CPU), replay_of_noise(CPU)), "bfloat16")
+
+
 class OnFramesOf(DQN):
     """A DQN whose observations are not square; :attr:`shape` is theirs."""
 
@@ -171,7 +202,7 @@ class OnFramesOf(DQN):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("hidden_units", [20, 64])
+@pytest.mark.parametrize("hidden_units", [20, 32])
 @pytest.mark.parametrize(
     ("param", "size"), [("wn", (44, 84)), ("standard", (84, 60))], ids=["wn wide", "standard tall"]
 )

@@ -9,26 +9,11 @@
 #include "kernels.h"
 #include "nonzero_blocks.h"
 #include "normalization.h"
+#include "tiles.h"
 #ifdef VECTOR_KERNELS
 #include "frames.h"
 
-/* Frames that are prefetched while something else is computed, some cache lines at a time. */
-typedef struct {
-    const uint8_t *frames[2 * MAX_FRAMES];
-    int64_t count, bytes, next, share;
-} FramePrefetch;
-
-static inline void prefetch_frames(FramePrefetch *ahead) {
-    for (int64_t i = 0; i < ahead->share && ahead->count; i++) {
-        __builtin_prefetch(ahead->frames[ahead->count - 1] + ahead->next, 0, 2);
-        ahead->next += 64;
-        if (ahead->next >= ahead->bytes) {
-            ahead->next = 0;
-            ahead->count--;
-        }
-    }
-}
-
+#if VECTOR_LANES == 16
 /* pack_block_row for blocks of 4 x 4 pixels and frames by fours: a block's line of pixels is a word, and 16 lines of 16
  * blocks are transposed. Returns the mask of nonzero blocks. */
 ALWAYS_INLINE uint64_t pack_block_row_4x4(const Precision precision, const uint8_t *const *frames, int64_t start,
@@ -38,18 +23,18 @@ ALWAYS_INLINE uint64_t pack_block_row_4x4(const Precision precision, const uint8
     for (int64_t f = 0; f < count; f += 4) {
         for (int64_t x = 0; x < blocks; x += 16) {
             const int64_t left = blocks - x < 16 ? blocks - x : 16;
-            __m512 block[16];
+            Floats block[16][1];
             UNROLL for (int i = 0; i < 16; i++) {
                 const uint8_t *line = frames[f + i / 4] + start + i % 4 * width + 4 * x;
-                block[i] = _mm512_maskz_loadu_ps((__mmask16)((1 << left) - 1), line);
+                block[i][0] = _mm512_maskz_loadu_ps((__mmask16)((1 << left) - 1), line);
             }
             transpose_16x16(block);
             for (int64_t j = 0; j < left; j++) {
                 void *out = element_at(precision, packed, (x + j) * channels + f * 16);
                 uint8_t pixels[64];
-                const __m512i words = _mm512_castps_si512(block[j]);
+                const __m512i words = (__m512i)block[j][0];
                 nonzero |= (uint64_t)(_mm512_test_epi32_mask(words, words) != 0) << (x + j);
-                _mm512_storeu_ps(pixels, block[j]);
+                store_floats(pixels, block[j][0]);
                 for (int i = 0; i < 64; i += 16) {
                     const __m512i values = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(pixels + i)));
                     store_elements(precision, element_at(precision, out, i), _mm512_cvtepi32_ps(values));
@@ -59,24 +44,24 @@ ALWAYS_INLINE uint64_t pack_block_row_4x4(const Precision precision, const uint8
     }
     return nonzero;
 }
-
-ALWAYS_INLINE __m512i load_bfloat16_words(const uint16_t *values) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
-}
+#endif
 
 /* Save the blocks of a row that `nonzero` has as words, of one observation or of a pair. */
 ALWAYS_INLINE void save_nonzero_blocks(const Precision precision, uint64_t nonzero, int64_t channels, const void *in,
                                        const void *second, int32_t *words) {
     for (; nonzero; nonzero &= nonzero - 1) {
         const int64_t start = __builtin_ctzll(nonzero) * channels;
-        for (int64_t i = start; i < start + channels; i += 16) {
+        for (int64_t i = start; i < start + channels; i += VECTOR_LANES) {
+#ifdef __AVX512BF16__
             if (precision == BFLOAT16) {
                 __m512i high = _mm512_setzero_si512();
                 if (second) high = load_bfloat16_words((const uint16_t *)second + i);
                 _mm512_storeu_si512(words + i, pair_words(load_bfloat16_words((const uint16_t *)in + i), high));
-            } else {
-                _mm512_storeu_ps(words + i, _mm512_loadu_ps((const float *)in + i));
+                continue;
             }
+#endif
+            (void)second;
+            store_words(words + i, load_words((const int32_t *)in + i));
         }
     }
 }
@@ -100,10 +85,12 @@ ALWAYS_INLINE void conv_positions_template(const Precision precision, const int 
     }
 }
 
-/* For 64, 32 and 16 output channels. Functions of their own: within a larger one gcc may run out of registers. */
+/* For 64, 32 and 16 output channels; only vectors of 512 bits have registers for more than 16. Functions of their own:
+ * within a larger one gcc may run out of registers. */
 #define POSITIONS                                                                                                    \
     const Precision precision, const PositionList *list, int64_t rows, int64_t row_stride, int64_t row_words,        \
         const int32_t *weight, int64_t channels, int64_t first, FramePrefetch *ahead
+#if VECTOR_LANES == 16
 static NOINLINE void conv_positions_64(POSITIONS) {
     DISPATCH(precision, conv_positions_template, 6, 4, list, rows, row_stride, row_words, weight, channels, first,
              ahead);
@@ -112,18 +99,12 @@ static NOINLINE void conv_positions_32(POSITIONS) {
     DISPATCH(precision, conv_positions_template, 10, 2, list, rows, row_stride, row_words, weight, channels, first,
              ahead);
 }
+#endif
 static NOINLINE void conv_positions_16(POSITIONS) {
-    DISPATCH(precision, conv_positions_template, 12, 1, list, rows, row_stride, row_words, weight, channels, first,
-             ahead);
+    DISPATCH(precision, conv_positions_template, TILE_POSITIONS, VECTORS, list, rows, row_stride, row_words, weight,
+             channels, first, ahead);
 }
 #undef POSITIONS
-
-/* The frames of observation n, oldest first. */
-static inline void find_frames(const NetworkShape *shape, const ForwardArgs *args, int64_t n, int64_t frame_bytes,
-                               const uint8_t **frames) {
-    for (int64_t f = 0; f < shape->frames; f++)
-        frames[f] = args->frames + args->frame_indices[n * args->frame_index_stride + f] * frame_bytes;
-}
 
 /* Pack an observation, elements (in_height, in_width, in_channels); `nonzero` (in_height) gets the masks. */
 ALWAYS_INLINE void pack_observation(const Precision precision, const NetworkShape *shape, const uint8_t *const *frames,
@@ -132,16 +113,18 @@ ALWAYS_INLINE void pack_observation(const Precision precision, const NetworkShap
     const int64_t block = shape->block, width = conv->in_width * block;
     for (int64_t y = 0; y < conv->in_height; y++) {
         void *row = element_at(precision, packed, y * conv->in_width * conv->in_channels);
+#if VECTOR_LANES == 16
         if (block == 4 && shape->frames % 4 == 0) {
             nonzero[y] = pack_block_row_4x4(precision, frames, 4 * y * width, shape->frames, width, row);
-        } else {
-            pack_block_row(frames, y * block * width, shape->frames, width, block, precision == BFLOAT16, row);
-            nonzero[y] = find_nonzero_blocks(precision, row, conv->in_width, conv->in_channels);
+            continue;
         }
-#ifdef VISIT_ZERO_BLOCKS
-        nonzero[y] = first_bits(conv->in_width);
 #endif
+        pack_block_row(frames, y * block * width, shape->frames, width, block, precision == BFLOAT16, row);
+        nonzero[y] = find_nonzero_blocks(precision, row, conv->in_width, conv->in_channels);
     }
+#ifdef VISIT_ZERO_BLOCKS
+    for (int64_t y = 0; y < conv->in_height; y++) nonzero[y] = first_bits(conv->in_width);
+#endif
 }
 
 /* Save the first layer's input for the backward pass. `pair`: whether there is a second observation. */
@@ -155,7 +138,8 @@ ALWAYS_INLINE void save_observations(const Precision precision, const NetworkSha
     for (int64_t y = 0; y < conv->in_height; y++, words += row) {
         const void *line = element_at(precision, in, y * row), *second = element_at(precision, in_second, y * row);
         saved[y] = nonzero[0][y] | (precision == BFLOAT16 && pair ? nonzero[1][y] : 0);
-        save_nonzero_blocks(precision, saved[y], conv->in_channels, line, pair ? second : NULL, words);
+        const uint64_t wanted = USES_TILES(shape, TILE_CONV_WEIGHT) ? first_bits(conv->in_width) : saved[y];
+        save_nonzero_blocks(precision, wanted, conv->in_channels, line, pair ? second : NULL, words);
         if (precision == BFLOAT16 || !pair) continue;
         saved[conv->in_height + y] = nonzero[1][y];
         save_nonzero_blocks(precision, nonzero[1][y], conv->in_channels, second, NULL, words + conv->in_height * row);
@@ -170,21 +154,19 @@ ALWAYS_INLINE void bias_relu(const Precision precision, const ConvShape *conv, c
                              int32_t *saved_second) {
     const int64_t positions = conv->out_height * conv->out_width, channels = conv->out_channels;
     for (int64_t p = 0; p < positions; p++) {
-        for (int64_t u = 0; u < channels; u += 16) {
+        for (int64_t u = 0; u < channels; u += VECTOR_LANES) {
             const int64_t i = p * channels + u;
-            const __m512 bias = _mm512_loadu_ps(conv_bias + u), zero = _mm512_setzero_ps();
-            /* In this order of arguments NaN stays NaN; adding zero makes -0 to +0. */
-            __m512 a = _mm512_add_ps(_mm512_max_ps(zero, _mm512_add_ps(_mm512_loadu_ps(sums + i), bias)), zero);
-            __m512 b = _mm512_add_ps(_mm512_max_ps(zero, _mm512_add_ps(_mm512_loadu_ps(sums_second + i), bias)), zero);
+            const Floats bias = load_floats(conv_bias + u);
+            const Floats a = relu(load_floats(sums + i) + bias), b = relu(load_floats(sums_second + i) + bias);
             if (!last) {
                 store_elements(precision, element_at(precision, out, i), a);
                 store_elements(precision, element_at(precision, out_second, i), b);
                 if (saved)
                     store_observations(precision, saved + i, saved_second ? saved_second + i : NULL, a,
-                                       pair ? b : zero);
+                                       pair ? b : zeros());
             } else {
-                _mm512_storeu_ps(sums + i, a);
-                _mm512_storeu_ps(sums_second + i, b);
+                store_floats(sums + i, a);
+                store_floats(sums_second + i, b);
             }
         }
     }
@@ -236,6 +218,13 @@ ALWAYS_INLINE void conv_sums(const Precision precision, const NetworkShape *shap
     const int64_t channel_words = conv->in_channels / pair_size(precision), channels = conv->out_channels;
     const int64_t row_stride = conv->in_width * channel_words, row_words = conv->kernel * channel_words;
     const int32_t *weight = args->conv_weight[l];
+    if (precision == BFLOAT16 && USES_TILES(shape, TILE_CONV_FORWARD)) { /* of a network with normalizations */
+        for (int i = 0; i < 2; i++) {
+            propagate_nonzero(conv, buffers->nonzero[i]);
+            tile_conv_sums(conv, buffers->in[i], weight, sums[i]);
+        }
+        return;
+    }
     PositionList *list = &buffers->list;
     list->count = 0;
     for (int i = 0; i < 2; i++) {
@@ -249,10 +238,12 @@ ALWAYS_INLINE void conv_sums(const Precision precision, const NetworkShape *shap
     FramePrefetch *prefetch = l ? NULL : ahead;
     ahead->share = 2 * shape->frames * ahead->bytes / 64 / (list->count / 12 + 1) + 1;
     int64_t u = 0;
+#if VECTOR_LANES == 16
     for (; u + 64 <= channels; u += 64)
         conv_positions_64(precision, list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
     for (; u + 32 <= channels; u += 32)
         conv_positions_32(precision, list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
+#endif
     for (; u < channels; u += 16)
         conv_positions_16(precision, list, conv->kernel, row_stride, row_words, weight, channels, u, prefetch);
     for (int i = 0; i < 2; i++) copy_zero_positions(conv, buffers->nonzero[i], sums[i]);
@@ -337,4 +328,12 @@ void conv_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t fr
                   uint8_t *workspace) {
     DISPATCH(shape->precision, conv_forward_template, shape, args, from, n, next, workspace);
 }
+
+#ifdef __AVX512BF16__
+/* For tile_forward.c: observation n as elements (in_height, in_width, in_channels), and its masks. */
+void pack_bfloat16_observation(const NetworkShape *shape, const uint8_t *const *frames, void *packed,
+                               uint64_t *nonzero) {
+    pack_observation(BFLOAT16, shape, frames, packed, nonzero);
+}
+#endif
 #endif

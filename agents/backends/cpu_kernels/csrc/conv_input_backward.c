@@ -9,6 +9,7 @@
 #include "conv_tile.h"
 #include "kernels.h"
 #include "normalization.h"
+#include "tiles.h"
 #ifdef VECTOR_KERNELS
 
 /* A convolution of stride 1 over an array of words with a zero border: at position (y, x), `rows` rows of
@@ -58,18 +59,22 @@ ALWAYS_INLINE void window_positions(const Precision precision, const int count, 
     window_tiles(precision, 1, vectors, left, to, window, first, second, weight, channels, out, out_second);
 }
 
-/* For 64, 32 and 16 channels. Functions of their own: within a larger one gcc may run out of registers. */
+/* For 64, 32 and 16 channels, as in the forward pass; `count` positions of two observations. Functions of their own:
+ * within a larger one gcc may run out of registers. */
 #define POSITIONS                                                                                                 \
     const Precision precision, int64_t from, int64_t to, const Window *window, const int32_t *first,              \
         const int32_t *second, const int32_t *weight, int64_t channels, float *out, float *out_second
+#if VECTOR_LANES == 16
 static NOINLINE void window_positions_64(POSITIONS) {
     DISPATCH(precision, window_positions, 3, 4, from, to, window, first, second, weight, channels, out, out_second);
 }
 static NOINLINE void window_positions_32(POSITIONS) {
     DISPATCH(precision, window_positions, 5, 2, from, to, window, first, second, weight, channels, out, out_second);
 }
+#endif
 static NOINLINE void window_positions_16(POSITIONS) {
-    DISPATCH(precision, window_positions, 6, 1, from, to, window, first, second, weight, channels, out, out_second);
+    DISPATCH(precision, window_positions, TILE_POSITIONS / 2, VECTORS, from, to, window, first, second, weight,
+             channels, out, out_second);
 }
 #undef POSITIONS
 
@@ -80,6 +85,7 @@ ALWAYS_INLINE void convolve_window(const Precision precision, const Window *wind
     const int64_t positions = window->height * window->width;
     const int64_t band = window->border ? window->width : positions; /* positions that skip the same rows */
     int64_t c = 0;
+#if VECTOR_LANES == 16
     for (; c + 64 <= channels; c += 64)
         for (int64_t from = 0; from < positions; from += band)
             window_positions_64(precision, from, from + band, window, first, second, weight + c, channels, out + c,
@@ -88,6 +94,7 @@ ALWAYS_INLINE void convolve_window(const Precision precision, const Window *wind
         for (int64_t from = 0; from < positions; from += band)
             window_positions_32(precision, from, from + band, window, first, second, weight + c, channels, out + c,
                                 out_second + c);
+#endif
     for (; c < channels; c += 16)
         for (int64_t from = 0; from < positions; from += band)
             window_positions_16(precision, from, from + band, window, first, second, weight + c, channels, out + c,
@@ -101,8 +108,9 @@ ALWAYS_INLINE void relu_backward_channels_last(const Precision precision, int64_
     for (int64_t u = 0; u < channels; u += 16) {
         for (int64_t p = 0; p < positions; p += 16) {
             const int64_t count = positions - p < 16 ? positions - p : 16;
+#if VECTOR_LANES == 16
             const __mmask16 there = (__mmask16)((1 << count) - 1);
-            __m512 block[16];
+            Floats block[16][1];
             UNROLL for (int i = 0; i < 16; i++) {
                 const int64_t at = (u + i) * positions + p;
                 const void *values = element_at(precision, output, at);
@@ -113,10 +121,19 @@ ALWAYS_INLINE void relu_backward_channels_last(const Precision precision, int64_
                 else
                     active = _mm512_mask_cmp_ps_mask(there, _mm512_maskz_loadu_ps(there, values), _mm512_setzero_ps(),
                                                      _CMP_NEQ_UQ);
-                block[i] = _mm512_maskz_loadu_ps(active, gradient + at);
+                block[i][0] = _mm512_maskz_loadu_ps(active, gradient + at);
             }
             transpose_16x16(block);
-            for (int64_t i = 0; i < count; i++) _mm512_storeu_ps(out + (p + i) * channels + u, block[i]);
+            for (int64_t i = 0; i < count; i++) store_floats(out + (p + i) * channels + u, block[i][0]);
+#else
+            const float *values = output;
+            for (int64_t i = 0; i < 16; i++) {
+                for (int64_t j = 0; j < count; j++) {
+                    const int64_t at = (u + i) * positions + p + j;
+                    out[(p + j) * channels + u + i] = values[at] != 0.0f ? gradient[at] : 0.0f;
+                }
+            }
+#endif
         }
     }
 }
@@ -130,20 +147,15 @@ ALWAYS_INLINE void relu_backward_strided(const Precision precision, const ConvSh
     const int64_t s = conv->stride, channels = conv->in_channels;
     for (int64_t p = 0; p < window->height * window->width; p++) {
         const int64_t to = ((p / window->width * s + y) * conv->in_width + p % window->width * s + x) * channels;
-        for (int64_t c = 0; c < channels; c += 16) {
-            const __m512i words = _mm512_loadu_si512(input + to + c);
-            __mmask16 active, active_second;
-            if (precision == BFLOAT16) {
-                active = _mm512_test_epi32_mask(words, _mm512_set1_epi32(0xffff));
-                active_second = _mm512_test_epi32_mask(words, _mm512_set1_epi32((int32_t)0xffff0000));
-            } else {
-                const __m512i second = _mm512_loadu_si512(input_second + to + c);
-                active = _mm512_test_epi32_mask(words, words);
-                active_second = _mm512_test_epi32_mask(second, second);
+        for (int64_t c = 0; c < channels; c += VECTOR_LANES) {
+            Words words = load_words(input + to + c), words_second = load_words(input_second + to + c);
+            if (precision == BFLOAT16) { /* both observations' elements lie in the same words */
+                words &= 0xffff;
+                words_second &= (int32_t)0xffff0000;
             }
             const int64_t at = p * channels + c;
-            _mm512_storeu_ps(sums + to + c, _mm512_maskz_loadu_ps(active, from + at));
-            _mm512_storeu_ps(sums_second + to + c, _mm512_maskz_loadu_ps(active_second, from_second + at));
+            store_floats(sums + to + c, keep_where(words != 0, load_floats(from + at)));
+            store_floats(sums_second + to + c, keep_where(words_second != 0, load_floats(from_second + at)));
         }
     }
 }
@@ -176,7 +188,6 @@ ALWAYS_INLINE void conv_input_backward_template(const Precision precision, const
                                                 const ForwardArgs *args, const BackwardArgs *back, int64_t from,
                                                 int64_t n, uint8_t *workspace) {
     const int64_t pair = n + 1 < args->batch, group = n / pair_size(precision);
-    const __m512 zero = _mm512_setzero_ps();
     void *in = workspace, *in_second = element_at(precision, in, shape->max_activation);
     float *sums = element_at(precision, in_second, shape->max_activation), *sums_second = sums + shape->max_activation;
     float *made = sums_second + shape->max_activation, *made_second = made + shape->max_activation;
@@ -203,14 +214,14 @@ ALWAYS_INLINE void conv_input_backward_template(const Precision precision, const
         }
         for (int64_t p = 0; p < positions; p++) {
             const int64_t at = ((p / conv->out_width + border) * padded_width + p % conv->out_width + border) * units;
-            for (int64_t u = 0; u < units; u += 16) {
+            for (int64_t u = 0; u < units; u += VECTOR_LANES) {
                 const int64_t i = p * units + u;
-                const __m512 a = _mm512_loadu_ps(sums + i), b = _mm512_loadu_ps(sums_second + i);
+                const Floats a = load_floats(sums + i), b = load_floats(sums_second + i);
                 if (l) {
                     store_elements(precision, element_at(precision, in, at + u), a);
                     store_elements(precision, element_at(precision, in_second, at + u), b);
                 }
-                store_observations(precision, words + i, second ? second + i : NULL, a, pair ? b : zero);
+                store_observations(precision, words + i, second ? second + i : NULL, a, pair ? b : zeros());
             }
         }
         if (!l) return;
@@ -230,7 +241,13 @@ ALWAYS_INLINE void conv_input_backward_template(const Precision precision, const
         for (int64_t y = 0; y < s; y++) {
             for (int64_t x = 0; x < s; x++) {
                 const int32_t *weight = back->transposed_weight[l] + (y * s + x) * taps * taps * unit_words * channels;
-                convolve_window(precision, &window, in, in_second, weight, channels, made, made_second);
+                if (USES_TILES(shape, TILE_CONV_INPUT)) {
+                    for (int i = 0; i < 2; i++)
+                        tile_convolve(i ? in_second : in, units, padded_width, window.height, window.width, taps,
+                                      padded_width * units, taps * units, weight, channels, i ? made_second : made);
+                } else {
+                    convolve_window(precision, &window, in, in_second, weight, channels, made, made_second);
+                }
                 relu_backward_strided(precision, conv, &window, y, x, input, input_second, made, made_second, sums,
                                       sums_second);
             }

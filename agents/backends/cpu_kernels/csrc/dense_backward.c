@@ -3,10 +3,12 @@
 #include "outer_product.h"
 #ifdef VECTOR_KERNELS
 
+#ifdef __AVX512BF16__
 static const uint16_t FIRST_OF_PAIRS[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                             8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 static const uint16_t LAST_OF_PAIRS[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
                                            24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+#endif
 
 /* The gradient of one action's output weights and bias, into `output`:
  * for u: packed_gradient[action][u] = sum over n: q_gradient[n][action] * hidden[n][u] */
@@ -30,17 +32,16 @@ ALWAYS_INLINE void hidden_backward_template(const Precision precision, const Net
     const int64_t pair = n + 1 < args->batch, hidden = shape->hidden;
     int32_t *words = back->hidden_gradient_pairs + n / pair_size(precision) * hidden;
     int32_t *second = pair ? words + hidden : NULL;
-    const __m512 zero = _mm512_setzero_ps();
-    for (int64_t u = 0; u < hidden; u += 16) {
-        __m512 sum[2] = {zero, zero};
+    for (int64_t u = 0; u < hidden; u += VECTOR_LANES) {
+        Floats sum[2] = {zeros(), zeros()};
         for (int64_t i = 0; i < 1 + pair; i++) {
             for (int64_t action = 0; action < shape->actions; action++) {
-                const __m512 slope = _mm512_set1_ps(back->q_gradient[(n + i) * shape->actions + action]);
-                sum[i] = _mm512_fmadd_ps(slope, _mm512_loadu_ps(args->output_weight + action * hidden + u), sum[i]);
+                const Floats slope = broadcast_float(back->q_gradient[(n + i) * shape->actions + action]);
+                sum[i] = fused_multiply_add(sum[i], slope, load_floats(args->output_weight + action * hidden + u));
             }
             /* "Not less or equal": the gradient passes a unit that is NaN. */
-            const __m512 h = _mm512_loadu_ps(args->hidden + (n + i) * hidden + u);
-            sum[i] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(h, zero, _CMP_NLE_UQ), sum[i]);
+            const Floats h = load_floats(args->hidden + (n + i) * hidden + u);
+            sum[i] = keep_where(~(Words)(h <= zeros()), sum[i]);
             store_elements(precision, element_at(precision, back->hidden_gradient, (n + i) * hidden + u), sum[i]);
         }
         store_observations(precision, words + u, second ? second + u : NULL, sum[0], sum[1]);
@@ -71,23 +72,22 @@ void find_hidden_alignment(const NetworkShape *shape, const ForwardArgs *args, c
     }
 }
 
-/* Sums for `count` observations and 32 inputs over the hidden units, `words` words of them:
+/* Sums for `count` observations and FLAT_VECTORS vectors of inputs over the hidden units, `words` words of them:
  * for n, k: out[n][k] = sum over w: hidden[n][w] . weight[w][k] */
 ALWAYS_INLINE void flat_tile(const Precision precision, const int count, const int32_t *weight, int64_t weight_stride,
                              const int32_t *hidden, int64_t words, float *out, int64_t out_stride) {
-    __m512 sum[8][2];
-    UNROLL for (int n = 0; n < count; n++) sum[n][0] = sum[n][1] = _mm512_setzero_ps();
+    Floats sum[FLAT_OBSERVATIONS][FLAT_VECTORS];
+    UNROLL for (int n = 0; n < count; n++) UNROLL for (int v = 0; v < FLAT_VECTORS; v++) sum[n][v] = zeros();
     for (int64_t w = 0; w < words; w++) {
-        const __m512i b0 = load_once(weight + w * weight_stride), b1 = load_once(weight + w * weight_stride + 16);
+        Words b[FLAT_VECTORS];
+        UNROLL for (int v = 0; v < FLAT_VECTORS; v++) b[v] = load_once(weight + w * weight_stride + VECTOR_LANES * v);
         UNROLL for (int n = 0; n < count; n++) {
             const int32_t a = hidden[n * words + w];
-            sum[n][0] = multiply_add(precision, sum[n][0], a, b0);
-            sum[n][1] = multiply_add(precision, sum[n][1], a, b1);
+            UNROLL for (int v = 0; v < FLAT_VECTORS; v++) sum[n][v] = multiply_add(precision, sum[n][v], a, b[v]);
         }
     }
     UNROLL for (int n = 0; n < count; n++) {
-        _mm512_storeu_ps(out + n * out_stride, sum[n][0]);
-        _mm512_storeu_ps(out + n * out_stride + 16, sum[n][1]);
+        UNROLL for (int v = 0; v < FLAT_VECTORS; v++) store_floats(out + n * out_stride + VECTOR_LANES * v, sum[n][v]);
     }
 }
 
@@ -102,6 +102,7 @@ ALWAYS_INLINE void flat_backward_template(const Precision precision, const Netwo
     const int32_t *weight = (const int32_t *)args->hidden_weight + first;
     const int32_t *hidden = (const int32_t *)back->hidden_gradient;
     int64_t weight_stride = flat;
+#ifdef __AVX512BF16__
     if (precision == BFLOAT16) {
         const uint16_t *rows = (const uint16_t *)args->hidden_weight + first;
         int32_t *tile = (int32_t *)workspace;
@@ -115,16 +116,27 @@ ALWAYS_INLINE void flat_backward_template(const Precision precision, const Netwo
         weight = tile;
         weight_stride = 32;
     }
-    int64_t n = 0, unit = next < flat ? 0 : shape->hidden;
-    const int64_t share = shape->hidden / (batch / 8 + 1) + 1;
+#else
+    (void)workspace;
+#endif
+    int64_t unit = next < flat ? 0 : shape->hidden;
+    const int count = batch >= FLAT_OBSERVATIONS ? FLAT_OBSERVATIONS : 1;
+    const int64_t inputs = VECTOR_LANES * FLAT_VECTORS, share = shape->hidden / (32 / inputs * batch / count + 1) + 1;
     float *out = back->flat_gradient + first;
-    for (; n + 8 <= batch; n += 8) {
-        for (int64_t i = 0; i < share && unit < shape->hidden; i++, unit++)
-            __builtin_prefetch(element_at(precision, args->hidden_weight, unit * flat + next), 0, 3);
-        flat_tile(precision, 8, weight, weight_stride, hidden + n * words, words, out + n * flat, flat);
+    for (int64_t k = 0; k < 32; k += inputs) {
+        for (int64_t from = 0; from < batch; from += count) {
+            /* The last tile visits observations of the one before it again, and finds the same sums. */
+            const int64_t n = from + count <= batch ? from : batch - count;
+            const int32_t *w = weight + k, *h = hidden + n * words;
+            float *to = out + n * flat + k;
+            for (int64_t i = 0; i < share && unit < shape->hidden; i++, unit++)
+                __builtin_prefetch(element_at(precision, args->hidden_weight, unit * flat + next), 0, 3);
+            if (count == FLAT_OBSERVATIONS)
+                flat_tile(precision, FLAT_OBSERVATIONS, w, weight_stride, h, words, to, flat);
+            else
+                flat_tile(precision, 1, w, weight_stride, h, words, to, flat);
+        }
     }
-    for (; n < batch; n++)
-        flat_tile(precision, 1, weight, weight_stride, hidden + n * words, words, out + n * flat, flat);
 }
 
 void flat_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t first,
@@ -142,21 +154,25 @@ ALWAYS_INLINE void hidden_weight_step_template(const Precision precision, const 
     const int64_t flat = shape->flat, hidden = shape->hidden;
     const int32_t *saved = args->saved_input[shape->convolutions], *x = back->hidden_gradient_pairs + first;
     for (int64_t k = 0; k < flat;) {
-        const int vectors = k + 48 <= flat ? 3 : 1;
+        const int vectors = k + 3 * VECTOR_LANES <= flat ? 3 : 1;
         /* What the step will read is prefetched while the gradient is computed. */
         for (int64_t u = 0; u < 8; u++) {
-            for (int64_t i = k; i < k + 16 * vectors; i += 16) {
+            for (int64_t i = k; i < k + VECTOR_LANES * vectors; i += 16) {
                 const int64_t at = (first + u) * flat + i;
                 __builtin_prefetch(layer->v + at, 1, 2);
                 __builtin_prefetch(layer->v_moment1 + at, 1, 2);
                 __builtin_prefetch(layer->v_moment2 + at, 1, 2);
             }
         }
-        if (vectors == 3)
-            outer_product_tile(precision, 8, 3, rows + k, flat, 1, x, 1, 0, groups, hidden, saved + k, flat, NULL);
-        else
-            outer_product_tile(precision, 8, 1, rows + k, flat, 1, x, 1, 0, groups, hidden, saved + k, flat, NULL);
-        k += 16 * vectors;
+        for (int64_t u = 0; u < 8; u += STEP_ROWS) {
+            float *sums = rows + u * flat + k;
+            const int32_t *g = saved + k;
+            if (vectors == 3)
+                outer_product_tile(precision, STEP_ROWS, 3, sums, flat, 1, x + u, 1, 0, groups, hidden, g, flat, NULL);
+            else
+                outer_product_tile(precision, STEP_ROWS, 1, sums, flat, 1, x + u, 1, 0, groups, hidden, g, flat, NULL);
+        }
+        k += VECTOR_LANES * vectors;
     }
     for (int64_t u = 0; u < 8; u++) {
         float sum = 0.0f;

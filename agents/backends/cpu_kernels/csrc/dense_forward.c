@@ -7,30 +7,36 @@
 /* `units` x `count` dot products over the words [from, to) of rows of `words` words, bias and ReLU after the last
  * range, unless `bias` is NULL:
  * for u, n: out[n][u] = max(0, bias[u] + sum over k: weight[u][k] . x[n][k])
- * A sum is kept in 16 lanes, lane k % 16, in `sums` between two ranges, and the lanes are added at the end. */
+ * A sum is kept in 16 partial sums, number k % 16, whatever the width of a vector, in `sums` between two ranges, and
+ * these are added at the end. */
 ALWAYS_INLINE void dot_tile(const Precision precision, const int units, const int count, const int32_t *weight,
                             const int32_t *x, int64_t words, int64_t from, int64_t to, float *sums, const float *bias,
                             float *out, int64_t out_stride) {
-    __m512 sum[4][6];
+    Floats sum[DOT_UNITS][DOT_OBSERVATIONS][VECTORS];
     UNROLL for (int u = 0; u < units; u++) {
-        UNROLL for (int n = 0; n < count; n++)
-            sum[u][n] = from ? _mm512_loadu_ps(sums + 16 * (u * count + n)) : _mm512_setzero_ps();
+        UNROLL for (int n = 0; n < count; n++) {
+            const float *kept = sums + 16 * (u * count + n);
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                sum[u][n][v] = from ? load_floats(kept + VECTOR_LANES * v) : zeros();
+        }
     }
     for (int64_t k = from; k < to; k += 16) {
-        __m512i a[4];
-        UNROLL for (int u = 0; u < units; u++) a[u] = load_once(weight + u * words + k);
-        UNROLL for (int n = 0; n < count; n++) {
-            const __m512i b = load_once(x + n * words + k);
-            UNROLL for (int u = 0; u < units; u++)
-                sum[u][n] = multiply_add_vectors(precision, sum[u][n], a[u], b);
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            Words a[DOT_UNITS];
+            UNROLL for (int u = 0; u < units; u++) a[u] = load_once(weight + u * words + k + VECTOR_LANES * v);
+            UNROLL for (int n = 0; n < count; n++) {
+                const Words b = load_once(x + n * words + k + VECTOR_LANES * v);
+                UNROLL for (int u = 0; u < units; u++)
+                    sum[u][n][v] = multiply_add_vectors(precision, sum[u][n][v], a[u], b);
+            }
         }
     }
     UNROLL for (int u = 0; u < units; u++) {
         UNROLL for (int n = 0; n < count; n++) {
             if (to < words) {
-                _mm512_storeu_ps(sums + 16 * (u * count + n), sum[u][n]);
+                store_16(sums + 16 * (u * count + n), sum[u][n]);
             } else {
-                const float value = _mm512_reduce_add_ps(sum[u][n]) + (bias ? bias[u] : 0.0f);
+                const float value = sum_of_16(sum[u][n]) + (bias ? bias[u] : 0.0f);
                 out[n * out_stride + u] = bias && value < 0.0f ? 0.0f : value;
             }
         }
@@ -39,33 +45,36 @@ ALWAYS_INLINE void dot_tile(const Precision precision, const int units, const in
 
 /* The hidden layer's units [first, first + 16) for all observations:
  * for n, u: hidden[n][u] = max(0, hidden_bias[u] + sum over k: hidden_weight[u][k] * flat[n][k])
- * Six observations and a range of inputs are taken at a time, so that they stay in the nearest cache for all 16 units.
- * `next` is the unit that this thread probably takes afterwards, whose weights are prefetched. Sums that will be normalized
- * are left without bias and ReLU. */
+ * DOT_OBSERVATIONS and a range of inputs are taken at a time, so that they stay in the nearest cache for all 16 units.
+ * `next` is the unit that this thread probably takes afterwards, whose weights are prefetched. Sums that will be
+ * normalized are left without bias and ReLU. */
 ALWAYS_INLINE void hidden_forward_template(const Precision precision, const NetworkShape *shape,
                                            const ForwardArgs *args, int64_t first, int64_t next) {
-    const int64_t words = shape->flat / pair_size(precision), range = L1_BYTES / 3 / (6 * sizeof(int32_t)) / 16 * 16;
+    const int64_t words = shape->flat / pair_size(precision);
+    const int64_t range = L1_BYTES / 3 / (DOT_OBSERVATIONS * sizeof(int32_t)) / 16 * 16;
     const int32_t *all = (const int32_t *)args->hidden_weight, *weight = all + first * words;
     const int32_t *x = (const int32_t *)args->flat, *ahead = all + (next < shape->hidden ? next : first) * words;
     const Normalization *norm = args->normalization[shape->convolutions];
     float *sums_out = norm && norm->sums ? norm->sums : args->hidden;
-    float sums[4][24 * 16];
-    const int64_t share = 16 * words / (4 * (args->batch / 6 + 1) * ((words + range - 1) / range)) + 16;
+    float sums[16 / DOT_UNITS][DOT_UNITS * DOT_OBSERVATIONS * 16];
+    const int64_t tiles = 16 / DOT_UNITS * (args->batch / DOT_OBSERVATIONS + 1) * ((words + range - 1) / range);
+    const int64_t share = 16 * words / tiles + 16;
     for (int64_t n = 0; n < args->batch;) {
-        const int64_t count = n + 6 <= args->batch ? 6 : n + 2 <= args->batch ? 2 : 1;
+        const int64_t left = args->batch - n, count = left >= DOT_OBSERVATIONS ? DOT_OBSERVATIONS : left >= 2 ? 2 : 1;
         for (int64_t k = 0; k < words; k += range) {
             const int64_t to = k + range < words ? k + range : words;
-            for (int64_t u = 0; u < 16; u += 4) {
+            for (int64_t u = 0; u < 16; u += DOT_UNITS) {
+                const int64_t stride = shape->hidden;
                 const int32_t *w = weight + u * words, *x_n = x + n * words;
                 const float *bias = norm ? NULL : args->hidden_bias + first + u;
-                float *out = sums_out + n * shape->hidden + first + u;
+                float *out = sums_out + n * stride + first + u, *kept = sums[u / DOT_UNITS];
                 prefetch_words(&ahead, share);
-                if (count == 6)
-                    dot_tile(precision, 4, 6, w, x_n, words, k, to, sums[u / 4], bias, out, shape->hidden);
+                if (count == DOT_OBSERVATIONS)
+                    dot_tile(precision, DOT_UNITS, DOT_OBSERVATIONS, w, x_n, words, k, to, kept, bias, out, stride);
                 else if (count == 2)
-                    dot_tile(precision, 4, 2, w, x_n, words, k, to, sums[u / 4], bias, out, shape->hidden);
+                    dot_tile(precision, DOT_UNITS, 2, w, x_n, words, k, to, kept, bias, out, stride);
                 else
-                    dot_tile(precision, 4, 1, w, x_n, words, k, to, sums[u / 4], bias, out, shape->hidden);
+                    dot_tile(precision, DOT_UNITS, 1, w, x_n, words, k, to, kept, bias, out, stride);
             }
         }
         n += count;

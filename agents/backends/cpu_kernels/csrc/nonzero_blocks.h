@@ -24,12 +24,13 @@ ALWAYS_INLINE uint64_t find_nonzero_blocks(const Precision precision, const void
                                            int64_t channels) {
     uint64_t nonzero = 0;
     for (int64_t x = 0; x < count; x++) {
-        __m256i any = _mm256_setzero_si256();
-        for (int64_t c = 0; c < channels; c += 32 / element_bytes(precision)) {
-            const void *at = element_at(precision, blocks, x * channels + c);
-            any = _mm256_or_si256(any, _mm256_loadu_si256((const __m256i *)at));
+        uint64_t any = 0;
+        for (int64_t i = 0; i < channels * element_bytes(precision); i += 8) {
+            uint64_t some;
+            memcpy(&some, (const uint8_t *)element_at(precision, blocks, x * channels) + i, 8);
+            any |= some;
         }
-        nonzero |= (uint64_t)!_mm256_testz_si256(any, any) << x;
+        nonzero |= (uint64_t)(any != 0) << x;
     }
     return nonzero;
 }
@@ -37,13 +38,14 @@ ALWAYS_INLINE uint64_t find_nonzero_blocks(const Precision precision, const void
 /* From the masks of a convolution's input rows, (in_height), to those of its output rows, (out_height), in place:
  * for y, x: bit x of output y = any bit x * stride + j of input y * stride + i, i and j < kernel */
 static inline void propagate_nonzero(const ConvShape *conv, uint64_t *nonzero) {
-    uint64_t every_stride = 0;
-    for (int64_t x = 0; x < conv->out_width; x++) every_stride |= (uint64_t)1 << x * conv->stride;
     for (int64_t y = 0; y < conv->out_height; y++) {
         uint64_t rows = 0, window = 0;
         for (int64_t tap = 0; tap < conv->kernel; tap++) rows |= nonzero[y * conv->stride + tap];
         for (int64_t tap = 0; tap < conv->kernel; tap++) window |= rows >> tap;
-        nonzero[y] = _pext_u64(window, every_stride);
+        nonzero[y] = 0;
+        if (conv->stride == 1) nonzero[y] = window & first_bits(conv->out_width);
+        for (int64_t x = 0; conv->stride > 1 && x < conv->out_width; x++)
+            nonzero[y] |= (window >> x * conv->stride & 1) << x;
     }
 }
 
@@ -70,8 +72,8 @@ static inline void copy_zero_positions(const ConvShape *conv, const uint64_t *no
         for (uint64_t zero = first_bits(conv->out_width) & ~nonzero[y]; zero; zero &= zero - 1) {
             float *position = sums + __builtin_ctzll(zero) * conv->out_channels;
             if (!first) first = position;
-            for (int64_t u = 0; u < conv->out_channels; u += 16)
-                _mm512_storeu_ps(position + u, _mm512_loadu_ps(first + u));
+            for (int64_t u = 0; u < conv->out_channels; u += VECTOR_LANES)
+                store_floats(position + u, load_floats(first + u));
         }
     }
 }

@@ -4,8 +4,8 @@
 #include "simd.h"
 #ifdef VECTOR_KERNELS
 
-/* Add `rows` x (`vectors` * 16) sums of products of two arrays of words, which pair observations, over `lines` lines of
- * `count` positions:
+/* Add `rows` x `vectors` vectors of sums of products of two arrays of words, which pair observations, over `lines` lines
+ * of `count` positions:
  * for line, p, i, u: sums[i][u] += x[line * x_line_stride + p * x_stride + i] . g[(line * count + p) * g_stride + u]
  * With `fresh` the sums start from zero. With `offsets` x is nonzero only at `count` positions of one line, and x and g
  * are read at x + offsets[p][0] and g + offsets[p][1]. */
@@ -13,18 +13,18 @@ ALWAYS_INLINE void outer_product_tile(const Precision precision, const int rows,
                                       int64_t sums_stride, int fresh, const int32_t *x, int64_t lines,
                                       int64_t x_line_stride, int64_t count, int64_t x_stride, const int32_t *g,
                                       int64_t g_stride, const int32_t (*offsets)[2]) {
-    __m512 sum[8][4];
+    Floats sum[8][4];
     UNROLL for (int i = 0; i < rows; i++) {
         UNROLL for (int v = 0; v < vectors; v++)
-            sum[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * sums_stride + 16 * v);
+            sum[i][v] = fresh ? zeros() : load_floats(sums + i * sums_stride + VECTOR_LANES * v);
     }
     for (int64_t line = 0; line < lines; line++) {
         const int32_t *at = x + line * x_line_stride;
         for (int64_t p = 0; p < count; p++) {
             const int32_t *of = offsets ? g + offsets[p][1] : g;
             if (offsets) at = x + offsets[p][0];
-            __m512i b[4];
-            UNROLL for (int v = 0; v < vectors; v++) b[v] = load_once(of + 16 * v);
+            Words b[4];
+            UNROLL for (int v = 0; v < vectors; v++) b[v] = load_once(of + VECTOR_LANES * v);
             UNROLL for (int i = 0; i < rows; i++) {
                 const int32_t a = at[i];
                 UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = multiply_add(precision, sum[i][v], a, b[v]);
@@ -34,7 +34,7 @@ ALWAYS_INLINE void outer_product_tile(const Precision precision, const int rows,
         }
     }
     UNROLL for (int i = 0; i < rows; i++) {
-        UNROLL for (int v = 0; v < vectors; v++) _mm512_storeu_ps(sums + i * sums_stride + 16 * v, sum[i][v]);
+        UNROLL for (int v = 0; v < vectors; v++) store_floats(sums + i * sums_stride + VECTOR_LANES * v, sum[i][v]);
     }
 }
 #endif

@@ -1,8 +1,9 @@
 /* Plain loops that the kernels equal, one for each, in float32 and channels-last order; the tests build them.
  *
- * Where a kernel adds in a fixed order, its loop adds in that order with fmaf, so float32 agrees bit for bit. Arrays
- * are elements in their natural order: observations (batch, y, x, channel), weights (kernel, kernel, in_channels,
- * out_channels); pairs of bfloat16 and other layouts are the tests' business.
+ * Where a kernel adds in a fixed order, its loop adds in that order, with one rounding where the processor can that both
+ * are compiled for, so float32 agrees bit for bit. Arrays are elements in their natural order:
+ * observations (batch, y, x, channel), weights (kernel, kernel, in_channels, out_channels); pairs of bfloat16 and other
+ * layouts are the tests' business.
  */
 #include <math.h>
 #include <stdint.h>
@@ -10,6 +11,14 @@
 #include "structs.h"
 
 #define FOR(i, count) for (int64_t i = 0; i < (count); i++)
+
+static float multiply_add(float a, float b, float sum) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
 
 static float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
@@ -39,7 +48,7 @@ void reference_conv_forward(const ConvShape *conv, int64_t batch, const float *i
         float sum = 0.0f;
         FOR(i, k) FOR(j, k) FOR(c, channels) {
             const int64_t at = ((n * conv->in_height + y * s + i) * conv->in_width + x * s + j) * channels + c;
-            sum = fmaf(in[at], weight[((i * k + j) * channels + c) * units + u], sum);
+            sum = multiply_add(in[at], weight[((i * k + j) * channels + c) * units + u], sum);
         }
         *out++ = relu(sum + bias[u]);
     }
@@ -62,7 +71,7 @@ void reference_dense_input_backward(int64_t batch, int64_t inputs, int64_t units
                                     const float *x, float *dx) {
     FOR(n, batch) FOR(k, inputs) {
         float sum = 0.0f;
-        FOR(u, units) sum = fmaf(dy[n * units + u], weight[u * inputs + k], sum);
+        FOR(u, units) sum = multiply_add(dy[n * units + u], weight[u * inputs + k], sum);
         *dx++ = !x || x[n * inputs + k] > 0.0f ? sum : 0.0f;
     }
 }
@@ -75,7 +84,7 @@ void reference_dense_weight_backward(int64_t batch, int64_t inputs, int64_t unit
         FOR(n, batch) db[u] += dy[n * units + u];
         FOR(k, inputs) {
             float sum = 0.0f;
-            FOR(n, batch) sum = fmaf(dy[n * units + u], x[n * inputs + k], sum);
+            FOR(n, batch) sum = multiply_add(dy[n * units + u], x[n * inputs + k], sum);
             dw[u * inputs + k] = sum;
         }
     }
@@ -96,7 +105,7 @@ void reference_conv_input_backward(const ConvShape *conv, int64_t batch, const f
                 const int64_t x = (w - j) / s;
                 if (w < j || x >= conv->out_width) continue;
                 FOR(u, units)
-                    sum = fmaf(dy[((n * conv->out_height + y) * conv->out_width + x) * units + u],
+                    sum = multiply_add(dy[((n * conv->out_height + y) * conv->out_width + x) * units + u],
                                weight[((i * k + j) * channels + c) * units + u], sum);
             }
         }
@@ -111,7 +120,7 @@ void reference_conv_weight_backward(const ConvShape *conv, int64_t batch, const 
     FOR(i, k) FOR(j, k) FOR(c, channels) FOR(u, units) {
         float sum = 0.0f;
         FOR(n, batch) FOR(y, conv->out_height) FOR(x, conv->out_width)
-            sum = fmaf(in[((n * conv->in_height + y * s + i) * conv->in_width + x * s + j) * channels + c],
+            sum = multiply_add(in[((n * conv->in_height + y * s + i) * conv->in_width + x * s + j) * channels + c],
                        dy[((n * conv->out_height + y) * conv->out_width + x) * units + u], sum);
         *dw++ = sum;
     }

@@ -17,6 +17,17 @@
 
 typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } Precision;
 
+/* Stages of an update in bfloat16 that the tile unit computes instead of vectors, see tiles.h: bits of
+ * NetworkShape.tiles. */
+typedef enum {
+    TILE_CONV_FORWARD = 1,
+    TILE_HIDDEN_FORWARD = 2,
+    TILE_FLAT_BACKWARD = 4,
+    TILE_HIDDEN_WEIGHT = 8,
+    TILE_CONV_INPUT = 16,
+    TILE_CONV_WEIGHT = 32
+} TileStage;
+
 /* How a layer's weight w is made of what is trained, unit by unit. */
 typedef enum {
     WEIGHT_PLAIN = 0,       /* w = v */
@@ -100,6 +111,11 @@ typedef struct {
     int64_t max_activation;                   /* numbers in the largest activation, zero border included */
     int64_t max_positions;                    /* entries in a list of output positions of two observations */
     int64_t workspace_bytes;                  /* of each thread */
+    int64_t tiles;                            /* TileStages; 0 unless has_tile_unit() and the precision is bfloat16 */
+    int64_t transposed_columns[MAX_CONVOLUTIONS]; /* with a TILE_CONV_WEIGHT: what a line of output positions takes in
+                                                     BackwardArgs.transposed_gradient: out_width, or with stride 1 all
+                                                     lines at once: (out_height - 1) * in_width + out_width; rounded up
+                                                     to 16 */
 } NetworkShape;
 
 /* Over what the mean and the variance of a normalization are taken. */
@@ -131,7 +147,10 @@ typedef struct {
     float *bias_gradient, *gain_gradient; /* (units) */
 } Normalization;
 
-/* One network's forward pass over `batch` observations. */
+/* One network's forward pass over `batch` observations. With NetworkShape.tiles some arrays go on behind their end:
+ * saved_input[l] with 16 * stride * in_channels words of zeros, that of the hidden layer with rows of zeros to a multiple
+ * of 16; hidden_gradient and flat_gradient (see below) with rows to a multiple of 16, hidden_gradient with 16 elements
+ * more, all finite. */
 typedef struct {
     const int32_t *conv_weight[MAX_CONVOLUTIONS];  /* words (kernel, kernel, in_channels / pair, out_channels) */
     const float *conv_bias[MAX_CONVOLUTIONS];      /* (out_channels) */
@@ -148,8 +167,10 @@ typedef struct {
     int32_t *saved_input[MAX_CONVOLUTIONS + 1];
     uint64_t *nonzero_blocks;                      /* (batch / pair, in_height): bit x is set where block x of the first
                                                       input has a nonzero pixel; other blocks of saved_input[0] are not
-                                                      written */
+                                                      written but with a TILE_CONV_WEIGHT */
     void *flat;                                    /* elements (batch, flat) */
+    int32_t *flat_columns;                         /* with a TILE_HIDDEN_FORWARD: the same as words (flat / 2, batch rounded
+                                                      up to 16) that pair inputs */
     float *hidden, *q_values;                      /* (batch, hidden), (batch, actions) */
 } ForwardArgs;
 
@@ -163,6 +184,8 @@ typedef struct {
     int32_t *hidden_gradient_pairs;                /* the same as words (batch / pair, hidden) that pair observations */
     float *flat_gradient;                          /* (batch, flat): by the hidden layer's input */
     int32_t *conv_gradient[MAX_CONVOLUTIONS];      /* words (batch / pair, positions, out_channels) */
+    int32_t *transposed_gradient[MAX_CONVOLUTIONS]; /* with a TILE_CONV_WEIGHT: conv_gradient as words (batch / pair,
+                                                      out_channels, columns), see tile_backward.c */
     float *weight_gradient[MAX_CONVOLUTIONS];      /* (kernel, kernel, in_channels, out_channels) */
     float *bias_gradient[MAX_CONVOLUTIONS];        /* (out_channels) */
 } BackwardArgs;

@@ -9,6 +9,7 @@
 #include "simd.h"
 #include "stages.h"
 #include "td_loss.h"
+#include "tiles.h"
 
 /* Whether the processor has the vectors for the functions below in this precision. */
 int64_t supports_precision(int64_t precision) {
@@ -71,7 +72,7 @@ static void work_off_convolutions(const NetworkShape *shape, const ForwardArgs *
         for (; i >= 0 && (taken = take_item(&queues[i].pairs)) < 0; i--) waiting += !all_done(&queues[i].pairs);
         if (taken < 0 && !waiting) return;
         if (taken < 0) {
-            _mm_pause();
+            spin_pause();
             continue;
         }
         ConvQueue *queue = &queues[i];
@@ -90,15 +91,40 @@ static void work_off_convolutions(const NetworkShape *shape, const ForwardArgs *
 void network_forward(const NetworkShape *shape, const ForwardArgs *passes, int64_t count, uint8_t *workspace,
                      int64_t threads) {
     ConvQueue queues[count];
-    for (int64_t i = 0; i < count; i++) queues[i] = forward_queue(shape, &passes[i]);
+    int normalized = 0; /* any convolution, then of all networks */
+    for (int64_t i = 0; i < count; i++) {
+        queues[i] = forward_queue(shape, &passes[i]);
+        for (int64_t l = 0; l < shape->convolutions; l++) normalized |= passes[i].normalization[l] != NULL;
+    }
 #pragma omp parallel num_threads(threads)
     {
-        work_off_convolutions(shape, passes, count, queues, threads, workspace + THREAD * shape->workspace_bytes);
+        uint8_t *mine = workspace + THREAD * shape->workspace_bytes;
+        if (shape->tiles) configure_tiles();
+        if (USES_TILES(shape, TILE_CONV_FORWARD) && !normalized) {
+            for (int64_t i = 0; i < count; i++) {
+#pragma omp for schedule(dynamic, 1) nowait
+                for (int64_t n = 0; n < passes[i].batch; n += 2)
+                    tile_conv_forward(shape, &passes[i], n, n + 2 * threads, mine);
+            }
+        } else {
+            work_off_convolutions(shape, passes, count, queues, threads, mine);
+        }
 #pragma omp barrier
+        for (int64_t i = 0; i < count && USES_TILES(shape, TILE_HIDDEN_FORWARD); i++) {
+#pragma omp for schedule(static)
+            for (int64_t word = 0; word < shape->flat / 2; word += 16) transpose_flat(shape, &passes[i], word);
+        }
+        const int64_t units = USES_TILES(shape, TILE_HIDDEN_FORWARD) ? 32 : 16; /* of a call */
         for (int64_t i = 0; i < count; i++) {
 #pragma omp for schedule(dynamic, 1) nowait
-            for (int64_t u = 0; u < shape->hidden; u += 16) hidden_forward(shape, &passes[i], u, u + 16 * threads);
+            for (int64_t u = 0; u < shape->hidden; u += units) {
+                if (USES_TILES(shape, TILE_HIDDEN_FORWARD))
+                    tile_hidden_forward(shape, &passes[i], u);
+                else
+                    hidden_forward(shape, &passes[i], u, u + 16 * threads);
+            }
         }
+        if (shape->tiles) release_tiles();
 #pragma omp barrier
         for (int64_t i = 0; i < count; i++) {
 #pragma omp for schedule(static) nowait
@@ -134,33 +160,42 @@ static void finish_inputs(const NetworkShape *shape, const ForwardArgs *args, Co
     }
     open_next_stage(&queue->pairs);
 }
+typedef void HiddenStep(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
+                        const TrainedLayer *layer, int64_t first, float *rows, const OptimizerStep *step);
 
 /* A thread's share: the gradients by the convolutions' inputs (pairs of observations), then, once all of these are
- * done, by their weights (rows of kernels), and the hidden layer's steps (8 units each). */
+ * done, by their weights (rows of kernels), and the hidden layer's steps (8 or 16 units each). */
 static void work_off(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back,
                      const TrainedLayer *hidden, WorkQueue *queue, uint8_t *workspace, const OptimizerStep *step) {
-    const int64_t steps = shape->hidden / 8;
+    const int64_t units = USES_TILES(shape, TILE_HIDDEN_WEIGHT) ? 16 : 8; /* of a step */
+    const int64_t steps = shape->hidden / units;
+    HiddenStep *hidden_step = USES_TILES(shape, TILE_HIDDEN_WEIGHT) ? tile_hidden_weight_step : hidden_weight_step;
     int64_t weights = 0, taken;
     for (int64_t l = 0; l < shape->convolutions; l++) weights += shape->convolution[l].kernel;
     while (THREAD % 2 && (taken = TAKE(next_hidden)) < steps)
-        hidden_weight_step(shape, args, back, hidden, taken * 8, (float *)workspace, step);
+        hidden_step(shape, args, back, hidden, taken * units, (float *)workspace, step);
     for (;;) {
         if ((taken = take_item(&queue->inputs.pairs)) >= 0) {
             const int64_t stage = taken / queue->inputs.pairs.items, n = taken % queue->inputs.pairs.items * 2;
             conv_input_backward(shape, args, back, queue->inputs.from[stage], n, workspace);
+            if (USES_TILES(shape, TILE_CONV_WEIGHT) && stage + 1 == queue->inputs.pairs.stages)
+                transpose_conv_gradient(shape, back, n);
             finish_inputs(shape, args, &queue->inputs, stage);
         } else if (all_done(&queue->inputs.pairs) && LEFT(next_weight, weights)) {
             if ((taken = TAKE(next_weight)) >= weights) continue;
             int64_t l = 0;
             for (int64_t lines; taken >= (lines = shape->convolution[l].kernel); l++) taken -= lines;
-            conv_weight_backward(shape, args, back, l, taken);
+            if (USES_TILES(shape, TILE_CONV_WEIGHT))
+                tile_conv_weight_backward(shape, args, back, l, taken, workspace);
+            else
+                conv_weight_backward(shape, args, back, l, taken);
         } else if (LEFT(next_hidden, steps)) {
             if ((taken = TAKE(next_hidden)) < steps)
-                hidden_weight_step(shape, args, back, hidden, taken * 8, (float *)workspace, step);
+                hidden_step(shape, args, back, hidden, taken * units, (float *)workspace, step);
         } else if (!LEFT(next_weight, weights)) {
             return;
         } else {
-            _mm_pause(); /* another thread is still at the last gradient by an input */
+            spin_pause(); /* another thread is still at the last gradient by an input */
         }
     }
 }
@@ -182,6 +217,7 @@ void network_backward_and_step(const NetworkShape *shape, const ForwardArgs *arg
 #pragma omp parallel num_threads(threads)
     {
         uint8_t *mine = workspace + THREAD * shape->workspace_bytes;
+        if (shape->tiles) configure_tiles();
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t action = 0; action < shape->actions; action++) output_backward(shape, args, back, output, action);
         if (of_hidden) {
@@ -196,9 +232,12 @@ void network_backward_and_step(const NetworkShape *shape, const ForwardArgs *arg
             for (int64_t n = 0; n < args->batch; n += 2) hidden_backward(shape, args, back, n);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t k = 0; k < shape->flat; k += 32) flat_backward(shape, args, back, k, k + 32 * threads, mine);
+        for (int64_t k = 0; k < shape->flat; k += 32)
+            (USES_TILES(shape, TILE_FLAT_BACKWARD) ? tile_flat_backward : flat_backward)(shape, args, back, k,
+                                                                                        k + 32 * threads, mine);
         if (hidden->weight_kind == WEIGHT_SPECTRAL) find_hidden_alignment(shape, args, back, hidden);
         work_off(shape, args, back, hidden, &queue, mine, step);
+        if (shape->tiles) release_tiles();
 #pragma omp barrier
         for (int64_t l = 0; l < shape->convolutions + 2; l++)
             if (layers[l].weight_kind == WEIGHT_SPECTRAL && &layers[l] != hidden)

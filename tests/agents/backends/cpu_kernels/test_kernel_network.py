@@ -21,21 +21,18 @@ from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.backends.cpu_kernels.workspace import MAX_CACHED_SIZES
 from tests.carried import Carried, carried
 from tests.kernel_networks import LAYERS, NORMALIZED, fused_adamax, mostly_black, networks, packed_target
-from tests.vectors import needs_passes
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold
-from wn_rl.parameterizations.base import bias_of, entry_of
+from wn_rl.parameterizations.base import bias_of, parameterization_of
 from wn_rl.parameterizations.batch_norm import Full, MeanOnly, WeightNormalizationWithMeanOnly
 from wn_rl.parameterizations.layer_norm import PerExample
 from wn_rl.parameterizations.projected import ProjectedWeights
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
-from wn_rl.replay import DrawnMinibatch, Minibatch, Replay
+from wn_rl.replay import LazyMinibatch, Minibatch, Replay
 
 CPU = torch.device("cpu")
-LIBRARY = loader.load()
-PRECISIONS = [pytest.param(getattr(torch, name), marks=needs_passes(name), id=name) for name in ("float32", "bfloat16")]
 
 
 def units_on(compiled: KernelNetwork, batch: int) -> list[Tensor]:
@@ -75,7 +72,7 @@ def by_hand(
         return x + (x.to(precision).double() - x).detach()
 
     def weight_of(layer: nn.Module) -> Tensor:
-        entry = entry_of(layer)
+        entry = parameterization_of(layer)
         if isinstance(entry, ProjectedWeights) and entry.g == "direct":
             slot: Any = layer.parametrizations["weight"]  # type: ignore[index]
             return slot.original0.double() * slot.original1.double()
@@ -138,16 +135,16 @@ def gradient(network: QNetwork) -> Tensor:
 
 
 def both(spec: QNetworkSpec, precision: torch.dtype) -> tuple[KernelNetwork, PackedNetwork]:
-    assert not isinstance(LIBRARY, str)
+    library = loader.load()
+    assert not isinstance(library, str)
     network = build_q_network(spec, seed=1)
-    assert layouts.unsupported(network, LIBRARY, precision) == ""
+    assert layouts.unsupported(network, library, precision) == ""
     return (
-        KernelNetwork(network, LIBRARY, precision=precision),
-        PackedNetwork(copy.deepcopy(network), LIBRARY, precision=precision),
+        KernelNetwork(network, library, precision=precision),
+        PackedNetwork(copy.deepcopy(network), library, precision=precision),
     )
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @given(spec=networks(), batch=st.integers(1, 13), seed=st.integers(0, 1000), lit=st.sampled_from([1.0, 0.3, 0.03, 0.0]))
 @settings(deadline=None, max_examples=60)
 def test_values_gradients_and_steps_are_those_of_torch(
@@ -156,7 +153,6 @@ def test_values_gradients_and_steps_are_those_of_torch(
     compare_with_torch(precision, spec, batch, seed, lit)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @given(
     spec=networks(NORMALIZED, LAYERS),
     batch=st.integers(1, 13),
@@ -241,7 +237,6 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("spec", LARGE)
 @pytest.mark.parametrize(("lit", "filled"), [(0.97, 1.0), (0.5, 0.02), (0.1, 1.0)])
 def test_what_is_left_out_of_large_frames_changes_no_bit(
@@ -250,7 +245,6 @@ def test_what_is_left_out_of_large_frames_changes_no_bit(
     compare_with_all_visited(spec, precision, 5, 0, lit, filled)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @given(
     spec=networks() | networks(NORMALIZED, LAYERS),
     batch=st.integers(1, 13),
@@ -296,7 +290,6 @@ def compare_with_all_visited(
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("param", ["wn", "ln", "bn", "wn_mean_only_bn"])
 def test_no_result_depends_on_the_number_of_threads(precision: torch.dtype, param: str) -> None:
     threads = torch.get_num_threads()
@@ -315,25 +308,23 @@ def test_no_result_depends_on_the_number_of_threads(precision: torch.dtype, para
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_frames_in_the_ring_give_what_copied_ones_give(precision: torch.dtype) -> None:
     first, second = made(precision), made(precision)
     for number in range(3):
         batch = drawn(number)
         copied = Minibatch(
-            batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.terminals, batch.numbers
+            batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.terminals, batch.indices
         )
-        untouched = drawn(number)
-        assert isinstance(untouched, DrawnMinibatch)
-        assert untouched.untouched
-        first.update(untouched)
-        assert untouched.untouched
+        lazy = drawn(number)
+        assert isinstance(lazy, LazyMinibatch)
+        assert lazy.is_lazy
+        first.update(lazy)
+        assert lazy.is_lazy
         second.update(batch if number == 1 else copied)
     for ours, theirs in zip(first.q_network.parameters(), second.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("reward_clip", [0.0, 0.5, 1.0])
 def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, reward_clip: float) -> None:
@@ -365,7 +356,6 @@ def test_the_loss_is_that_of_torch(precision: torch.dtype, reduction: str, rewar
     assert (torch.cat(sizes) < 1).any()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> None:
     agent = made(precision)
     agent.update(drawn(0))
@@ -376,7 +366,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> No
     weights = [parameter.detach().clone() for parameter in agent.q_network.parameters()]
     with pytest.raises(NonFiniteLossError):
         agent.update(batch)
-    assert agent.offending_transitions().tolist() == batch.numbers.tolist()  # type: ignore[union-attr]
+    assert agent.offending_transitions().tolist() == batch.indices.tolist()  # type: ignore[union-attr]
     for ours, theirs in zip(weights, agent.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     after = agent.state_dict()
@@ -387,7 +377,6 @@ def test_a_loss_that_is_not_finite_changes_nothing(precision: torch.dtype) -> No
             assert torch.equal(tensor, after["optimizer"][index][name])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_somebody_writes_into_a_minibatch_counts(precision: torch.dtype) -> None:
     agents = [made(precision, compile=choice) for choice in ("on", "off")]
     for agent in agents:
@@ -399,44 +388,42 @@ def test_what_somebody_writes_into_a_minibatch_counts(precision: torch.dtype) ->
     assert ours.td_error == pytest.approx(theirs.td_error, rel=1e-4 if precision is torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_does_not_exist_is_refused(precision: torch.dtype) -> None:
     agent = made(precision)
     agent.update(drawn(0))
     before = [parameter.detach().clone() for parameter in agent.q_network.parameters()]
     batch = drawn(1)
-    assert isinstance(batch, DrawnMinibatch)
+    assert isinstance(batch, LazyMinibatch)
     with pytest.raises(IndexError, match="does not exist"):
-        agent.update(DrawnMinibatch(batch.kept, torch.tensor([3, -1])))
-    actions = batch.kept.actions.clone()
-    batch.kept.actions.fill_(4)
+        agent.update(LazyMinibatch(batch.storage, torch.tensor([3, -1])))
+    actions = batch.storage.actions.clone()
+    batch.storage.actions.fill_(4)
     with pytest.raises(IndexError, match="does not exist"):
-        agent.update(DrawnMinibatch(batch.kept, batch.numbers))
-    batch.kept.actions.copy_(actions)
+        agent.update(LazyMinibatch(batch.storage, batch.indices))
+    batch.storage.actions.copy_(actions)
     fewer = Minibatch(batch.observations[:5], *[getattr(batch, entry.name) for entry in fields(batch)[1:]])
     with pytest.raises(ValueError, match="does not fit"):
         agent.update(fewer)
     other = Replay(60, 2, frame_shape=(88, 84))
     with pytest.raises(ValueError, match="does not fit"):
-        agent.update(DrawnMinibatch(other.kept, batch.numbers))
+        agent.update(LazyMinibatch(other.storage, batch.indices))
     assert agent.q_values(batch.observations[:0]).shape == (0, 4)
     for ours, theirs in zip(before, agent.q_network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_passes_of_another_size_between_two_updates_change_nothing(precision: torch.dtype) -> None:
     """The memory of the way back is made anew for them, and no update may go on with the old one."""
     first, second = made(precision), made(precision)
     for agent in (first, second):
         compiled, batch = agent.network, drawn(0)
         assert isinstance(compiled, KernelNetwork)
-        assert isinstance(batch, DrawnMinibatch)
+        assert isinstance(batch, LazyMinibatch)
         agent.update(batch)
         if agent is first:
             for size in (3, 40):
-                numbers = batch.numbers[:1].expand(size)
-                *_, seen = compiled.forward_both(agent._packed_target(), DrawnMinibatch(batch.kept, numbers))
+                indices = batch.indices[:1].expand(size)
+                *_, seen = compiled.forward_both(agent._packed_target(), LazyMinibatch(batch.storage, indices))
                 compiled.backward(seen, torch.zeros(size, 4))
                 compiled._backward_args(torch.zeros(size, 4))
         agent.update(drawn(1))
@@ -444,7 +431,6 @@ def test_passes_of_another_size_between_two_updates_change_nothing(precision: to
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_leaves_the_working_weights_that_are_made_of_what_is_trained(precision: torch.dtype) -> None:
     agent = made(precision)
     compiled = agent.network
@@ -462,7 +448,6 @@ def test_a_step_leaves_the_working_weights_that_are_made_of_what_is_trained(prec
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: torch.dtype) -> None:
     agent = made(precision)
     agent.update(drawn(0))
@@ -478,9 +463,10 @@ def test_memory_does_not_grow_with_the_numbers_of_observations_seen(precision: t
 
 def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_can() -> None:
     network = build_q_network(QNetworkSpec(4, "wn"), seed=0)
-    if isinstance(LIBRARY, str) or not loader.supports(LIBRARY, torch.float32):
-        pytest.skip("no compiler, or no vectors of 512 bits")
-    assert layouts.unsupported(network, LIBRARY, torch.float32) == ""
+    library = loader.load()
+    if isinstance(library, str) or not loader.supports(library, torch.float32):
+        pytest.skip("no compiler, or no vectors")
+    assert layouts.unsupported(network, library, torch.float32) == ""
     assert isinstance(made(torch.float32).network, KernelNetwork)
 
 
@@ -497,10 +483,11 @@ def test_the_network_of_the_paper_takes_the_compiled_passes_where_the_processor_
     ],
 )
 def test_what_the_passes_cannot_compute_is_said(changes: dict[str, object], reason: str) -> None:
-    if isinstance(LIBRARY, str) or not loader.supports(LIBRARY, torch.float32):
-        pytest.skip("no compiler, or no vectors of 512 bits")
+    library = loader.load()
+    if isinstance(library, str) or not loader.supports(library, torch.float32):
+        pytest.skip("no compiler, or no vectors")
     network = build_q_network(QNetworkSpec(4, **changes), seed=0)  # type: ignore[arg-type]
-    assert reason in layouts.unsupported(network, LIBRARY, torch.float32)
+    assert reason in layouts.unsupported(network, library, torch.float32)
 
 
 def made(precision: torch.dtype, **changes: object) -> Carried:

@@ -1,7 +1,7 @@
-"""How long a resumed run takes to fill its replay, against bare emulators that make as many steps.
+"""How long a resumed run takes to restore its replay buffer, compared with bare emulators that make as many steps.
 
-``python benchmarks/rebuild.py --steps 1M``: random play of so many agent steps with the journal, then the rebuild and a
-bare ``AtariVectorEnv`` loop in turn, on all cores. Prints sizes, times and their ratio.
+``python benchmarks/resume.py --steps 1M``: random play of so many agent steps with an action log, then alternately
+restoring them and a bare ``AtariVectorEnv`` loop, on all cores. Prints sizes, times and their ratio.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.backends.eager import Eager
 from wn_rl import cli
-from wn_rl.atari.action_log import Journal
+from wn_rl.atari.action_log import ActionLog
 from wn_rl.atari.env import NO_CAP, make_atari
 from wn_rl.atari.games import find_game
 from wn_rl.config import Count, TrainConfig
@@ -37,7 +37,7 @@ from wn_rl.training import TrainingLoop, training_seeds
 
 @dataclass(frozen=True)
 class Arguments:
-    """Time the filling of a replay from its journal."""
+    """Time how long a replay buffer takes to be restored from its action log."""
 
     game: str = "Breakout"
     """The game."""
@@ -46,7 +46,7 @@ class Arguments:
     num_envs: Count = 16
     """Emulators."""
     rounds: Count = 2
-    """Times that each side is measured."""
+    """Measurements of each of the two."""
     sticky_actions: float = 0.0
     """Probability that a frame repeats the previous action."""
     seed: Count = 1
@@ -70,10 +70,10 @@ class RandomPlay:
 def make_loop(config: TrainConfig, path: Path) -> TrainingLoop:
     """Return a training loop that only plays."""
     env = make_atari(config.game, config.num_envs, sticky_actions=config.sticky_actions)
-    journal = Journal(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
+    action_log = ActionLog(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
     agent = RandomPlay(env.num_actions, config.seed)
     replay = Replay(config.replay_capacity, config.num_envs)
-    return TrainingLoop(config, env, Eager(agent, replay), replay, journal)  # type: ignore[arg-type]
+    return TrainingLoop(config, env, Eager(agent, replay), replay, action_log)  # type: ignore[arg-type]
 
 
 def bare_seconds(config: TrainConfig, vector_steps: int) -> float:
@@ -112,32 +112,32 @@ def main(words: Sequence[str]) -> int:
         seed=arguments.seed,
     )
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "journal.bin"
+        path = Path(directory) / "action_log.bin"
         loop = make_loop(config, path)
-        assert loop.journal is not None
-        loop.journal.create()
+        assert loop.action_log is not None
+        loop.action_log.create()
         loop.start()
         while loop.agent_steps < arguments.steps:
             loop.vector_step()
-        mark, checksum, rows = loop.journal.mark(), loop.replay.checksum(), loop.rows
+        mark, checksum, vector_steps = loop.action_log.mark(), loop.replay.checksum(), loop.vector_steps
         loop.env.close()
         del loop
-        print(f"journal: {path.stat().st_size / arguments.steps * 1e6 / 1e6:.2f} MB per million agent steps")
+        print(f"action log: {path.stat().st_size / arguments.steps * 1e6 / 1e6:.2f} MB per million agent steps")
         ratios = []
         for _ in range(arguments.rounds):
-            bare = bare_seconds(config, rows)
+            bare = bare_seconds(config, vector_steps)
             again = make_loop(config, path)
-            assert again.journal is not None
+            assert again.action_log is not None
             started = time.perf_counter()
-            again.rebuild(again.journal.open(mark))
+            again.restore(again.action_log.open(mark))
             took = time.perf_counter() - started
             if again.replay.checksum() != checksum:
-                print("the rebuilt replay differs", file=sys.stderr)
+                print("the restored replay differs", file=sys.stderr)
                 return 1
             again.env.close()
             del again
             ratios.append(took / bare)
-            print(f"rebuild {took:.1f} s, bare emulators {bare:.1f} s: {took / bare:.2f} times", flush=True)
+            print(f"restored in {took:.1f} s, bare emulators {bare:.1f} s: {took / bare:.2f} times", flush=True)
         print(f"median {statistics.median(ratios):.2f} times, for {arguments.steps:,} agent steps of {config.game}")
     return 0
 

@@ -1,4 +1,4 @@
-"""The journal on disk, and emulators and replay made anew from it."""
+"""The action log on disk, and emulators and replay that are restored from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agents.backends.eager import Eager
-from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, EmulatorState, History, Journal, Mark, read_history
+from wn_rl.atari.action_log import AUTO_RESET, RESEEDED, ActionLog, EmulatorState, History, Mark, read_history
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig
 from wn_rl.errors import CheckpointError
@@ -68,21 +68,23 @@ class TestState:
 @given(rows=st.lists(st.tuples(*[st.integers(0, 255)] * 4), min_size=1, max_size=60), marks=st.sets(st.integers(1, 60)))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_is_read_is_what_was_written(tmp_path: Path, rows: list[tuple[int, ...]], marks: set[int]) -> None:
-    journal = Journal(tmp_path / "journal.bin", 4, 0)
-    journal.create()
+    log = ActionLog(tmp_path / "action_log.bin", 4, 0)
+    log.create()
     known: list[Mark] = []
     for count, row in enumerate(rows, 1):
-        journal.append(np.array(row, np.uint8))
+        log.append(np.array(row, np.uint8))
         if count in marks:
-            known.append(journal.mark())
-    known.append(journal.mark())
+            known.append(log.mark())
+    known.append(log.mark())
     for mark in known:
-        assert read_history(tmp_path / "journal.bin", 4, 0, mark).rows.tolist() == [list(r) for r in rows[: mark.rows]]
+        assert read_history(tmp_path / "action_log.bin", 4, 0, mark).rows.tolist() == [
+            list(r) for r in rows[: mark.rows]
+        ]
 
 
 def test_writing_goes_on_behind_a_mark_and_drops_what_came_after(tmp_path: Path) -> None:
-    path = tmp_path / "journal.bin"
-    first = Journal(path, 2, 0)
+    path = tmp_path / "action_log.bin"
+    first = ActionLog(path, 2, 0)
     first.create()
     first.append(rows_of((1, 1))[0])
     mark = first.mark()
@@ -90,7 +92,7 @@ def test_writing_goes_on_behind_a_mark_and_drops_what_came_after(tmp_path: Path)
         first.append(rows_of((2, 2))[0])
     first.mark()
     longer = path.stat().st_size
-    again = Journal(path, 2, 0)
+    again = ActionLog(path, 2, 0)
     assert again.open(mark).rows.tolist() == [[1, 1]]
     assert path.stat().st_size == longer  # opening changes nothing yet
     again.cut()
@@ -101,54 +103,54 @@ def test_writing_goes_on_behind_a_mark_and_drops_what_came_after(tmp_path: Path)
 
 @pytest.mark.parametrize("place", [3, 20, 60, 90, -40, -1])
 def test_a_flipped_bit_is_found(tmp_path: Path, place: int) -> None:
-    path = tmp_path / "journal.bin"
-    journal = Journal(path, 2, 0)
-    journal.create()
+    path = tmp_path / "action_log.bin"
+    log = ActionLog(path, 2, 0)
+    log.create()
     rng = np.random.default_rng(0)
     for _ in range(100):
-        journal.append(rng.integers(0, 4, 2).astype(np.uint8))
-    mark = journal.mark()
+        log.append(rng.integers(0, 4, 2).astype(np.uint8))
+    mark = log.mark()
     data = bytearray(path.read_bytes())
     data[place] ^= 4
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"journal\.bin is damaged"):
+    with pytest.raises(CheckpointError, match=r"action_log\.bin is damaged"):
         read_history(path, 2, 0, mark)
 
 
-def test_a_journal_that_ends_too_early_is_another_runs_or_is_missing(tmp_path: Path) -> None:
-    path = tmp_path / "journal.bin"
-    journal = Journal(path, 2, 0)
+def test_a_action_log_that_ends_too_early_is_another_runs_or_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "action_log.bin"
+    log = ActionLog(path, 2, 0)
     with pytest.raises(CheckpointError, match="No such file"):
-        journal.open(Mark(1, ""))
-    journal.create()
-    journal.append(rows_of((1, 1))[0])
-    mark = journal.mark()
+        log.open(Mark(1, ""))
+    log.create()
+    log.append(rows_of((1, 1))[0])
+    mark = log.mark()
     with pytest.raises(CheckpointError, match="damaged"):
         read_history(path, 2, 0, Mark(2, mark.digest))
     with pytest.raises(CheckpointError, match="belongs to the checkpoint"):
         read_history(path, 2, 0, Mark(1, "0" * 64))
-    with pytest.raises(CheckpointError, match="not the journal of 3 emulators"):
+    with pytest.raises(CheckpointError, match="not the action log of 3 emulators"):
         read_history(path, 3, 0, mark)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CheckpointError, match="damaged"):
         read_history(path, 2, 0, mark)
 
 
-def test_trimming_keeps_what_a_rebuild_needs(tmp_path: Path) -> None:
-    path = tmp_path / "journal.bin"
-    journal = Journal(path, 2, 0)
-    journal.create()
+def test_trimming_keeps_what_a_resumed_run_needs(tmp_path: Path) -> None:
+    path = tmp_path / "action_log.bin"
+    log = ActionLog(path, 2, 0)
+    log.create()
     rng = np.random.default_rng(1)
     rows = rng.integers(0, 4, (400, 2)).astype(np.uint8)
     rows[100::90, 0] = AUTO_RESET
     rows[50::70, 1] = AUTO_RESET
     for index, row in enumerate(rows):
-        journal.append(row)
+        log.append(row)
         if index % 20 == 0:
-            journal.mark()
-    mark = journal.mark()
+            log.mark()
+    mark = log.mark()
     before, size = read_history(path, 2, 0, mark), path.stat().st_size
-    journal.trim(300)
+    log.trim(300)
     after = read_history(path, 2, 0, mark)
     assert path.stat().st_size < size / 2
     needed = before.state(300).needed_row(sticky=False)
@@ -156,30 +158,30 @@ def test_trimming_keeps_what_a_rebuild_needs(tmp_path: Path) -> None:
     assert np.array_equal(after.rows, rows[after.first_row :])
     assert np.array_equal(after.state(350).arrays(), before.state(350).arrays())
     assert after.state(350).steps == before.state(350).steps
-    journal.append(rows[0])
-    assert len(read_history(path, 2, 0, journal.mark()).rows) == len(after.rows) + 1
+    log.append(rows[0])
+    assert len(read_history(path, 2, 0, log.mark()).rows) == len(after.rows) + 1
     with pytest.raises(CheckpointError, match="is not in it"):
         after.state(0)
 
 
-def test_a_place_that_no_run_can_have_is_refused() -> None:
+def test_a_position_that_no_run_can_have_is_refused() -> None:
     """Two emulators, 5 agent steps: with an episode a step each resets every other time, so 6 vector steps at most."""
-    loop = {"agent_steps": 5, "journal": "00"}
-    assert Mark.of(loop | {"rows": 6}, 2) == Mark(6, "00")
+    loop = {"agent_steps": 5, "action_log": "00"}
+    assert Mark.of(loop | {"vector_steps": 6}, 2) == Mark(6, "00")
     for rows in (7, 10**12, -1):
         with pytest.raises(ValueError, match="are not 5 agent steps"):
-            Mark.of(loop | {"rows": rows}, 2)
+            Mark.of(loop | {"vector_steps": rows}, 2)
 
 
 def test_50_million_actions_fit_into_40_mb(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.bin", 16, 0)
-    journal.create()
+    log = ActionLog(tmp_path / "action_log.bin", 16, 0)
+    log.create()
     rng = np.random.default_rng(0)
     # the hardest case: eighteen actions, all random
     for row in rng.integers(0, 18, (40_000, 16)).astype(np.uint8):
-        journal.append(row)
-    journal.mark()
-    assert (tmp_path / "journal.bin").stat().st_size / 640_000 * 50e6 < 40e6
+        log.append(row)
+    log.mark()
+    assert (tmp_path / "action_log.bin").stat().st_size / 640_000 * 50e6 < 40e6
 
 
 class RandomAgent:
@@ -202,15 +204,15 @@ def content(replay: Replay) -> dict[str, list[bytes]]:
         slice(row % replay._ring * replay.num_envs, (row % replay._ring + 1) * replay.num_envs)
         for row in range(oldest, replay._newest + 1)
     ]
-    low, high = replay.drawable
-    numbers = torch.arange(low, high) % len(replay.kept.entry_of)
+    low, high = replay.index_range
+    indices = torch.arange(low, high) % len(replay.storage.entry_of)
     return {
-        "frames": [replay.kept.frames[row].numpy().tobytes() for row in rows],
-        "ages": [replay.kept.age[row].numpy().tobytes() for row in rows],
-        "actions": [replay.kept.actions[row].numpy().tobytes() for row in rows[:-1]],
-        "rewards": [replay.kept.rewards[row].numpy().tobytes() for row in rows[:-1]],
-        "terminals": [replay.kept.terminals[row].numpy().tobytes() for row in rows[:-1]],
-        "numbers": [replay.kept.entry_of[numbers].numpy().tobytes(), f"{low} {high}".encode()],
+        "frames": [replay.storage.frames[row].numpy().tobytes() for row in rows],
+        "ages": [replay.storage.age[row].numpy().tobytes() for row in rows],
+        "actions": [replay.storage.actions[row].numpy().tobytes() for row in rows[:-1]],
+        "rewards": [replay.storage.rewards[row].numpy().tobytes() for row in rows[:-1]],
+        "terminals": [replay.storage.terminals[row].numpy().tobytes() for row in rows[:-1]],
+        "indices": [replay.storage.entry_of[indices].numpy().tobytes(), f"{low} {high}".encode()],
     }
 
 
@@ -223,10 +225,10 @@ def loop_of(config: TrainConfig, path: Path) -> TrainingLoop:
         sticky_actions=config.sticky_actions,
         max_frames_per_episode=config.max_frames,
     )
-    journal = Journal(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
+    log = ActionLog(path, config.num_envs, config.reseed_period if config.sticky_actions else 0)
     replay = Replay(config.replay_capacity, config.num_envs)
     backend = Eager(RandomAgent(env.num_actions), replay)  # type: ignore[arg-type]
-    return TrainingLoop(config, env, backend, replay, journal)
+    return TrainingLoop(config, env, backend, replay, log)
 
 
 @pytest.mark.parametrize("sticky", [0.0, 0.25])
@@ -252,23 +254,23 @@ def test_emulators_and_replay_get_to_where_they_were(
         reseed_period=period,
         noop_max=5,
     )
-    path = tmp_path / "journal.bin"
+    path = tmp_path / "action_log.bin"
     first = loop_of(config, path)
-    assert first.journal is not None
-    first.journal.create()
+    assert first.action_log is not None
+    first.action_log.create()
     first.start()
     ended = []
     while first.agent_steps < steps:
         ended += first.vector_step()
     second = loop_of(config, path)
-    assert second.journal is not None
-    history = second.journal.open(first.journal.mark())
-    second.rebuild(history)
+    assert second.action_log is not None
+    history = second.action_log.open(first.action_log.mark())
+    second.restore(history)
     assert content(second.replay) == content(first.replay)
     assert second.replay.checksum() == first.replay.checksum()
     assert second.agent_steps == first.agent_steps
-    journalled = [(episode.last_step * 4, episode.length) for episode in history.episodes()]
-    assert journalled == [(episode.frames, episode.length) for episode in ended][: len(journalled)]
+    logged = [(episode.last_step * 4, episode.length) for episode in history.episodes()]
+    assert logged == [(episode.frames, episode.length) for episode in ended][: len(logged)]
     second.agent._generator.set_state(first.agent._generator.get_state())  # type: ignore[attr-defined]
     for _ in range(60):
         assert first.vector_step() == second.vector_step()
@@ -288,13 +290,13 @@ def test_reseeding_is_due_once_a_period_at_an_episodes_start(tmp_path: Path) -> 
         max_frames_per_episode=80,  # an episode every 20 agent steps of each
         reseed_period=120,
     )
-    loop = loop_of(config, tmp_path / "journal.bin")
-    assert loop.journal is not None
-    loop.journal.create()
+    loop = loop_of(config, tmp_path / "action_log.bin")
+    assert loop.action_log is not None
+    loop.action_log.create()
     loop.start()
     while loop.agent_steps < 500:
         loop.vector_step()
-    rows = read_history(loop.journal.path, 3, 120, loop.journal.mark()).rows
+    rows = read_history(loop.action_log.path, 3, 120, loop.action_log.mark()).rows
     # 21 rows an episode, 60 agent steps in each: due at the resets after 120, 240, … agent steps, every second one
     assert np.flatnonzero((rows == RESEEDED).all(1)).tolist() == [41, 83, 125, 167]
     assert np.flatnonzero((rows == AUTO_RESET).all(1)).tolist() == [20, 62, 104, 146]
