@@ -165,9 +165,8 @@ def main(words: Sequence[str]) -> int:
     rows = []
     for batch_size in arguments.batch_sizes:
         seconds = measure(arguments, batch_size, replay, num_actions, device)
-        print(
-            f"\nminibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads{', CPU time' * arguments.cpu_time}"
-        )
+        clock = ", CPU time" if arguments.cpu_time else ""
+        print(f"\nminibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads{clock}")
         print(f"{'entry':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
         for name, times in seconds.items():
             ratios = [mine / plain for mine, plain in zip(times, seconds["standard"], strict=True)]

@@ -1,9 +1,9 @@
 """Weight normalization of a dense layer by scaling its outputs: y = (g / ‖v‖) · (v·x) + b.
 
 That is cheaper than computing w = g · v / ‖v‖, which reads or writes all weights once in the forward pass and several
-times in the backward pass; the outputs of a dense layer for a minibatch are far fewer. Compared with a plain layer, what
-remains is to read v once for its norm and its gradient once. Convolutions have few weights and many outputs, so for them
-w is computed.
+times in the backward pass; the outputs of a dense layer for a minibatch are far fewer. Compared with a plain layer,
+what remains is to read v once for its norm and its gradient once. Convolutions have few weights and many outputs, so
+for them w is computed.
 """
 
 from __future__ import annotations
