@@ -185,7 +185,8 @@ def load(preset: str | None = None, config_file: Path | None = None) -> TrainCon
     """Return the configuration of a preset with the keys of a file over it, not yet resolved.
 
     In a run's config.yaml, keys that were derived from the run's parameterization or machine are left open, so that
-    they are derived again, with the same result unless one of these has changed. With another preset only chosen keys stay.
+    they are derived again, with the same result unless one of these has changed. With another preset only chosen keys
+    stay.
 
     Args:
         preset: a name; None takes the file's ``preset`` key, or ``paper``.
