@@ -39,7 +39,7 @@ def scheduled_events(config: TrainConfig, first: int, last: int) -> Iterator[tup
 
 
 def updates_owed(config: TrainConfig, first: int, last: int) -> int:
-    """Return how many updates :func:`owed` yields for the agent steps ``first`` … ``last``."""
+    """Return how many updates :func:`scheduled_events` yields for the agent steps ``first`` … ``last``."""
     before = max(first, config.learning_starts) - 1
     return max(last // config.update_period - before // config.update_period, 0)
 
