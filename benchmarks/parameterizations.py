@@ -165,9 +165,8 @@ def main(words: Sequence[str]) -> int:
     rows = []
     for batch_size in arguments.batch_sizes:
         seconds = measure(arguments, batch_size, replay, num_actions, device)
-        kind = "CPU time" if arguments.cpu_time else "time"
-        setting = f"minibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads"
-        print(f"\n{setting}, {kind}")
+        clock = ", CPU time" if arguments.cpu_time else ""
+        print(f"\nminibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads{clock}")
         print(f"{'entry':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
         for name, times in seconds.items():
             ratios = [mine / plain for mine, plain in zip(times, seconds["standard"], strict=True)]
@@ -176,8 +175,8 @@ def main(words: Sequence[str]) -> int:
             shown = f"{low:.3f} to {high:.3f}"
             print(f"{name:18} {1e3 * statistics.median(times):7.2f} {middle:14.3f} {shown:>16}")
             figures = [f"{value:.4g}" for value in (1e3 * statistics.median(times), middle, low, high)]
-            columns = (hardware, torch.get_num_threads(), config.precision, torch.__version__, batch_size)
-            rows.append((*columns, name, *figures))
+            setting = (hardware, torch.get_num_threads(), config.precision, torch.__version__, batch_size)
+            rows.append((*setting, name, *figures))
     if arguments.out is None:
         return 0
     out = Path(arguments.out)
