@@ -2,7 +2,8 @@
 
 ``python benchmarks/update.py`` prints milliseconds per update, sampling included, and where the time of the first goes.
 Run it on a machine that does nothing else: threads wait for each other many times an update. On a busy one, CPU time
-at ``--num-threads 1`` still tells something.
+at ``--num-threads 1`` still tells something. ``WN_RL_KERNELS=avx2`` in the environment times the kernels that a
+processor without vectors of 512 bits would run.
 
 ``--choices`` compares what ``auto`` takes with every backend and precision, each taken by hand.
 """

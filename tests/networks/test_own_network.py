@@ -255,8 +255,8 @@ def test_layers_are_those_of_the_class(own: ModuleType) -> None:
     small, dueling = (QNetworkSpec(4, network=name).outline() for name in ("small", "dueling"))
     assert small.layer_names() == ("conv", "hidden", "output")
     assert dueling.layer_names() == ("conv", "hidden", "value", "advantage")
-    by_treats = {get_parameterization(name).treats: get_parameterization(name)() for name in names()}
-    assert {treats: dueling.default_layers(entry) for treats, entry in by_treats.items()} == {
+    by_default = {get_parameterization(name).default_layers: get_parameterization(name)() for name in names()}
+    assert {layers: dueling.default_layers(entry) for layers, entry in by_default.items()} == {
         "all": ("conv", "hidden", "value", "advantage"),
         "hidden": ("conv", "hidden"),
         "penultimate": ("hidden",),
