@@ -77,7 +77,7 @@ class DQN:
 
     def autocast(self) -> torch.autocast:
         """Return the context of a forward pass: hidden layers in the configuration's precision."""
-        # One pass gains nothing from the cache of rounded weights, and a pass that is recorded must not use it.
+        # One pass gains nothing from the cache of rounded weights, and a captured one must not find them in it.
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16, cache_enabled=False
         )
@@ -113,7 +113,7 @@ class DQN:
         self.copy_target()
 
     def forward(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
-        """Return Q(s, ·), which has a gradient, and Q̂(s', ·), which has none, each (B, actions).
+        """Return Q(s, ·) with its gradient and Q̂(s', ·) without one, each (B, actions).
 
         With batch statistics and ``joint_batches``, each network sees both states as one batch.
         """

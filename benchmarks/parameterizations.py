@@ -23,13 +23,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.backends import make_backend
+from agents.backends.choice import choose_for_all
 from agents.dqn import DQN
 from wn_rl import cli
 from wn_rl.atari.env import AtariVector, make_atari
 from wn_rl.config import load, resolve
 from wn_rl.errors import UsageError
 from wn_rl.evaluation.episodes import environment_options
-from wn_rl.machine import device_name, keep_freed_memory, resolve_device
+from wn_rl.machine import Precision, device_name, keep_freed_memory, precisions, resolve_device
 from wn_rl.parameterizations import names, register
 from wn_rl.parameterizations.base import Parameterization
 from wn_rl.parameterizations.weight_norm import WeightNormalization
@@ -61,8 +62,8 @@ class Arguments:
     """Entries beside standard; default: all, and wn_plain."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """As in train.py."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """As in train.py; auto: one for all, that of the entry that gains least by bfloat16."""
     num_threads: int = 0
     """Threads of the arithmetic on a CPU; 0: torch's default."""
     out: str | None = None
@@ -89,11 +90,30 @@ def play(game: str, count: int, device: torch.device) -> tuple[Replay, int]:
     return replay, env.num_actions
 
 
+def entries_of(arguments: Arguments) -> list[str]:
+    """Return what is timed, standard first."""
+    return ["standard", *(arguments.params or [name for name in names() if name != "standard"])]
+
+
+def one_precision(arguments: Arguments) -> Precision:
+    """Return the precision in which all entries are timed, so that their times can be compared."""
+    paper = replace(load("paper"), game=arguments.game, device=arguments.device, precision=arguments.precision)
+    possible = precisions(paper, resolve_device(paper).device)
+    if len(possible) == 1:
+        return possible[0]
+    arms = {
+        f"{name}, minibatch {size}": resolve_device(resolve(replace(paper, param=name, batch_size=size)))
+        for size in arguments.batch_sizes
+        for name in entries_of(arguments)
+    }
+    return choose_for_all(arms, DQN, precisions=possible).precision
+
+
 def measure(
     arguments: Arguments, batch_size: int, replay: Replay, num_actions: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Return seconds per update of each round, by entry."""
-    entries = ["standard", *(arguments.params or [name for name in names() if name != "standard"])]
+    entries = entries_of(arguments)
     agents, backends = {}, {}
     for name in entries:
         config = resolve(replace(load("paper"), game=arguments.game, param=name, batch_size=batch_size))
@@ -129,6 +149,7 @@ def main(words: Sequence[str]) -> int:
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
     keep_freed_memory()
+    arguments = replace(arguments, precision=one_precision(arguments))
     config = resolve_device(
         replace(load("paper"), device=arguments.device, precision=arguments.precision, game=arguments.game)
     )

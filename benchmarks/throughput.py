@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from agents.backends import make_backend
+from agents.backends.choice import choose
 from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cuda_graphs import CudaGraphs
@@ -37,7 +38,7 @@ from wn_rl.atari.env import FRAME_SKIP, AtariVector, make_atari
 from wn_rl.config import Count, EnvCount, TrainConfig, load, resolve
 from wn_rl.errors import UsageError, WnRlError
 from wn_rl.evaluation.episodes import environment_options
-from wn_rl.machine import cores, device_name, keep_freed_memory, resolve_device, set_float32_precision
+from wn_rl.machine import cores, device_name, keep_freed_memory, precisions, resolve_device, set_float32_precision
 from wn_rl.replay import Replay
 from wn_rl.runs.directory import versions
 from wn_rl.training import TrainingLoop
@@ -354,9 +355,14 @@ def main(words: Sequence[str]) -> int:
         raise UsageError("--segments must be at least 1 and --seconds more than 0")
     keep_freed_memory()
     config = configure(arguments)
-    set_float32_precision(config.precision)
     ours_threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(ours_threads)
+    choice = choose(
+        config, DQN, precisions=precisions(replace(config, precision=arguments.precision), config.device), updates=10**6
+    )
+    config = choice.applied(config)
+    set_float32_precision(config.precision)
+    print(f"ours: {config.backend} in {config.precision}: {choice.reason or 'as asked for'}", flush=True)
     ours = Ours(config)
     print(
         f"ours: the first 50 updates took {ours.first_updates_seconds:.1f} s with warm-up and compilation", flush=True

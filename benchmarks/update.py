@@ -4,6 +4,8 @@
 Run it on a machine that does nothing else: threads wait for each other many times an update. On a busy one, CPU time
 at ``--num-threads 1`` still tells something. ``WN_RL_KERNELS=avx2`` in the environment times the kernels that a
 processor without vectors of 512 bits would run.
+
+``--choices`` compares what ``auto`` takes with every backend and precision, each taken by hand.
 """
 
 from __future__ import annotations
@@ -12,31 +14,34 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from agents.backends import make_backend
+from agents.backends import BACKENDS, make_backend, why_not
+from agents.backends.choice import LOWERED_FOR, Choice, choose
 from agents.backends.cpu_kernels import layouts, loader
 from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
 from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.backends.eager import Eager
+from agents.backends.interface import Backend
 from agents.dqn import DQN
 from wn_rl import cli
 from wn_rl.atari.env import make_atari
 from wn_rl.config import Count, TrainConfig, load, resolve
 from wn_rl.errors import UsageError
 from wn_rl.evaluation.episodes import environment_options
-from wn_rl.machine import keep_freed_memory, resolve_device
+from wn_rl.machine import Precision, keep_freed_memory, precisions, processor, resolve_device
 from wn_rl.networks import FirstConvolution
 from wn_rl.replay import Replay
 from wn_rl.training import TrainingLoop
@@ -58,13 +63,17 @@ class Arguments:
     batch_size: Count = 32
     """Transitions per update."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the hidden layers; float32 is timed too."""
+    """Of the hidden layers; float32 is timed too. auto: as a run chooses."""
+    optimizer: Literal["adamax", "adam", "rmsprop_mnih"] = "adamax"
+    """Of the updates."""
     num_threads: Count = 0
     """Of torch; 0: one per core."""
     rounds: Count = 10
     """Turns of each variant."""
     updates: Count = 25
     """Updates of a turn."""
+    choices: bool = False
+    """Compare what auto takes with all that can be taken by hand."""
 
 
 def filled_replay(config: TrainConfig) -> tuple[Replay, int]:
@@ -156,6 +165,49 @@ def variants(config: TrainConfig, replay: Replay, num_actions: int) -> dict[str,
     return found
 
 
+def compare_choices(
+    arguments: Arguments, config: TrainConfig, possible: Sequence[Precision], replay: Replay, num_actions: int
+) -> None:
+    """Print what a run takes, and what each backend and precision takes an update, with its share of acting."""
+    choose(config, DQN, precisions=possible, updates=10**9, cached=False)  # compiles
+    choice = choose(config, DQN, precisions=possible, updates=10**9, cached=False)
+    print(f"auto takes {choice.backend} {choice.precision}: {choice.reason or 'there is nothing to choose from'}")
+    made: dict[str, Backend] = {}
+    for precision in possible:
+        for kind in BACKENDS:
+            named = replace(config, precision=precision, backend=kind.name)
+            agent = DQN(named, num_actions, torch.device(config.device))
+            agent.initialize(replay.sample(512).observations)
+            if not why_not(kind, agent, replay):
+                made[f"{kind.name} {precision}"] = make_backend(agent, replay)
+    epsilon = np.full(config.num_envs, 0.1, np.float32)
+    owed = max(config.num_envs // config.update_period, 1)
+    took: dict[str, list[float]] = defaultdict(list)
+    for turn in range(arguments.rounds + 1):
+        for name, backend in made.items():
+            started = time.perf_counter()
+            for _ in range(max(arguments.updates // owed, 1)):
+                backend.act(epsilon)
+                backend.update(owed)
+            if turn:  # the first round compiles
+                took[name].append((time.perf_counter() - started) / (max(arguments.updates // owed, 1) * owed) * 1e3)
+    medians = {name: statistics.median(times) for name, times in took.items()}
+    for name, median in sorted(medians.items(), key=lambda entry: entry[1]):
+        print(f"{name:52} {median:6.2f} ms, at best {min(took[name]):6.2f} ms")
+    taken = medians[_name_of(choice, made)]
+    print(
+        f"auto is {min(medians.values()) / taken:.2f} of the best by hand; of those as exact, "
+        f"{min(value for name, value in medians.items() if name.endswith(choice.precision)) / taken:.2f} (a less exact "
+        f"precision has to be {LOWERED_FOR:.2f} times as fast)"
+    )
+
+
+def _name_of(choice: Choice, made: Mapping[str, Backend]) -> str:
+    """Return the name under which what was chosen is timed by hand; ``auto``: the first in the order of preference."""
+    name = f"{choice.backend} {choice.precision}"
+    return name if name in made else next(name for name in made if name.endswith(choice.precision))
+
+
 def profile(updates: Callable[[int], None], count: int) -> dict[str, float]:
     """Return the milliseconds per update of torch's operations and of ours, by name."""
     from torch.profiler import ProfilerActivity
@@ -184,10 +236,18 @@ def main(words: Sequence[str]) -> int:
         param=arguments.param,
         batch_size=arguments.batch_size,
         precision=arguments.precision,
+        optimizer=arguments.optimizer,
         device="cpu",
     )
+    possible = precisions(config, "cpu")
     config = resolve_device(resolve(config))
     replay, num_actions = filled_replay(config)
+    print(f"{processor(torch.device('cpu'))}, {torch.get_num_threads()} threads, {config.param}, {config.optimizer}")
+    if arguments.choices:
+        compare_choices(arguments, config, possible, replay, num_actions)
+        return 0
+    choice = choose(config, DQN, precisions=possible, updates=10**9)
+    config = replace(config, precision=choice.precision)  # whatever the backend, since each is switched off in turn
     made = variants(config, replay, num_actions)
     for updates in made.values():
         updates(10)  # compiles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from agents.backends.cpu_kernels.optimizers import FusedOptimizer
-from agents.backends.cpu_kernels.packed_network import PackedNetwork
+from agents.backends.cpu_kernels.packed_network import PackedNetwork, PackedWeights
 from wn_rl.networks import QNetworkSpec
+from wn_rl.parameterizations import fold
 
 IN_C: tuple[tuple[str, dict[str, Any]], ...] = (
     ("standard", {}),
@@ -21,10 +23,25 @@ IN_C: tuple[tuple[str, dict[str, Any]], ...] = (
     ("wn_projected", {"g": "none"}),
 )
 """The parameterizations, with options, whose weights the C functions make themselves."""
+NORMALIZED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("ln", {}),
+    ("ln", {"over": "units", "eps": 1e-3}),
+    # An ε at which a unit that hardly varies in a small minibatch does not make large numbers of rounding.
+    ("bn", {"eps": 0.05, "rate": 0.3}),
+    ("mean_only_bn", {"rate": 0.3}),
+    ("wn_mean_only_bn", {}),
+)
+"""The parameterizations, with options, whose outputs the C functions normalize."""
+LAYERS = (None, ("*",), ("convolutions.0", "output"), ("convolutions.*",), ("hidden",))
+"""Which layers are treated: those that the source treats, all of them, or some."""
 
 
 @st.composite
-def networks(draw: st.DrawFn) -> QNetworkSpec:
+def networks(
+    draw: st.DrawFn,
+    params: tuple[tuple[str, dict[str, Any]], ...] = IN_C,
+    layers_treated: tuple[tuple[str, ...] | None, ...] = (None,),
+) -> QNetworkSpec:
     """Small networks that the kernels can compute; the first layer's blocks are 4 × 4 pixels of 1 to 4 frames."""
     layers = [(draw(st.sampled_from([16, 32, 48])), 4 * draw(st.integers(1, 2)), 4)]
     size = draw(st.integers(5, 9))
@@ -39,11 +56,12 @@ def networks(draw: st.DrawFn) -> QNetworkSpec:
         kernel, stride = draw(st.sampled_from(choices))
         layers.append((draw(st.sampled_from([16, 64, 80])), kernel, stride))
         down = (down - kernel) // stride + 1
-    param, options = draw(st.sampled_from(IN_C))
+    param, options = draw(st.sampled_from(params))
     spec = QNetworkSpec(
         draw(st.integers(1, 18)),
         param,
         options=options,
+        layers=draw(st.sampled_from(layers_treated)),
         observation_shape=(draw(st.integers(1, 4)), 4 * size, 4 * size),
         convolutions=tuple(layers),
         hidden_units=draw(st.sampled_from([16, 48])),
@@ -64,3 +82,9 @@ def mostly_black(shape: tuple[int, ...], lit: float, generator: torch.Generator,
 def fused_adamax(network: PackedNetwork, lr: float, betas: tuple[float, float], eps: float) -> FusedOptimizer:
     """Return Adamax for a network with packed weights."""
     return FusedOptimizer.like(torch.optim.Adamax(network.network.parameters(), lr, betas, eps), network)
+
+
+def packed_target(network: PackedNetwork) -> PackedWeights:
+    """Return the packed weights of a target network with the weights of ``network``."""
+    copied = copy.deepcopy(network.network)
+    return network.pack_network(fold(copied) if copied.spec.entry().foldable else copied)

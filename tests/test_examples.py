@@ -11,10 +11,14 @@ from types import ModuleType
 import pytest
 import torch
 
+from agents.backends.interface import REGISTRY
 from agents.dqn import DQN
 from evaluate import main as evaluate
+from tests.carried import carried
 from tests.small_runs import stopped_run, tiny
+from train import main as train_command
 from wn_rl import networks
+from wn_rl.errors import UsageError
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.networks.registry import NETWORKS
 from wn_rl.replay import Minibatch
@@ -94,6 +98,47 @@ def test_the_network_of_the_example_has_the_sizes_of_impala(monkeypatch: pytest.
     assert wide.get_submodule("stages.6").out_channels == 64
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_backend_makes_eagers_updates(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(REGISTRY, "entries", dict(REGISTRY.entries))
+    kind = example("own_backend").InParts
+    config = replace(tiny(param="wn", loss_reduction=reduction, optimizer="rmsprop_mnih"), device="cpu")
+    made = [carried(replace(config, backend=name)) for name in (kind.name, "eager")]
+    for number in range(3):
+        for one in made:
+            one.update(replace(minibatch(), rewards=torch.full((6,), number / 4), indices=torch.arange(6)))
+    ours, theirs = (one.read_statistics() for one in made)
+    assert (ours.updates, ours.loss) == (3, pytest.approx(theirs.loss, rel=1e-5))
+    assert (ours.td_error, ours.q_value) == pytest.approx((theirs.td_error, theirs.q_value), rel=1e-5)
+    for a, b in zip(*(one.q_network.parameters() for one in made), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    refused = carried(replace(tiny(param="bn", backend="eager"), device="cpu"))
+    assert "the whole minibatch" in kind.unsupported(refused.agent, refused.given)
+
+
+def test_the_backend_trains_and_goes_on_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(REGISTRY, "entries", dict(REGISTRY.entries))
+    monkeypatch.syspath_prepend(str(DOCS / "examples"))
+    run, flag = str(tmp_path / "run"), ["--backend", "own_backend:InParts"]
+    words = ["--game", "Breakout", "--preset", "quick", "--learning-starts", "64", "--hidden-units", "16"]
+    words += ["--batch-size", "2", "--replay-capacity", "500", "--init-samples", "16", "--evaluation-episodes", "1"]
+    words += ["--max-frames-per-episode", "100", "--num-envs", "4", "--device", "cpu"]
+    assert train_command([*words, "--frames", "800", "--run-dir", run, *flag]) == 0
+    assert "backend in_parts: as asked for" in capsys.readouterr().out
+    assert checkpoint.load(Path(run)).config.backend == "in_parts"
+    del REGISTRY.entries["in_parts"]
+    monkeypatch.delitem(sys.modules, "own_backend")
+    with pytest.raises(UsageError, match="give --backend YOUR_MODULE:ITS_CLASS"):
+        train_command(["--resume", run, "--frames", "1000"])
+    assert train_command(["--resume", run, "--frames", "1000", *flag]) == 0
+    assert checkpoint.load(Path(run)).agent_steps >= 250
+    for name, said in (("cpu_kernel", "Did you mean 'cpu_kernels'"), ("no_file:Mine", "cannot import 'no_file'")):
+        with pytest.raises(UsageError, match=said):
+            train_command([*words, "--backend", name, "--run-dir", str(tmp_path / name)])
+
+
 def test_double_dqn_bootstraps_from_the_action_that_the_online_network_chooses() -> None:
     agent: DQN = example("own_agent").DoubleDQN(replace(tiny(param="standard"), device="cpu"), 4, CPU)
     with torch.no_grad():
@@ -109,7 +154,13 @@ def test_double_dqn_bootstraps_from_the_action_that_the_online_network_chooses()
 
 
 @pytest.mark.parametrize(
-    ("page", "name"), [("own-agent.md", "own_agent"), ("own-loss.md", "own_loss"), ("own-network.md", "own_network")]
+    ("page", "name"),
+    [
+        ("own-agent.md", "own_agent"),
+        ("own-loss.md", "own_loss"),
+        ("own-network.md", "own_network"),
+        ("own-backend.md", "own_backend"),
+    ],
 )
 def test_a_page_shows_its_example(page: str, name: str) -> None:
     code = (DOCS / "examples" / f"{name}.py").read_text(encoding="utf-8")

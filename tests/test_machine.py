@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from dataclasses import replace
@@ -92,7 +93,7 @@ def test_what_does_not_fit_on_the_host_either_is_refused_by_name(monkeypatch: py
     placed = place_replay(plan, 4 * GB)
     expected = (
         "this run needs 7.8 GB of memory on cpu, and 4.0 GB are free; its largest part is 7.0 GB for "
-        "replay_capacity 1,000,000, beside 800.0 MB for Python and its libraries: lower --replay-capacity (about "
+        "replay_capacity 1,000,000, and 800.0 MB are for Python and its libraries: lower --replay-capacity (about "
         "457,142 would fit), or free some memory"
     )
     with pytest.raises(WnRlError, match=re.escape(expected)):
@@ -105,12 +106,43 @@ def test_where_another_program_holds_the_memory_the_units_show_what_there_is(mon
     monkeypatch.setattr(machine, "free_bytes", lambda device: 3_600_000)
     expected = (
         "this run needs 806.8 MB of memory on cpu, and 3.6 MB are free; its largest part is 6.4 MB for "
-        "init_samples 16, beside 800.0 MB for Python and its libraries: no init_samples would fit; free some "
+        "init_samples 16, and 800.0 MB are for Python and its libraries: no init_samples would fit; free some "
         "memory, or wait"
     )
     with pytest.raises(WnRlError, match=re.escape(expected)):
         check_memory(config, plan, torch.device("cpu"))
     assert [machine.amount(size) for size in (7.1e9, 0.96e9, 4e5, 12)] == ["7.1 GB", "1.0 GB", "400 kB", "0 kB"]
+
+
+def test_on_a_cpu_bfloat16_has_to_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(replace(load("quick"), game="breakout", device="cpu"))
+    for computes, expected in ((True, ("float32", "bfloat16")), (False, ("float32",))):
+        monkeypatch.setattr(machine, "_computes_in_bfloat16", lambda device, answer=computes: answer)
+        assert machine.precisions(config, "cpu") == expected
+        assert machine.precisions(config, "cuda") == expected[-1:]
+        assert resolve_device(config).precision == "float32"
+        assert machine.precisions(replace(config, precision="bfloat16"), "cpu") == ("bfloat16",)
+        assert resolve_device(replace(config, precision="bfloat16")).precision == "bfloat16"
+
+
+def test_a_processor_is_its_name_and_what_it_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (
+        "processor\t: 0\nmodel name\t: Abacus 9\nflags\t\t: fpu avx2 avx512_bf16 avx512f vme\n\nmodel name\t: Other\n"
+    )
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: lines)
+    assert machine.processor(torch.device("cpu")) == "Abacus 9 +avx2 +avx512f +avx512_bf16"
+    assert machine.device_name(torch.device("cpu")) == f"Abacus 9, {os.cpu_count()} cores"
+
+
+def test_cores_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks of user, nice, system, idle, iowait, irq, softirq, steal, and guest time, which user holds already."""
+    before = "cpu 9 9 9 9\ncpu0 100 0 0 900 0 0 0 0 0 0\ncpu1 50 0 0 800 50 0 0 0 7 0\ncpu7 0 0 0 0 0 0 0 0 0 0\n"
+    after = "cpu 9 9 9 9\ncpu0 106 1 1 901 0 0 0 1 0 0\ncpu1 52 0 0 804 54 0 0 0 9 0\ncpu7 9 0 0 0 0 0 0 0 0 0\n"
+    seen = iter([before, after, "", ""])
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: next(seen))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    assert machine.cores_of_others(0.0) == pytest.approx(2 * (9 + 2) / (10 + 10))
+    assert machine.cores_of_others(0.0) == 0.0
 
 
 def test_precision_by_device(monkeypatch: pytest.MonkeyPatch) -> None:

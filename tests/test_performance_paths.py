@@ -6,6 +6,7 @@ import copy
 import resource
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from tests.carried import Carried, carried
 from wn_rl.atari.env import make_atari
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.networks import FirstConvolution, QNetworkSpec, build_q_network
-from wn_rl.parameterizations import WeightParameterization, registry
+from wn_rl.parameterizations import WeightParameterization, names, registry, reparameterize
 from wn_rl.parameterizations.base import Units
+from wn_rl.parameterizations.layer_norm import LayerNormalization
 from wn_rl.replay import Minibatch, Replay
 from wn_rl.training import TrainingLoop
 
@@ -189,6 +191,13 @@ WAYS: list[tuple[str, dict[str, object]]] = [
     ("sn", {"param_layers": ("*",), "param_options": {"iterations": 2}}),
     ("centred", {}),
     ("centred", {"param_layers": HIDDEN}),
+    ("ln", {}),
+    ("ln", {"param_options": {"over": "units"}, "param_layers": ("*",)}),
+    ("bn", {}),
+    ("bn", {"param_layers": HIDDEN, "optimizer": "adam"}),
+    ("mean_only_bn", {"optimizer": "rmsprop_mnih", "optimizer_eps": 0.01}),
+    ("mean_only_bn", {"param_layers": ("convolutions.0", "convolutions.1")}),
+    ("wn_mean_only_bn", {}),
     *((param, {"optimizer": "adam"}) for param in ("standard", "wn", "sn", "wn_projected")),
     *((param, {"optimizer": "rmsprop_mnih", "optimizer_eps": 0.01}) for param in ("standard", "wn", "centred")),
     ("wn", {"optimizer": "rmsprop_mnih", "optimizer_eps": 0.01, "param_options": {"g": "exp"}}),
@@ -223,9 +232,7 @@ def test_float32_updates_equal_the_plain_ones(param: str, changes: dict[str, obj
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("param", "changes"), [("standard", {}), ("wn", {}), ("sn", {}), ("wn_projected", {})], ids=str
-)
+@pytest.mark.parametrize(("param", "changes"), [(name, {}) for name in names()], ids=str)
 def test_statistics_are_those_of_the_plain_path(param: str, changes: dict[str, object]) -> None:
     fused, plain = (agent(param, compile=choice, **changes) for choice in ("on", "off"))
     for dqn in (fused, plain):
@@ -279,9 +286,32 @@ def test_weights_that_are_no_number_stay_visible() -> None:
         assert bool(dqn.q_values(frames(1)).isnan().all())
 
 
+class OwnNormalization(LayerNormalization):
+    """A user's own, of which nobody knows what it computes."""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"param": "bn", "target_statistics": "batch"}, "the statistics of the minibatch"),
+        ({"param": "mean_only_bn", "joint_batches": True}, "joint_batches"),
+        ({"param": "bn", "batch_size": 1}, "no variance"),
+    ],
+    ids=str,
+)
+def test_batch_statistics_that_the_kernels_do_not_take_are_left_to_eager(changes: dict[str, Any], reason: str) -> None:
+    made = carried(configured(compile="on", **changes))
+    assert made.backend.name == "eager"
+    assert reason in made.backend.reason
+    # Without statistics of a minibatch these settings change nothing.
+    assert carried(configured(compile="on", **(changes | {"param": "ln"}))).backend.name == "cpu_kernels"
+
+
 def test_what_is_not_written_out_takes_the_plain_path() -> None:
-    for param in ("bn", "ln", "mean_only_bn"):
-        assert f"'{param}'" in unsupported(build_q_network(QNetworkSpec(4, param, hidden_units=16), seed=0))
+    network = build_q_network(QNetworkSpec(4, hidden_units=16), seed=0)
+    reparameterize(network, OwnNormalization(), include=["hidden"])
+    assert "'ln'" in unsupported(network)
     network = build_q_network(QNetworkSpec(4, "wn", hidden_units=16), seed=0)
     assert unsupported(network) == ""
     handle = network.hidden.register_forward_hook(lambda *_: None)

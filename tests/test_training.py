@@ -27,6 +27,7 @@ from wn_rl.replay import Minibatch, Replay
 from wn_rl.runs import checkpoint
 from wn_rl.training import TrainEvent, TrainingLoop, epsilon_at, scheduled_events
 from wn_rl.training.resume import open_for_resume
+from wn_rl.training.schedule import updates_owed
 from wn_rl.training.session import train
 
 TINY = {
@@ -111,6 +112,8 @@ def test_owed_events_do_not_depend_on_how_the_steps_are_cut_into_vector_steps(cu
     pieces, first = [], 1
     for cut in cuts:
         pieces += scheduled_events(config, first, first + cut - 1)
+        updates = sum(event is TrainEvent.UPDATE for _, event in scheduled_events(config, first, first + cut - 1))
+        assert updates_owed(config, first, first + cut - 1) == updates
         first += cut
     assert pieces == whole
 

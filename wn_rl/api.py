@@ -173,7 +173,7 @@ def train(
         resume: resume the run in ``run_dir``, exactly, instead of starting one.
         quiet: print nothing but errors.
         keys: configuration keys, over ``config``: ``game="Breakout", param="wn", frames=2_000_000``; ``run_dir`` says
-            where to, ``network`` may be a class, and ``module:Name`` in ``network`` is imported.
+            where to, ``network`` and ``backend`` may be classes, and ``module:Name`` in one of them is imported.
 
     Raises:
         UsageError: an unknown key or preset, or an invalid value.
@@ -192,6 +192,10 @@ def train(
         keys["run_dir"] = str(keys["run_dir"])
     if "network" in keys:
         keys["network"] = _registered(keys["network"])
+    if isinstance(keys.get("backend"), type):
+        keys["backend"] = keys["backend"].name
+    elif ":" in str(keys.get("backend", "")):
+        import_agent("backends").load(keys["backend"])
     keys = {key: configuration.coerce(key, value) for key, value in keys.items()}
     make_agent: MakeAgent = agent or import_agent("dqn").DQN
     if resume:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wn_rl.errors import UsageError
+from wn_rl.errors import UsageError, WnRlError, closest, one_line
 from wn_rl.replay import Replay
 from wn_rl.training import Agent
 
@@ -10,7 +10,9 @@ from ..dqn import DQN
 from .cpu_kernels.backend import CpuKernels
 from .cuda_graphs import CudaGraphs
 from .eager import Eager
+from .interface import REGISTRY
 from .interface import Backend as Backend
+from .interface import register as register
 
 BACKENDS: tuple[type[Backend], ...] = (CudaGraphs, CpuKernels, Eager)
 """The order of preference: where nothing is timed, ``auto`` takes the first that supports the agent."""
@@ -33,18 +35,55 @@ def make_backend(agent: Agent, replay: Replay, *, strict: bool = True) -> Backen
     """
     _refuse_former_methods(agent)
     wanted = agent.config.backend
+    kinds = BACKENDS if wanted == "auto" else (kind_of(wanted), *BACKENDS)
     problems: dict[str, str] = {}
-    for kind in BACKENDS:
-        if kind.name == wanted or wanted == "auto" or wanted in problems:
-            problem = why_not(kind, agent, replay)
-            if not problem:
-                backend = kind(agent, replay)
-                backend.reason = _reason(agent, kind, problems)
-                return backend
-            problems[kind.name] = problem
-            if kind.name == wanted and strict:
-                break
-    raise UsageError(f"--backend {wanted}: {problems[wanted]}; --backend auto uses one that does")
+    for kind in kinds:
+        if kind.name in problems:
+            continue
+        problem = why_not(kind, agent, replay)
+        if not problem:
+            backend = kind(agent, replay)
+            backend.reason = _reason(agent, kind, problems)
+            return backend
+        problems[kind.name] = problem
+        if kind.name == kinds[0].name and wanted != "auto" and strict:
+            break
+    raise UsageError(f"--backend {wanted}: {problems[kinds[0].name]}; --backend auto takes one that can")
+
+
+def kind_of(name: str) -> type[Backend]:
+    """Return the backend called ``name``, or registered anywhere and called ``module:Name``. Imports nothing.
+
+    Raises:
+        UsageError: there is none.
+        WnRlError: the name is that of somebody's own backend, whose module is not imported.
+    """
+    try:
+        return REGISTRY.get(name)
+    except KeyError:
+        if ":" in name:
+            raise WnRlError(
+                f"the backend '{name}' is somebody's own and is not imported from a file: add --backend {name}"
+            ) from None
+        names = ("auto", *REGISTRY.entries)
+        raise UsageError(
+            f"unknown backend '{name}'.{closest(name, names)} There are: {', '.join(names)}; if it is your own, give "
+            "--backend YOUR_MODULE:ITS_CLASS"
+        ) from None
+
+
+def load(reference: str) -> type[Backend]:
+    """Import the module of ``module:Name``, so that the backend in it is registered, and return it.
+
+    It runs the module's code: use it on what a person typed, never on what stands in a file.
+
+    Raises:
+        UsageError: there is no such module or class.
+    """
+    try:
+        return REGISTRY.load(reference)
+    except ValueError as error:
+        raise UsageError(f"--backend {reference}: {one_line(error)}") from None
 
 
 def why_not(kind: type[Backend], agent: Agent, replay: Replay) -> str:
@@ -81,7 +120,7 @@ def _refuse_former_methods(agent: Agent) -> None:
 
 
 def _reason(agent: Agent, taken: type[Backend], problems: dict[str, str]) -> str:
-    wanted = agent.config.backend
+    wanted = agent.config.backend if agent.config.backend == "auto" else kind_of(agent.config.backend).name
     if wanted == taken.name:
         return "as asked for"
     # Why the device's own backend was not used, or the one that the run had before.

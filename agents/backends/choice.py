@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 from wn_rl.atari.env import FULL_ACTION_SET, minimal_actions
 from wn_rl.config import BackendName, TrainConfig
@@ -16,7 +16,7 @@ from wn_rl.replay import Replay
 from wn_rl.training import Agent
 from wn_rl.training.run import MakeAgent
 
-from . import make_backend, timing, timing_cache
+from . import kind_of, make_backend, timing, timing_cache
 from .interface import Backend
 from .timing import Candidate, Measured
 
@@ -42,7 +42,7 @@ class Choice:
         note: to be added to that line.
     """
 
-    backend: Literal["auto"] | BackendName
+    backend: BackendName
     precision: Precision
     reason: str = ""
     note: str = ""
@@ -83,6 +83,8 @@ def choose(
         measure: times the candidates; None: :func:`agents.backends.timing.measure`.
         cached: whether times that were taken before will do, and these are kept.
     """
+    if config.backend != "auto":
+        kind_of(config.backend)
     as_it_is = Choice(config.backend, precisions[0])
     if config.device != "cpu" or (config.backend != "auto" and len(precisions) == 1):
         return as_it_is
@@ -90,8 +92,9 @@ def choose(
         stays = f" and {precisions[0]} stays" if len(precisions) > 1 else ""
         return replace(as_it_is, note=f"; nothing is timed for {updates:,} updates{stays}")
     measured, before = _measured(config, make_agent, precisions, measure, cached=cached)
-    if not measured.candidates:  # make_backend says why
-        return as_it_is
+    if not measured.candidates:
+        failed = f"; nothing could be timed: {next(iter(measured.problems.values()))}" if measured.problems else ""
+        return replace(as_it_is, note=failed)
     if not measured.seconds:
         (only,) = measured.candidates
         return replace(as_it_is, precision=only.precision)

@@ -11,16 +11,15 @@ from wn_rl.training import Agent
 
 from ..dqn import DQN
 from ..optimizers import CompiledAdamax
-from .interface import Backend
+from .interface import Backend, register
 
 
+@register("eager")
 class Eager(Backend):
     """Calls the agent's methods; supports every agent.
 
     With ``compile: on``, on a CPU, adamax's step is compiled by torch.compile.
     """
-
-    name = "eager"
 
     def __init__(self, agent: Agent, replay: Replay) -> None:
         """Join the two."""

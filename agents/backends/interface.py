@@ -14,6 +14,7 @@ from torch import Tensor
 from wn_rl import diagnostics
 from wn_rl.config import BackendName
 from wn_rl.networks import Network
+from wn_rl.parameterizations.registry import Registry
 from wn_rl.replay import Replay
 from wn_rl.training import Agent, Statistics
 
@@ -157,6 +158,11 @@ class Backend(ABC):
     def load_state_dict(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Restore the Q-network's weights and the state."""
         self.agent.load_state_dict(weights, state)
+
+
+REGISTRY: Registry[Backend] = Registry("backend", Backend)  # type: ignore[type-abstract]
+register = REGISTRY.register
+"""Enter a :class:`Backend` subclass under the name that ``--backend`` takes (a class decorator)."""
 
 
 def overridden(agent: object, base: type, names: Iterable[str]) -> list[str]:

@@ -21,11 +21,12 @@ from typing import Any, get_args
 import torch
 
 from wn_rl import networks, parameterizations
-from wn_rl.config import BackendName, TrainConfig
+from wn_rl.config import TrainConfig
 from wn_rl.machine import Precision, cores, processor
 from wn_rl.training.run import MakeAgent
 
 from .cpu_kernels import loader
+from .interface import REGISTRY
 from .timing import Candidate
 
 _NAMES = (
@@ -111,7 +112,7 @@ def read(key: Key) -> dict[Candidate, float]:
         if kept["key"] != json.loads(json.dumps(key, default=str)):
             return {}
         seconds = {Candidate(backend, precision): value for backend, precision, value in kept["seconds"]}
-        known = all(c.backend in get_args(BackendName) and c.precision in get_args(Precision) for c in seconds)
+        known = all(c.backend in REGISTRY.entries and c.precision in get_args(Precision) for c in seconds)
         sensible = all(type(value) is float and math.isfinite(value) and value > 0 for value in seconds.values())
         return seconds if known and sensible else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

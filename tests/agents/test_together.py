@@ -59,7 +59,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("param", ["wn", "standard"])
+@pytest.mark.parametrize("param", ["wn", "standard", "ln", "bn", "wn_mean_only_bn"])
 def test_several_updates_are_the_same_as_one_by_one(precision: str, param: str) -> None:
     """Weights, moments, statistics, the last gradient and what is drawn next, to the last bit."""
     replays = [filled_replay() for _ in range(2)]
@@ -101,10 +101,15 @@ def test_a_watched_update_is_the_next_one_alone(precision: str, count: int) -> N
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("good", [0, 1, 2, 3])
-def test_a_loss_that_is_not_finite_stops_before_it_and_after_what_was_good(precision: str, good: int) -> None:
-    """The transitions named are those of the update that was refused; its gradient is nowhere to be seen."""
-    agents, replay = [agent_of(precision) for _ in range(2)], filled_replay()
+@pytest.mark.parametrize(("param", "good"), [*(("wn", good) for good in range(4)), ("bn", 1), ("ln", 1)])
+def test_a_loss_that_is_not_finite_stops_before_it_and_after_what_was_good(
+    precision: str, param: str, good: int
+) -> None:
+    """The transitions named are those of the update that was refused; its gradient is nowhere to be seen.
+
+    Nor are the statistics of its minibatch in the running ones.
+    """
+    agents, replay = [agent_of(precision, param=param) for _ in range(2)], filled_replay()
     indices = replay.sample_indices(5 * SIZE).view(5, SIZE)
     indices[indices == 7] = 8
     indices[good, 2] = 7

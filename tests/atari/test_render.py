@@ -157,12 +157,12 @@ def test_a_history_may_end_within_an_episode_or_at_its_end() -> None:
 @pytest.mark.parametrize(
     ("played", "options", "error", "message"),
     [
-        ([0, RESET], {}, WnRlError, "at vector step 1 the game goes on, but a reset was noted"),
+        ([0, RESET], {}, WnRlError, "at vector step 1 the game goes on, but a reset was recorded"),
         ([0, 0, 0], {"max_frames_per_episode": 5}, WnRlError, "at vector step 2 the game has ended, but action 0"),
         ([4], {}, WnRlError, "Breakout has 4 actions; there is no action 4"),
         ([0, RESEED], {}, WnRlError, "there is no action 254"),
         ([0], {"history": [17]}, WnRlError, "there is no action 17"),
-        ([0], {"resets": 1, "sticky_actions": 0.25}, UsageError, "give what was played as history"),
+        ([0], {"resets": 1, "sticky_actions": 0.25}, UsageError, "give the actions before it as history"),
         ([0], {"resets": -1}, UsageError, "0 or more"),
         ([0], {"game": "Braekout"}, UsageError, "Did you mean 'Breakout'"),
     ],
@@ -171,4 +171,4 @@ def test_what_does_not_fit_is_refused(
     played: list[int], options: dict[str, Any], error: type[WnRlError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        list(render(**({"game": "Breakout", "played": played, "seed": 1} | options)))
+        list(render(**({"game": "Breakout", "actions": played, "seed": 1} | options)))

@@ -51,6 +51,8 @@ def _train(arguments: Sequence[str], config_file: str | None, resume: str | None
         config.import_parameterization(wanted.param)
     if "network" in given and ":" in wanted.network:
         config.import_network(wanted.network)
+    if "backend" in given and ":" in wanted.backend:
+        layout.import_agent("backends").load(wanted.backend)
     if resume:
         read = config.read_yaml(file) if file else {}
         return _resume(

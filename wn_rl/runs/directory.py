@@ -91,7 +91,7 @@ class RunDirectory:
         self.episodes = path / "episodes.csv"
         self.summary = path / "summary.json"
         former = path / "journal.bin"  # in runs of earlier versions
-        self.action_log = former if former.exists() else path / "action_log.bin"
+        self.action_log = former if os.path.lexists(former) else path / "action_log.bin"
         self.nonfinite = path / "nonfinite"
         self.latest = path / "checkpoints" / "latest"
         self.best = path / "checkpoints" / "best"

@@ -233,8 +233,8 @@ def training_episode(directory: Path, which: str) -> TrainingEpisode:
     saved = checkpoint.load(directory)
     config = saved.config
     loop = saved.training.get("loop", {})
-    if "rows" not in loop:
-        raise CheckpointError(f"{saved.path} was written by an earlier version, which kept no action log")
+    if "vector_steps" not in loop:
+        raise CheckpointError(f"{saved.path} was written by an earlier version, without an action log")
     sticky = config.sticky_actions > 0
     try:
         mark = Mark.of(loop, config.num_envs)

@@ -33,6 +33,7 @@ LOSS = ("td_loss_of", "reduce")
 """The loss given both networks' Q-values: an agent's own is computed by torch between the kernels' two passes."""
 
 
+@interface.register("cpu_kernels")
 class CpuKernels(interface.Backend):
     """Acts and updates by C kernels on packed copies of the weights.
 
@@ -41,7 +42,6 @@ class CpuKernels(interface.Backend):
     torch in between.
     """
 
-    name = "cpu_kernels"
     agent: DQN
 
     def __init__(self, agent: Agent, replay: Replay) -> None:

@@ -20,7 +20,6 @@ from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import LazyMinibatch, Minibatch
 
 from .layouts import (
-    BESIDE_NORMALIZATIONS,
     conv_offsets,
     conv_shapes,
     network_shape,
@@ -48,8 +47,6 @@ class KernelNetwork(PackedNetwork):
         self.convolutions = conv_shapes(self.network)
         normalizations = [layer.normalization for layer in self.layers]
         tiles = tile_stages(self.network, self.library, self.precision)
-        if any(normalization is not None for normalization in normalizations):
-            tiles &= BESIDE_NORMALIZATIONS
         self.shape = network_shape(self.network, self.precision, self.block, tiles)
         self.workspace = Workspace(self.shape, self.precision, normalizations)
         self.packed = PackedWeights(

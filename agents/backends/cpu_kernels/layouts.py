@@ -72,20 +72,16 @@ def whole_tiles(count: int) -> int:
     return -(-count // 16) * 16
 
 
-BESIDE_NORMALIZATIONS = TileStage.FLAT_BACKWARD | TileStage.CONV_INPUT
-"""Stages of the tile unit that know normalizations, which lie between others; the rest is left to the vectors there."""
-
-
 def tile_stages(network: QNetwork, library: ctypes.CDLL, precision: torch.dtype) -> TileStage:
     """Return the stages of an update that the tile unit can compute; none where there is no such unit."""
     stages = TileStage(0)
     if precision is not torch.bfloat16 or not library.has_tile_unit():
         return stages
     convs = conv_shapes(network)
-    stages |= TileStage.HIDDEN_FORWARD | TileStage.FLAT_BACKWARD | TileStage.HIDDEN_WEIGHT
+    stages |= TileStage.HIDDEN_FORWARD | TileStage.FLAT_BACKWARD | TileStage.HIDDEN_WEIGHT | TileStage.CONV_WEIGHT
     # A tile's row is 32 elements of a kernel's line, of one kernel's line only.
     if all(conv.kernel * conv.in_channels % 32 == 0 for conv in convs):
-        stages |= TileStage.CONV_FORWARD | TileStage.CONV_WEIGHT
+        stages |= TileStage.CONV_FORWARD
     if all(conv.kernel // conv.stride * conv.out_channels % 32 == 0 for conv in convs[1:]):
         stages |= TileStage.CONV_INPUT
     return stages
@@ -105,7 +101,7 @@ def network_shape(network: QNetwork, precision: torch.dtype, block: int, tiles: 
         network: one that :func:`unsupported` has nothing against.
         precision: of the hidden layers.
         block: the first layer's stride in pixels.
-        tiles: some of :func:`tile_stages`; ``CONV_WEIGHT`` only with ``CONV_FORWARD``.
+        tiles: some of :func:`tile_stages`.
     """
     spec, convs = network.spec, conv_shapes(network)
     flat, hidden = spec.flat_features(), spec.hidden_units

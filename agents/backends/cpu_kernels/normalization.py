@@ -123,19 +123,19 @@ class NormalizationMemory:
     def of(cls, struct: NormalizationStruct, batch: int) -> NormalizationMemory:
         """Allocate it for ``batch`` observations and let ``struct`` refer to it."""
         positions, units, over = struct.positions, struct.units, struct.over
-        dense, each_unit = positions == 1, over == BATCH
+        single, each_unit = positions == 1, over == BATCH
         statistics = {BATCH: units, EXAMPLE: batch, POSITION: batch * positions}[over]
-        parts = batch if each_unit and not dense else 0
+        parts = batch if each_unit and not single else 0
         sums = torch.empty(batch, positions, units)
         made = cls(
             sums=sums,
             mean=torch.empty(statistics),
             scale=torch.empty(statistics),
             variance=torch.empty(units if each_unit else 0),
-            observation_mean=sums if dense else torch.empty(parts, units),
+            observation_mean=sums if single else torch.empty(parts, units),
             observation_square=torch.empty(parts, units),
-            nonzero=torch.empty(parts, MAX_BLOCKS, dtype=torch.int64),
-            gradient=torch.empty(batch if dense or each_unit else 0, positions, units),
+            nonzero=torch.empty(batch if each_unit else 0, MAX_BLOCKS, dtype=torch.int64),
+            gradient=torch.empty(batch if single or each_unit else 0, positions, units),
             bias_parts=torch.empty(batch, units),
             gain_parts=torch.empty(batch, units),
         )

@@ -60,14 +60,14 @@ class TrainedLayer:
         return gain_of(self.normalization)
 
 
-PLAIN = (Standard, LayerNormalization, BatchNormalization, MeanOnlyBatchNormalization)
+TRAINS_W = (Standard, LayerNormalization, BatchNormalization, MeanOnlyBatchNormalization)
 """Parameterizations that train w itself."""
 
 
 def weight_kind(layer: nn.Module) -> WeightKind | str:
     """Return how the C function makes a layer's weight, or why nothing here can."""
     entry = parameterization_of(layer)
-    if entry is None or type(entry) in PLAIN:
+    if entry is None or type(entry) in TRAINS_W:
         return WeightKind.PLAIN
     if type(entry) is WeightNormalizationWithMeanOnly:
         return WeightKind.NORM

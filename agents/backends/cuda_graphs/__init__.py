@@ -24,7 +24,7 @@ from wn_rl.replay.pinned_transfer import Readback, Staging
 from wn_rl.training import Agent
 
 from ...dqn import DQN
-from ..interface import Backend, subclass_problem
+from ..interface import Backend, register, subclass_problem
 from .flat_optimizer import FlatOptimizer
 from .recording import CudaRecorder, Recorder, Repeated
 from .torch_compile import CompiledLoss
@@ -33,6 +33,7 @@ REPLACED = ("update", "act", "epsilon_greedy", "copy_target", "state_dict", "loa
 """Methods of an agent that this backend replaces; the other methods that it calls are captured."""
 
 
+@register("cuda_graphs")
 class CudaGraphs(Backend):
     """Acts and updates with one synchronization per vector step, for the actions.
 
@@ -40,7 +41,6 @@ class CudaGraphs(Backend):
     actions. With ``compile: on`` torch.compile compiles the loss, its gradient and the optimizer's step.
     """
 
-    name = "cuda_graphs"
     agent: DQN
 
     def __init__(

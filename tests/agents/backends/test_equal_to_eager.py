@@ -26,6 +26,7 @@ from agents.backends import BACKENDS
 from agents.backends.cpu_kernels import loader
 from agents.backends.cpu_kernels.backend import CpuKernels
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cpu_kernels.structs import TileStage
 from agents.backends.eager import Eager
 from agents.backends.interface import Backend
 from agents.dqn import DQN
@@ -153,6 +154,36 @@ def test_a_backend_makes_eagers_updates(backend: type[Backend], param: str, prec
         compare(backend(agent, replay_of_noise(device)), eager, precision)
         return
     pytest.skip(f"{backend.name}: {'; '.join(problems)}")
+
+
+def kernels_of(config: TrainConfig, vectors: str) -> CpuKernels:
+    """The backend on one of the builds of the kernels."""
+    library = loader.load(vectors=vectors)
+    if isinstance(library, str) or not loader.supports(library, torch.bfloat16):
+        pytest.skip("no kernels in bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "load", lambda: library)
+        agent, replay = DQN(config, 4, CPU), replay_of_noise(CPU)
+        assert not CpuKernels.unsupported(agent, replay)
+        return CpuKernels(agent, replay)
+
+
+@pytest.mark.parametrize("param", names())
+def test_the_tile_units_stand_in_makes_the_updates_of_the_kernels_over_vectors(param: str) -> None:
+    config = configured(param=param, precision="bfloat16")
+    tiles, vectors = kernels_of(config, "tiles"), kernels_of(config, "no_tiles")
+    assert isinstance(tiles.network, KernelNetwork)
+    assert isinstance(vectors.network, KernelNetwork)
+    assert tiles.network.shape.tiles == sum(TileStage)
+    assert vectors.network.shape.tiles == 0
+    assert tiles.detail.endswith("products by the tile unit")
+    compare(tiles, vectors, "bfloat16")
+
+
+@pytest.mark.parametrize("param", ["standard", "wn", "sn", "ln"])
+def test_the_tile_units_stand_in_makes_eagers_updates(param: str) -> None:
+    config = configured(param=param, precision="bfloat16")
+    compare(kernels_of(config, "tiles"), Eager(DQN(config, 4, CPU), replay_of_noise(CPU)), "bfloat16")
 
 
 class OnFramesOf(DQN):

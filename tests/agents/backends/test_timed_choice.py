@@ -452,9 +452,13 @@ def test_an_agent_that_cannot_be_timed_is_none() -> None:
     def broken(self: DQN, batch: object) -> None:
         raise ValueError("not today")
 
-    found = measure(open_config(), type("Own", (DQN,), {"update": broken}), 4, BOTH)
+    own = type("Own", (DQN,), {"update": broken})
+    found = measure(open_config(backend="eager"), own, 4, BOTH)
     assert (found.candidates, found.seconds) == ((), {})
     assert found.problems["eager float32"] == "not today"
+    taken = choose(open_config(backend="eager"), own, precisions=BOTH, updates=10**6)
+    assert (taken.backend, taken.precision) == ("eager", "float32")
+    assert taken.note == "; nothing could be timed: not today"
 
     def uncopied(self: DQN, memo: object) -> DQN:
         raise TypeError("one of a kind")

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "nonzero_blocks.h"
 #include "normalization.h"
+#include "tiles.h"
 #ifdef VECTOR_KERNELS
 #include "frames.h"
 
@@ -137,7 +138,8 @@ ALWAYS_INLINE void save_observations(const Precision precision, const NetworkSha
     for (int64_t y = 0; y < conv->in_height; y++, words += row) {
         const void *line = element_at(precision, in, y * row), *second = element_at(precision, in_second, y * row);
         saved[y] = nonzero[0][y] | (precision == BFLOAT16 && pair ? nonzero[1][y] : 0);
-        save_nonzero_blocks(precision, saved[y], conv->in_channels, line, pair ? second : NULL, words);
+        const uint64_t wanted = USES_TILES(shape, TILE_CONV_WEIGHT) ? first_bits(conv->in_width) : saved[y];
+        save_nonzero_blocks(precision, wanted, conv->in_channels, line, pair ? second : NULL, words);
         if (precision == BFLOAT16 || !pair) continue;
         saved[conv->in_height + y] = nonzero[1][y];
         save_nonzero_blocks(precision, nonzero[1][y], conv->in_channels, second, NULL, words + conv->in_height * row);
@@ -216,6 +218,13 @@ ALWAYS_INLINE void conv_sums(const Precision precision, const NetworkShape *shap
     const int64_t channel_words = conv->in_channels / pair_size(precision), channels = conv->out_channels;
     const int64_t row_stride = conv->in_width * channel_words, row_words = conv->kernel * channel_words;
     const int32_t *weight = args->conv_weight[l];
+    if (precision == BFLOAT16 && USES_TILES(shape, TILE_CONV_FORWARD)) { /* of a network with normalizations */
+        for (int i = 0; i < 2; i++) {
+            propagate_nonzero(conv, buffers->nonzero[i]);
+            tile_conv_sums(conv, buffers->in[i], weight, sums[i]);
+        }
+        return;
+    }
     PositionList *list = &buffers->list;
     list->count = 0;
     for (int i = 0; i < 2; i++) {

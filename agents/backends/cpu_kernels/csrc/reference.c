@@ -174,3 +174,34 @@ void reference_frame_indices(const ReplayStorage *replay, int64_t index, int64_t
         frame_indices[f] = replay->frames - 1 - f > replay->age[entry] ? replay->capacity : frame;
     }
 }
+
+/* A normalization forward and backward in float64: t and dy, the gradient by y, (batch, positions, units), to the mean
+ * and the variance of each group of numbers, x = (t - mean) / sqrt(variance + eps), or x = t - mean, the gradient by t,
+ * and those of bias and gain, of which y = gain * x + bias. `groups` (2, as many) is scratch. */
+void reference_normalization(int64_t over, int64_t mean_only, int64_t batch, int64_t positions, int64_t units, double eps,
+                             const double *gain, const double *t, const double *dy, double *mean, double *variance,
+                             double *x, double *dt, double *dbias, double *dgain, double *groups) {
+    const int64_t size = batch * positions * units;
+    const int64_t count = over == BATCH ? units : over == EXAMPLE ? batch : batch * positions;
+#define GROUP (over == BATCH ? i % units : over == EXAMPLE ? i / (positions * units) : i / units)
+    const double members = (double)(size / count);
+    memset(mean, 0, count * sizeof(double));
+    memset(variance, 0, count * sizeof(double));
+    memset(groups, 0, 2 * count * sizeof(double));
+    memset(dbias, 0, units * sizeof(double));
+    memset(dgain, 0, units * sizeof(double));
+    FOR(i, size) mean[GROUP] += t[i] / members;
+    FOR(i, size) variance[GROUP] += (t[i] - mean[GROUP]) * (t[i] - mean[GROUP]) / members;
+    FOR(i, size) {
+        x[i] = (t[i] - mean[GROUP]) / (mean_only ? 1.0 : sqrt(variance[GROUP] + eps));
+        dbias[i % units] += dy[i];
+        dgain[i % units] += dy[i] * x[i];
+        groups[GROUP] += gain[i % units] * dy[i] / members;
+        groups[count + GROUP] += gain[i % units] * dy[i] * x[i] / members;
+    }
+    FOR(i, size) {
+        const double centred = gain[i % units] * dy[i] - groups[GROUP];
+        dt[i] = mean_only ? centred : (centred - x[i] * groups[count + GROUP]) / sqrt(variance[GROUP] + eps);
+    }
+#undef GROUP
+}

@@ -25,7 +25,7 @@ typedef enum {
     TILE_FLAT_BACKWARD = 4,
     TILE_HIDDEN_WEIGHT = 8,
     TILE_CONV_INPUT = 16,
-    TILE_CONV_WEIGHT = 32 /* only with TILE_CONV_FORWARD: it reads all blocks of the first layer's input */
+    TILE_CONV_WEIGHT = 32
 } TileStage;
 
 /* How a layer's weight w is made of what is trained, unit by unit. */
@@ -167,7 +167,7 @@ typedef struct {
     int32_t *saved_input[MAX_CONVOLUTIONS + 1];
     uint64_t *nonzero_blocks;                      /* (batch / pair, in_height): bit x is set where block x of the first
                                                       input has a nonzero pixel; other blocks of saved_input[0] are not
-                                                      written */
+                                                      written but with a TILE_CONV_WEIGHT */
     void *flat;                                    /* elements (batch, flat) */
     int32_t *flat_columns;                         /* with a TILE_HIDDEN_FORWARD: the same as words (flat / 2, batch rounded
                                                       up to 16) that pair inputs */

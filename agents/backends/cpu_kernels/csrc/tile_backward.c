@@ -78,7 +78,7 @@ void tile_hidden_weight_step(const NetworkShape *shape, const ForwardArgs *args,
         float sum = 0.0f;
         for (int64_t n = 0; n < args->batch; n++)
             sum += from_bfloat16(((const uint16_t *)back->hidden_gradient)[n * hidden + first + u]);
-        ((float *)layer->bias_gradient)[first + u] = sum;
+        if (!args->normalization[shape->convolutions]) ((float *)layer->bias_gradient)[first + u] = sum;
         step_and_pack_unit(layer, first + u, rows + u * flat, step);
     }
 }
@@ -118,6 +118,17 @@ void tile_convolve(const uint16_t *in, int64_t x_stride, int64_t line, int64_t h
             }
         }
     }
+}
+
+/* The sums of a convolution at all positions; `in` is elements in the order (y, x, channel). With a stride the positions
+ * of a line alone have one distance. */
+void tile_conv_sums(const ConvShape *conv, const uint16_t *in, const int32_t *weight, float *sums) {
+    const int64_t row = conv->in_width * conv->in_channels, lines = conv->stride == 1 ? 1 : conv->out_height;
+    const int64_t height = conv->out_height / lines;
+    for (int64_t y = 0; y < lines; y++)
+        tile_convolve(in + y * conv->stride * row, conv->stride * conv->in_channels, conv->in_width, height,
+                      conv->out_width, conv->kernel, row, conv->kernel * conv->in_channels, weight,
+                      conv->out_channels, sums + y * conv->out_width * conv->out_channels);
 }
 
 /* How the sum over a layer's output positions, by which its weight's gradient is made, is cut into steps of 16: each
@@ -221,7 +232,7 @@ void tile_conv_weight_backward(const NetworkShape *shape, const ForwardArgs *arg
             }
         }
     }
-    if (line) return;
+    if (line || args->normalization[l]) return;
     const int64_t count = groups * conv->out_height * conv->out_width;
     for (int64_t u = 0; u < units; u += 16) {
         Floats sum = zeros();

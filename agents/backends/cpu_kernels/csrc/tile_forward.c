@@ -3,6 +3,7 @@
 #ifdef TILE_KERNELS
 #include "frames.h"
 #include "nonzero_blocks.h"
+#include "normalization.h"
 
 /* Where row y of an input lies, in positions. Rows that a stride apart meet come one after the other, so that all output
  * positions of a plane lie at one distance: output (y, x) at y * line + x strides, line = in_width / stride. Those with
@@ -38,11 +39,10 @@ typedef struct {
 ALWAYS_INLINE void store_block(const ConvShape *conv, const float *bias, int64_t pair, float (*sums)[32 * 32],
                                int64_t first, int64_t count, int64_t u, int64_t vectors, const LayerOutput *output) {
     const int64_t line = conv->in_width / conv->stride, units = conv->out_channels;
-    int64_t y = first / line, x = first % line;
+    int64_t y = first / line, x = first % line, row = output->next ? plane_row(output->next, y) : 0;
     for (int64_t p = 0; p < count; p++) {
         if (x < conv->out_width) {
-            const int64_t at = (y * conv->out_width + x) * units + u;
-            const int64_t to = output->next ? (plane_row(output->next, y) + x) * units + u : 0;
+            const int64_t at = (y * conv->out_width + x) * units + u, to = (row + x) * units + u;
             for (int64_t v = 0; v < vectors; v++) {
                 const Floats b = load_floats(bias + u + 16 * v);
                 const Floats low = relu(load_floats(sums[0] + 32 * p + 16 * v) + b);
@@ -54,7 +54,9 @@ ALWAYS_INLINE void store_block(const ConvShape *conv, const float *bias, int64_t
                 if (output->words) store_observations(BFLOAT16, output->words + at + 16 * v, NULL, low, high);
             }
         }
-        if (++x == line) x = 0, y++;
+        if (++x < line) continue;
+        x = 0, y++;
+        if (output->next) row = plane_row(output->next, y);
     }
 }
 
@@ -103,7 +105,7 @@ static void pack_pair(const NetworkShape *shape, const ForwardArgs *args, int64_
         args->nonzero_blocks[n / 2 * conv->in_height + y] = nonzero[0][y] | nonzero[1][y];
 }
 
-/* conv_forward on tiles. All blocks are computed, those of zeros too: few tiles meet nothing else. */
+/* conv_forward on tiles, of a network whose convolutions have no normalizations. All blocks are computed, those of zeros too: few tiles meet nothing else. */
 void tile_conv_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t n, int64_t next, uint8_t *workspace) {
     const int64_t second = n + 1 < args->batch ? n + 1 : n, pair = second > n;
     const int64_t frame_bytes =
@@ -176,10 +178,13 @@ ALWAYS_INLINE void hidden_sums(const int a_tiles, const int b_tiles, const uint1
 }
 
 /* The hidden layer's units [first, first + 32), or to the end, for all observations:
- * for n, u: hidden[n][u] = max(0, hidden_bias[u] + sum over k: hidden_weight[u][k] * flat[n][k]) */
+ * for n, u: hidden[n][u] = max(0, hidden_bias[u] + sum over k: hidden_weight[u][k] * flat[n][k])
+ * Sums that will be normalized are left without bias and ReLU. */
 void tile_hidden_forward(const NetworkShape *shape, const ForwardArgs *args, int64_t first) {
     const int64_t flat = shape->flat, hidden = shape->hidden, columns = whole_tiles(args->batch);
     const uint16_t *weight = (const uint16_t *)args->hidden_weight + first * flat;
+    const Normalization *norm = args->normalization[shape->convolutions];
+    float *out = norm && norm->sums ? norm->sums : args->hidden;
     const int a_tiles = tiles_of(hidden - first);
     float sums[32 * 32];
     for (int64_t n = 0; n < args->batch; n += 32) {
@@ -193,9 +198,11 @@ void tile_hidden_forward(const NetworkShape *shape, const ForwardArgs *args, int
                 for (int i = 0; i < 16; i++) rows[i] = (const int32_t *)sums + (u + i) * 32 + m;
                 load_transposed(rows, block);
                 for (int64_t j = 0; j < 16 && n + m + j < args->batch; j++)
-                    store_floats(args->hidden + (n + m + j) * hidden + first + u, relu(block[j][0] + bias));
+                    store_floats(out + (n + m + j) * hidden + first + u,
+                                 norm ? block[j][0] : relu(block[j][0] + bias));
             }
         }
     }
+    if (needs_batch(norm)) batch_statistics(norm, args->batch, first, 16 * a_tiles);
 }
 #endif

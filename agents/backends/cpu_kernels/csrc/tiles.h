@@ -45,6 +45,7 @@ void tile_hidden_weight_step(const NetworkShape *shape, const ForwardArgs *args,
                              const TrainedLayer *layer, int64_t first, float *rows, const OptimizerStep *step);
 void tile_convolve(const uint16_t *in, int64_t x_stride, int64_t line, int64_t height, int64_t width, int64_t rows,
                    int64_t row_stride, int64_t row_elements, const int32_t *weight, int64_t channels, float *out);
+void tile_conv_sums(const ConvShape *conv, const uint16_t *in, const int32_t *weight, float *sums);
 void transpose_conv_gradient(const NetworkShape *shape, const BackwardArgs *back, int64_t n);
 void tile_conv_weight_backward(const NetworkShape *shape, const ForwardArgs *args, const BackwardArgs *back, int64_t l,
                                int64_t line, uint8_t *workspace);

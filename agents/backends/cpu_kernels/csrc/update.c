@@ -91,12 +91,16 @@ static void work_off_convolutions(const NetworkShape *shape, const ForwardArgs *
 void network_forward(const NetworkShape *shape, const ForwardArgs *passes, int64_t count, uint8_t *workspace,
                      int64_t threads) {
     ConvQueue queues[count];
-    for (int64_t i = 0; i < count; i++) queues[i] = forward_queue(shape, &passes[i]);
+    int normalized = 0; /* any convolution, then of all networks */
+    for (int64_t i = 0; i < count; i++) {
+        queues[i] = forward_queue(shape, &passes[i]);
+        for (int64_t l = 0; l < shape->convolutions; l++) normalized |= passes[i].normalization[l] != NULL;
+    }
 #pragma omp parallel num_threads(threads)
     {
         uint8_t *mine = workspace + THREAD * shape->workspace_bytes;
         if (shape->tiles) configure_tiles();
-        if (USES_TILES(shape, TILE_CONV_FORWARD)) { /* without normalizations: there is one stage */
+        if (USES_TILES(shape, TILE_CONV_FORWARD) && !normalized) {
             for (int64_t i = 0; i < count; i++) {
 #pragma omp for schedule(dynamic, 1) nowait
                 for (int64_t n = 0; n < passes[i].batch; n += 2)
@@ -174,7 +178,8 @@ static void work_off(const NetworkShape *shape, const ForwardArgs *args, const B
         if ((taken = take_item(&queue->inputs.pairs)) >= 0) {
             const int64_t stage = taken / queue->inputs.pairs.items, n = taken % queue->inputs.pairs.items * 2;
             conv_input_backward(shape, args, back, queue->inputs.from[stage], n, workspace);
-            if (USES_TILES(shape, TILE_CONV_WEIGHT)) transpose_conv_gradient(shape, back, n);
+            if (USES_TILES(shape, TILE_CONV_WEIGHT) && stage + 1 == queue->inputs.pairs.stages)
+                transpose_conv_gradient(shape, back, n);
             finish_inputs(shape, args, &queue->inputs, stage);
         } else if (all_done(&queue->inputs.pairs) && LEFT(next_weight, weights)) {
             if ((taken = TAKE(next_weight)) >= weights) continue;

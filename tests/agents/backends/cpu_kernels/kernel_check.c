@@ -116,14 +116,13 @@ static int64_t draw_tiles(void) {
     int64_t stages = 63, bytes = larger(16 * shape.flat * 4, (shape.hidden + 31) / 32 * 16 * 32 * 4), past = 0;
     FOR(l, shape.convolutions) {
         const ConvShape *conv = &shape.convolution[l];
-        if (conv->kernel * conv->in_channels % 32) stages &= ~(TILE_CONV_FORWARD | TILE_CONV_WEIGHT);
+        if (conv->kernel * conv->in_channels % 32) stages &= ~TILE_CONV_FORWARD;
         if (l && conv->kernel / conv->stride * conv->out_channels % 32) stages &= ~TILE_CONV_INPUT;
         bytes = larger(bytes, conv->kernel * conv->in_channels * conv->out_channels * 4);
         past = larger(past, 16 * conv->stride * conv->in_channels * 2);
         shape.transposed_columns[l] = transposed_columns(conv, 0);
     }
-    if (random_below(2)) stages &= random_below(64);
-    shape.tiles = stages & TILE_CONV_FORWARD ? stages : stages & ~TILE_CONV_WEIGHT;
+    shape.tiles = random_below(2) ? stages : stages & random_below(64);
     return larger(bytes, 2 * 32 * 32 * 4 + shape.max_activation * 12 + past);
 }
 

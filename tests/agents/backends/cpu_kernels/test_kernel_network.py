@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from agents.backends.cpu_kernels import layouts, loader
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
+from agents.backends.cpu_kernels.normalization import normalization_of
 from agents.backends.cpu_kernels.optimizers import FusedAdamax
 from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.backends.cpu_kernels.workspace import MAX_CACHED_SIZES
 from tests.carried import Carried, carried
-from tests.kernel_networks import fused_adamax, mostly_black, networks
+from tests.kernel_networks import LAYERS, NORMALIZED, fused_adamax, mostly_black, networks, packed_target
 from wn_rl.config import TrainConfig, load, resolve
 from wn_rl.errors import NonFiniteLossError
 from wn_rl.networks import QNetwork, QNetworkSpec, build_q_network
 from wn_rl.parameterizations import fold
-from wn_rl.parameterizations.base import parameterization_of
+from wn_rl.parameterizations.base import bias_of, parameterization_of
+from wn_rl.parameterizations.batch_norm import Full, MeanOnly, WeightNormalizationWithMeanOnly
+from wn_rl.parameterizations.layer_norm import PerExample
 from wn_rl.parameterizations.projected import ProjectedWeights
 from wn_rl.parameterizations.weight_norm import WeightNormalization, direction_and_scale
 from wn_rl.replay import LazyMinibatch, Minibatch, Replay
@@ -45,12 +48,17 @@ def units_on(compiled: KernelNetwork, batch: int) -> list[Tensor]:
 
 
 def by_hand(
-    network: QNetwork, observations: Tensor, precision: torch.dtype, on: list[Tensor] | None = None
+    network: QNetwork,
+    observations: Tensor,
+    precision: torch.dtype,
+    on: list[Tensor] | None = None,
+    training: bool = False,
 ) -> tuple[Tensor, float]:
     """Q-values in float64 where only weights and what a layer sees are rounded, and how large the sums of sizes are.
 
     Derivatives pass the rounding as if it were not there. Where a sum is nearly zero, rounding alone may say whether
     the unit is at rest, and the derivative jumps: ``on`` says how it was taken, and may say so nowhere else.
+    With ``training`` batch statistics are those of the observations.
     """
     taken = iter(on or [])
 
@@ -68,21 +76,58 @@ def by_hand(
         if isinstance(entry, ProjectedWeights) and entry.g == "direct":
             slot: Any = layer.parametrizations["weight"]  # type: ignore[index]
             return slot.original0.double() * slot.original1.double()
-        if isinstance(entry, WeightNormalization):
+        if isinstance(entry, WeightNormalization | WeightNormalizationWithMeanOnly):
             v, g = (tensor.double() for tensor in direction_and_scale(layer))
-            g = g.exp() if entry.g == "exp" else g
+            g = g.exp() if entry.options().get("g") == "exp" else g
             return (g.view(-1, 1) * v.flatten(1) / v.flatten(1).norm(dim=1, keepdim=True)).view_as(v)
         assert isinstance(layer.weight, Tensor)
         return layer.weight.double()
 
+    def biased(layer: nn.Module, t: Tensor) -> Tensor:
+        bias = bias_of(layer)
+        assert bias is not None
+        return normalized_by_hand(layer, t, training) + bias.double().view(-1, *[1] * (t.dim() - 2))
+
     x = observations.double()
     for index, (layer, (_, _, stride)) in enumerate(zip(network.convolutions, network.spec.convolutions, strict=True)):
         weight = weight_of(layer) / 255 if index == 0 else weight_of(layer)
-        x = low(relu(torch.conv2d(x, low(weight), layer.bias.double(), stride)))
-    hidden = relu(x.flatten(1) @ low(weight_of(network.hidden)).t() + network.hidden.bias.double())
+        x = low(relu(biased(layer, torch.conv2d(x, low(weight), None, stride))))
+    hidden = relu(biased(network.hidden, x.flatten(1) @ low(weight_of(network.hidden)).t()))
     weight = weight_of(network.output)
     size = float((hidden @ weight.abs().t()).detach().max()) + 1e-3
-    return hidden @ weight.t() + network.output.bias.double(), size
+    q_values = biased(network.output, hidden @ weight.t())
+    return q_values, size * largest_scale(network.output, (hidden @ weight.t()).detach(), training)
+
+
+def largest_scale(layer: nn.Module, t: Tensor, training: bool) -> float:
+    """By how much a layer's normalization stretches its sums t at most, (B, units)."""
+    with torch.no_grad():
+        spread = t.clone()
+        spread[0] += 1e-6 * (1.0 + t.abs().max())
+        moved = normalized_by_hand(layer, spread, training) - normalized_by_hand(layer, t, training)
+        return max(1.0, float(moved.abs().max() / (spread - t).abs().max()))
+
+
+def normalized_by_hand(layer: nn.Module, t: Tensor, training: bool) -> Tensor:
+    """What a layer's normalization makes of its sums, bias aside: the formulas of wn_rl/parameterizations."""
+    module = normalization_of(layer)
+    if module is None:
+        return t
+
+    def of_units(values: Tensor) -> Tensor:
+        return values.double().view(-1, *[1] * (t.dim() - 2))
+
+    if isinstance(module, PerExample):
+        axes = [axis for axis in range(1, t.dim()) if module.over == "example" or axis == 1]
+    else:
+        axes = [axis for axis in range(t.dim()) if axis != 1]
+    running = not (training or isinstance(module, PerExample))
+    centred = t - (of_units(module.running_mean) if running else t.mean(axes, keepdim=True))  # type: ignore[arg-type]
+    if isinstance(module, MeanOnly):
+        return centred
+    assert isinstance(module, PerExample | Full)
+    variance = of_units(module.running_var) if running else centred.square().mean(axes, keepdim=True)  # type: ignore[union-attr]
+    return centred / (variance + module.eps).sqrt() * of_units(module.gain)
 
 
 def gradient(network: QNetwork) -> Tensor:
@@ -105,6 +150,25 @@ def both(spec: QNetworkSpec, precision: torch.dtype) -> tuple[KernelNetwork, Pac
 def test_values_gradients_and_steps_are_those_of_torch(
     precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int, lit: float
 ) -> None:
+    compare_with_torch(precision, spec, batch, seed, lit)
+
+
+@given(
+    spec=networks(NORMALIZED, LAYERS),
+    batch=st.integers(1, 13),
+    seed=st.integers(0, 1000),
+    lit=st.sampled_from([1.0, 0.3]),
+)
+@settings(deadline=None, max_examples=60)
+def test_values_gradients_and_steps_of_normalized_layers_are_those_of_torch(
+    precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int, lit: float
+) -> None:
+    # Two observations whose sums are normalized over both have gradients that nearly cancel in every layer.
+    compare_with_torch(precision, spec, batch if spec.entry().batch_independent else max(batch, 4), seed, lit)
+
+
+def compare_with_torch(precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int, lit: float) -> None:
+    """Values, gradients and a step by the kernels, by hand in float64, and by torch's operations in float32."""
     compiled, plain = both(spec, precision)
     generator = torch.Generator().manual_seed(seed)
     # Where nearly all is black the gradient is little but sums over places that nearly cancel, too coarse in bfloat16
@@ -115,12 +179,14 @@ def test_values_gradients_and_steps_are_those_of_torch(
     slopes = torch.randn(batch, spec.num_actions, generator=generator)
     optimizer = fused_adamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
     compiled.refresh()
-    target = compiled.pack_network(fold(copy.deepcopy(compiled.network)))
+    target = packed_target(compiled)
     *found, seen = compiled.forward_both(target, minibatch)
-    network = copy.deepcopy(compiled.network)
-    of_both = ((x[batch:], None), (x[:batch], units_on(compiled, batch)))
-    for ours, (frames, on) in zip(found, of_both, strict=True):
-        expected, size = by_hand(network, frames, precision, on)
+    network, folded = copy.deepcopy(compiled.network), copy.deepcopy(compiled.network)
+    if spec.entry().foldable:  # the weights that are rounded are the folded ones
+        fold(folded)
+    of_both = ((folded, x[batch:], None, False), (network, x[:batch], units_on(compiled, batch), True))
+    for ours, (of, frames, on, training) in zip(found, of_both, strict=True):
+        expected, size = by_hand(of, frames, precision, on, training)
         assert float((ours - expected.detach()).abs().max()) < (1e-5 if precision is torch.float32 else 3e-3) * size
     (expected * slopes).sum().backward()
     compiled.backward(seen, slopes)
@@ -136,7 +202,7 @@ def test_values_gradients_and_steps_are_those_of_torch(
     if precision is torch.float32:
         steps = fused_adamax(plain, 1e-3, (0.5, 0.999), 1e-8)
         plain.refresh()
-        plain.backward(plain.forward_both(plain.pack_network(fold(copy.deepcopy(plain.network))), minibatch)[2], slopes)
+        plain.backward(plain.forward_both(packed_target(plain), minibatch)[2], slopes)
         steps.step()
         for ours, theirs in zip(compiled.network.parameters(), plain.network.parameters(), strict=True):
             # The first step of Adamax is the sign of a gradient, so one that is nearly zero may go either way.
@@ -171,7 +237,7 @@ def test_what_is_left_out_of_large_frames_changes_no_bit(
 
 
 @given(
-    spec=networks(),
+    spec=networks() | networks(NORMALIZED, LAYERS),
     batch=st.integers(1, 13),
     seed=st.integers(0, 1000),
     lit=st.sampled_from([0.9, 0.3, 0.03, 0.0]),
@@ -181,6 +247,8 @@ def test_what_is_left_out_of_large_frames_changes_no_bit(
 def test_what_is_left_out_where_frames_are_black_changes_no_bit(
     precision: torch.dtype, spec: QNetworkSpec, batch: int, seed: int, lit: float, filled: float
 ) -> None:
+    # One observation has no variance.
+    batch = batch if spec.entry().batch_independent else max(batch, 2)
     compare_with_all_visited(spec, precision, batch, seed, lit, filled)
 
 
@@ -197,7 +265,7 @@ def compare_with_all_visited(
         generator = torch.Generator().manual_seed(seed)
         optimizer = fused_adamax(compiled, 1e-3, (0.5, 0.999), 1e-8)
         compiled.refresh()
-        target = compiled.pack_network(fold(copy.deepcopy(compiled.network)))
+        target = packed_target(compiled)
         seen = []
         for _ in range(2):  # the second in memory that holds what the first left
             x = mostly_black((2 * batch, *spec.observation_shape), lit, generator, filled)
@@ -207,23 +275,24 @@ def compare_with_all_visited(
             optimizer.step()
             optimizer.write_gradients()
             seen += [*q_values, gradient(compiled.network)]
-            seen += [parameter.detach().clone() for parameter in compiled.network.parameters()]
+            seen += [tensor.detach().clone() for tensor in compiled.network.state_dict().values()]
         found.append(seen)
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_no_result_depends_on_the_number_of_threads(precision: torch.dtype) -> None:
+@pytest.mark.parametrize("param", ["wn", "ln", "bn", "wn_mean_only_bn"])
+def test_no_result_depends_on_the_number_of_threads(precision: torch.dtype, param: str) -> None:
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(1)  # the initialization is torch's
-            agent = made(precision)
+            agent = made(precision, param=param)
             torch.set_num_threads(count)
             for number in range(3):
                 agent.update(drawn(number))
-            found.append([parameter.detach().clone() for parameter in agent.q_network.parameters()])
+            found.append([tensor.clone() for tensor in agent.q_network.state_dict().values()])
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

@@ -106,9 +106,7 @@ stages = st.lists(st.sampled_from(list(TileStage)), unique=True).map(lambda foun
 
 
 def with_stages(network: QNetwork, library: ctypes.CDLL, wanted: TileStage) -> KernelNetwork:
-    """Kernels of which only these stages use tiles, as far as one may without another."""
-    if TileStage.CONV_FORWARD not in wanted:
-        wanted &= ~TileStage.CONV_WEIGHT
+    """Kernels of which only these stages use tiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_network, "tile_stages", lambda *_: wanted)
         return KernelNetwork(network, library, precision=torch.bfloat16)
