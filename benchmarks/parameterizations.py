@@ -1,4 +1,4 @@
-"""What a parameterization costs: the time of one whole DQN update of each entry over that of ``standard``.
+"""What a parameterization costs: the time of one whole DQN update of each parameterization over that of ``standard``.
 
 ``python benchmarks/parameterizations.py`` prints the table; ``--out`` writes it as CSV. All are timed in turn, round
 after round, on minibatches of real frames, so that a busy moment of the machine meets them alike; the ratio is taken
@@ -55,17 +55,19 @@ class Arguments:
     batch_sizes: tuple[int, ...] = (32, 64)
     """Minibatch sizes."""
     rounds: int = 40
-    """Rounds in which every entry is timed once."""
+    """Rounds in which every parameterization is timed once."""
     updates: int = 10
-    """Updates per entry and round."""
+    """Updates per parameterization and round."""
     params: tuple[str, ...] = ()
-    """Entries beside standard; default: all, and wn_plain."""
+    """Parameterizations besides standard; default: all, and wn_plain."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """As in train.py; auto: one for all, that of the entry that gains least by bfloat16."""
     num_threads: int = 0
     """Threads of the arithmetic on a CPU; 0: torch's default."""
+    cpu_time: bool = False
+    """Measure CPU time instead of time: with one thread, on a machine that does something else too."""
     out: str | None = None
     """Write the table to this file, in which rows of another device are kept; default: it is printed and kept nowhere.
     docs/results/benchmarks/parameterizations.csv is that of the documentation."""
@@ -112,7 +114,7 @@ def one_precision(arguments: Arguments) -> Precision:
 def measure(
     arguments: Arguments, batch_size: int, replay: Replay, num_actions: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return seconds per update of each round, by entry."""
+    """Return seconds per update of each round, by parameterization."""
     entries = entries_of(arguments)
     agents, backends = {}, {}
     for name in entries:
@@ -121,15 +123,17 @@ def measure(
         agents[name] = DQN(config, num_actions, device)
         agents[name].initialize(replay.sample(256).observations)
         backends[name] = make_backend(agents[name], replay)
+        print(f"{name}: {backends[name].name} {backends[name].detail}".rstrip())
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     for turn in range(arguments.rounds + 2):
         for name in entries if turn % 2 else reversed(entries):
             wait(device)
-            started = time.perf_counter()
+            started = clock()
             backends[name].update(arguments.updates)
             wait(device)
             if turn >= 2:  # the first rounds warm up
-                seconds[name].append((time.perf_counter() - started) / arguments.updates)
+                seconds[name].append((clock() - started) / arguments.updates)
         if turn == 1 and any(not agent.is_finite() for agent in agents.values()):
             raise UsageError("a weight is not finite: the times would be those of no real update")
     return seconds
@@ -146,6 +150,8 @@ def main(words: Sequence[str]) -> int:
     arguments = cli.parse(Arguments, words)
     if min(arguments.rounds, arguments.updates, *arguments.batch_sizes) < 1:
         raise UsageError("--rounds, --updates and --batch-sizes must be at least 1")
+    if arguments.cpu_time and arguments.out is not None:
+        raise UsageError("--out keeps times, not CPU times")
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
     keep_freed_memory()
@@ -159,8 +165,9 @@ def main(words: Sequence[str]) -> int:
     rows = []
     for batch_size in arguments.batch_sizes:
         seconds = measure(arguments, batch_size, replay, num_actions, device)
-        print(f"\nminibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads")
-        print(f"{'entry':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
+        clock = ", CPU time" if arguments.cpu_time else ""
+        print(f"\nminibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads{clock}")
+        print(f"{'parameterization':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
         for name, times in seconds.items():
             ratios = [mine / plain for mine, plain in zip(times, seconds["standard"], strict=True)]
             middle = statistics.median(ratios)

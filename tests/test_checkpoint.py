@@ -155,7 +155,7 @@ def test_a_checkpoint_of_the_first_format_is_read_as_what_it_was(tmp_path: Path)
         ({"format": 99}, "format 99"),
         ({"network": None}, "network"),
         ({"network__hidden_units": 10**9}, "65536"),
-        ({"network__hidden_units": 9}, "do not fit"),
+        ({"network__hidden_units": 9}, "do not match"),
         (
             {"network__parameterization": "nonsense"},
             "not registered: if it is your own, add --param YOUR_MODULE:ITS_CLASS",
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_the_first_format_is_read_as_what_it_was(tmp_path: Path)
         ({"network__options": [1]}, "options are not a mapping"),
         ({"network__layers": ["nothing"]}, "no layer matches 'nothing'"),
         ({"network__layers": 5}, "not a list of texts"),
-        ({"network__convolutions": [[32, 800, 4]]}, "do not fit"),
+        ({"network__convolutions": [[32, 800, 4]]}, "do not match"),
         ({"config__gamma": "much"}, "gamma"),
         ({"config__gamma": None}, "gamma"),
         ({"config__surprise": 1}, "surprise"),

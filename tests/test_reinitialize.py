@@ -137,7 +137,7 @@ def test_what_cannot_be_drawn_is_an_error_and_changes_nothing() -> None:
     for tensor in ("bias", "weight"):
         more = reparameterize(nn.Linear(3, 2), "wn")
         parametrize.register_parametrization(more, tensor, nn.Tanh())
-        with pytest.raises(ValueError, match="carries more than its parameterization"):
+        with pytest.raises(ValueError, match="has more than its parameterization"):
             more.reset_parameters()
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
 

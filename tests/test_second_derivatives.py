@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
 
 from wn_rl.parameterizations import OutputNormalization, forward, get, names, reparameterize, weight_norm
-from wn_rl.parameterizations.weight_norm import defer, normalized
+from wn_rl.parameterizations.weight_norm import normalized
 
 F64 = torch.float64
 
@@ -188,17 +187,6 @@ def test_half_precision_and_another_memory_format_have_second_derivatives() -> N
     for dtype in (torch.float16, torch.bfloat16):
         low = second(v.to(dtype), g.to(dtype), dw.to(dtype))
         assert float((low.float() - expected).norm() / expected.norm()) < 0.02
-
-
-def test_a_gradient_that_an_optimizer_finishes_is_not_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lacks a term, so its derivative would be wrong."""
-    monkeypatch.setattr(weight_norm, "LARGE", 0)
-    layer, x = case("Linear", "wn")
-    (_,) = defer(layer)
-    with pytest.raises(RuntimeError, match=r"an optimizer finishes this layer's gradient.*copy\.deepcopy"):
-        torch.autograd.grad(forward(layer, x.requires_grad_()).sum(), x, create_graph=True)
-    (slope,) = torch.autograd.grad(forward(copy.deepcopy(layer), x).sum(), x, create_graph=True)
-    assert slope.requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -47,7 +47,7 @@ def assert_updates_agree(sides: Sides, updates: int, tolerance: float) -> None:
 
 def test_a_compiled_update_is_the_same_but_for_rounding(capsys: pytest.CaptureFixture[str]) -> None:
     assert_updates_agree(Sides(None, param="wn", compile="on"), 4, 2e-3)
-    assert capsys.readouterr().err.splitlines() == ["compiling the update, once for this run"]
+    assert capsys.readouterr().err.splitlines() == ["compiling the update (once per run)"]
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_what_cannot_be_compiled_is_made_without_and_once(
     assert sides.recorded.updates == 6
     assert sides.recorded.offending_transitions() is None
     assert capsys.readouterr().err.splitlines() == [
-        "compiling the update, once for this run",
+        "compiling the update (once per run)",
         "the update cannot be compiled and runs slower: no compiler for the way back and more",
     ]
 

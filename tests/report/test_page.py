@@ -101,10 +101,11 @@ def test_the_numbers_of_the_page_and_of_its_csv_are_those_of_the_runs_files(repo
     }
     shown = Page((report / "index.html").read_text(encoding="utf-8"))
     rows = shown.table("Scores by game and group")
-    assert [row["output_init"][0] for row in rows] == ["unit-variance", "scaled"]
+    assert [row["output_init"][0] for row in rows] == ["scaled", "unit-variance"]
     for row, stored in zip(rows, read_csv(report / "data" / "scores.csv"), strict=True):
         group = row["output_init"][0]
-        seeds = [means[f"Breakout-wn-{group}-s{seed}"] for seed in (1, 2, 3)]
+        name = "literal" if group == "unit-variance" else group  # what the value was called when these were run
+        seeds = [means[f"Breakout-wn-{name}-s{seed}"] for seed in (1, 2, 3)]
         for column, key, values in (
             ("best", "best", [max(seed) for seed in seeds]),
             ("final", "final", [seed[-1] for seed in seeds]),

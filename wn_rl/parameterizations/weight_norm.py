@@ -13,17 +13,15 @@ from torch.nn.utils import parametrize
 from wn_rl.parameterizations.base import (
     Units,
     WeightParameterization,
-    parameterization_of,
     refuse_zero_length,
     refuse_zero_weights,
     transformed,
     weight_names,
 )
 from wn_rl.parameterizations.registry import register
-from wn_rl.parameterizations.scaled_output import Deferred, scaled_linear
 from wn_rl.parameterizations.torch_weights import accept_older_weight_norm
+from wn_rl.parameterizations.weight_norm_linear import scaled_linear
 
-_DEFERRED = "_wn_rl_deferred"
 LARGE = 2**16
 """Number of weights from which scaling a dense layer's outputs is faster than computing w (measured on a CPU)."""
 
@@ -38,7 +36,7 @@ def _norm(v: Tensor) -> Tensor:
 _Gradients = tuple[Tensor | None, ...]
 
 
-def _differentiable(v: Tensor, g: Tensor, found: _Gradients, dw: _Gradients) -> _Gradients | None:
+def _gradients_for_second_derivatives(v: Tensor, g: Tensor, found: _Gradients, dw: _Gradients) -> _Gradients | None:
     """Replace torch's gradients of v and g if they are differentiated again: torch treats ‖v‖ as a constant."""
     if not torch.is_grad_enabled() or dw[0] is None:
         return None
@@ -60,7 +58,9 @@ def normalized(v: Tensor, g: Tensor) -> Tensor:
     w = torch._weight_norm(v, g, 0)
     # For dtypes without a kernel torch uses elementary operations, whose gradients are right.
     if w.grad_fn is not None and not exporting and w.grad_fn.name().startswith("WeightNormInterface"):
-        w.grad_fn.register_hook(partial(_differentiable, v, g))  # an autograd function of our own would cost more
+        w.grad_fn.register_hook(
+            partial(_gradients_for_second_derivatives, v, g)
+        )  # an autograd function of our own would cost more
     return w
 
 
@@ -111,30 +111,6 @@ def direction_and_scale(layer: nn.Module, name: str = "weight") -> tuple[Tensor,
     raise TypeError(f"{type(layer).__name__} is not weight-normalized")
 
 
-def defer(model: nn.Module) -> list[Deferred]:
-    """Let an optimizer complete the gradients of the large dense layers with ``wn`` in ``model``.
-
-    From then on ``v.grad`` lacks its second term after a backward pass through ``parameterizations.forward``; the
-    optimizer that gets the result must add it. A deep copy of the model completes its gradients itself again.
-    """
-    deferred = []
-    for layer in model.modules():
-        parameterization = parameterization_of(layer)
-        if not isinstance(parameterization, WeightNormalization):
-            continue
-        scales_outputs = (
-            type(parameterization).forward is WeightNormalization.forward and parameterization.g == "direct"
-        )
-        if scales_outputs and isinstance(layer, nn.Linear):
-            v, g = direction_and_scale(layer)
-            if v.numel() >= LARGE:
-                assert isinstance(v, nn.Parameter)
-                assert isinstance(g, nn.Parameter)
-                layer.__dict__[_DEFERRED] = Deferred(v, g)
-                deferred.append(layer.__dict__[_DEFERRED])
-    return deferred
-
-
 @register("wn")
 @dataclass(frozen=True)
 class WeightNormalization(WeightParameterization):
@@ -166,11 +142,6 @@ class WeightNormalization(WeightParameterization):
         super().apply(layer)
         accept_older_weight_norm(layer, weight_names(layer))
 
-    def fold(self, layer: nn.Module) -> None:
-        """Leave w as a plain parameter."""
-        layer.__dict__.pop(_DEFERRED, None)
-        super().fold(layer)
-
     @torch.no_grad()
     def rescale(self, layer: nn.Module, factor: Tensor) -> None:
         """Multiply g by ``factor``; v keeps its norm, on which the effective learning rate of its direction depends."""
@@ -197,10 +168,7 @@ class WeightNormalization(WeightParameterization):
         assert v is not None
         if isinstance(layer, nn.Linear):
             if v.numel() >= LARGE:
-                deferred = layer.__dict__.get(_DEFERRED)
-                if deferred is not None and deferred.v is not v:  # torch.func swaps parameters
-                    deferred = None
-                return scaled_linear(x, v, g, bias, deferred)
+                return scaled_linear(x, v, g, bias)
             return nn.functional.linear(x, normalized(v, g), bias)
         if isinstance(layer, nn.Conv2d):
             output: Tensor = layer._conv_forward(x, normalized(v, g), bias)

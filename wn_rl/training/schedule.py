@@ -38,8 +38,17 @@ def scheduled_events(config: TrainConfig, first: int, last: int) -> Iterator[tup
             yield step, TrainEvent.TARGET_COPY
 
 
+def period_ended(period: int, before: int, now: int) -> bool:
+    """Return whether a multiple of ``period`` agent steps lies behind ``before`` and not behind ``now``.
+
+    Evaluations, points of the log and checkpoints are made when this is so: between two vector steps, and thus up to
+    N − 1 agent steps late with N emulators. They change no weight.
+    """
+    return now // period > before // period
+
+
 def updates_owed(config: TrainConfig, first: int, last: int) -> int:
-    """Return how many updates :func:`owed` yields for the agent steps ``first`` … ``last``."""
+    """Return how many updates :func:`scheduled_events` yields for the agent steps ``first`` … ``last``."""
     before = max(first, config.learning_starts) - 1
     return max(last // config.update_period - before // config.update_period, 0)
 

@@ -39,7 +39,7 @@ from wn_rl.runs import checkpoint
 from wn_rl.runs.directory import RunDirectory, versions
 from wn_rl.training.loop import FinishedEpisode
 from wn_rl.training.run import MakeAgent, MakeBackend, Run
-from wn_rl.training.schedule import updates_owed
+from wn_rl.training.schedule import period_ended, updates_owed
 from wn_rl.training.signals import Signals
 from wn_rl.training.telemetry import Dashboard, Progress
 
@@ -330,7 +330,7 @@ def _train(run: Run, dashboard: Dashboard, progress: Progress, signals: Signals)
 
     while True:
         done = loop.frames >= config.frames
-        passed = loop.agent_steps // config.evaluation_period > run.evaluated_at // config.evaluation_period
+        passed = period_ended(config.evaluation_period, run.evaluated_at, loop.agent_steps)
         if signals.received is None and (passed or (done and not run.finished)):
             try:
                 result = run.evaluate(lambda: signals.received is not None)
@@ -371,11 +371,10 @@ def _train(run: Run, dashboard: Dashboard, progress: Progress, signals: Signals)
             rate = steady.frames / steady.seconds
             left = (config.frames - loop.frames) / rate
             progress.say(f"measured {rate:,.0f} frames/s: {duration(left)} left, not counting evaluations")
-        if loop.agent_steps // config.log_period > run.logged_at // config.log_period:
+        if period_ended(config.log_period, run.logged_at, loop.agent_steps):
             log()
-        by_steps = config.checkpoint_period > 0 and (
-            loop.agent_steps // config.checkpoint_period > saved_at // config.checkpoint_period
-        )
+        period = config.checkpoint_period
+        by_steps = period > 0 and period_ended(period, saved_at, loop.agent_steps)
         if by_steps or time.monotonic() - saved_time >= config.checkpoint_seconds:
             save(files.latest)
     # A new run that is stopped before its first step needs a checkpoint, too.

@@ -148,9 +148,9 @@ def test_what_is_gone_since_it_was_timed_is_replaced_and_that_is_said() -> None:
     taken = choice.Choice("cpu_kernels", "float32", reason="the fastest")
     backend = taken.make_backend(own(taken.applied(open_config()), 4, CPU), synthetic_replay(3, 4))
     assert backend.name == "eager"
-    assert backend.reason == "it supports everything; not cpu_kernels, since Own has its own update"
+    assert backend.reason == "it supports everything; not cpu_kernels, since Own overrides update"
     named = choice.Choice("cpu_kernels", "float32")
-    with pytest.raises(UsageError, match="--backend cpu_kernels: Own has its own update"):
+    with pytest.raises(UsageError, match="--backend cpu_kernels: Own overrides update"):
         named.make_backend(own(named.applied(open_config()), 4, CPU), synthetic_replay(3, 4))
 
 
@@ -443,7 +443,7 @@ def test_what_does_not_support_the_agent_is_no_candidate() -> None:
     found = measure(open_config(), own, 4, ("float32",))
     assert found.candidates == (EAGER,)
     assert found.seconds == {}
-    assert found.problems["cpu_kernels float32"] == "Own has its own update"
+    assert found.problems["cpu_kernels float32"] == "Own overrides update"
     found = measure(open_config(backend="cpu_kernels"), own, 4, BOTH)
     assert found.candidates == ()
 

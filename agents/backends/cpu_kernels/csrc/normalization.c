@@ -195,9 +195,14 @@ void observation_gradients(const Normalization *norm, int64_t n, const float *dy
     for (int64_t u = 0; u < units; u += LANES) {
         const int64_t count = smaller(units - u, LANES);
         float bias[LANES] = {0.0f}, gain[LANES] = {0.0f}, mean[LANES], scale[LANES];
-        statistics_at(norm, n, 0, u, count, mean, scale);
+        if (!norm->mean_only) statistics_at(norm, n, 0, u, count, mean, scale);
         for (int64_t p = 0; p < positions; p++) {
             const float *slope = dy + p * units + u, *sum = t + p * units + u;
+            if (norm->mean_only) {
+#pragma omp simd
+                for (int64_t j = 0; j < count; j++) bias[j] += slope[j];
+                continue;
+            }
             if (norm->over == POSITION && p) statistics_at(norm, n, p, u, count, mean, scale);
             if (count == LANES) {
 #pragma omp simd
@@ -270,18 +275,23 @@ void sums_gradient(const Normalization *norm, int64_t batch, int64_t n, const fl
     const float number = (float)(batch * positions);
     for (int64_t u = 0; u < units; u += LANES) {
         const int64_t count = smaller(units - u, LANES);
-        float a[LANES] = {0.0f}, c[LANES] = {0.0f}, factor[LANES], mean[LANES], scale[LANES];
-        statistics_at(norm, n, 0, u, count, mean, scale);
-        for (int64_t j = 0; j < LANES; j++) factor[j] = scale[j];
-        for (int64_t j = 0; j < count; j++) {
-            a[j] = norm->bias_gradient[u + j] / number;
-            if (!norm->gain) continue;
-            c[j] = norm->gain_gradient[u + j] / number;
-            factor[j] *= norm->gain[u + j];
+        float a[LANES] = {0.0f}, c[LANES] = {0.0f}, factor[LANES] = {0.0f}, mean[LANES], scale[LANES];
+        for (int64_t j = 0; j < count; j++) a[j] = norm->bias_gradient[u + j] / number;
+        if (!norm->mean_only) {
+            statistics_at(norm, n, 0, u, count, mean, scale);
+            for (int64_t j = 0; j < count; j++) {
+                c[j] = norm->gain_gradient[u + j] / number;
+                factor[j] = scale[j] * norm->gain[u + j];
+            }
         }
         for (int64_t p = 0; p < positions; p++) {
             const float *slope = dy + p * units + u, *sum = t + p * units + u;
             float *to = dt + p * units + u;
+            if (norm->mean_only) {
+#pragma omp simd
+                for (int64_t j = 0; j < count; j++) to[j] = slope[j] - a[j];
+                continue;
+            }
             if (count == LANES) {
 #pragma omp simd
                 for (int64_t j = 0; j < LANES; j++)

@@ -8,6 +8,7 @@
 #include <math.h>
 #include "scalar.h"
 #include "spectral_norm.h"
+#include "weight_norm.h"
 
 /* A value after one step; its moments are updated. With d the gradient and epsilon where torch has it:
  * Adamax (Kingma & Ba 2015, algorithm 2):
@@ -190,8 +191,7 @@ static void project_unit(const TrainedLayer *layer, int64_t unit) {
 
 /* Make the step of one unit's v, g, b and gain. `row` (inputs) is the gradient by the packed weight, in the order of v; it
  * becomes the gradient by v. With s = input_scale:
- * weight norm, equation 3 of Salimans & Kingma 2016: dg = s row.v / |v|;  dv = s g / |v| row - g dg / |v|^2 v
- *     (with exp(g) in place of g, whose own gradient is exp(g) dg);
+ * weight norm: see weight_norm.h (with exp(g) in place of g, whose own gradient is exp(g) dg);
  * w = g v: dg = s row.v;  dv = s g row;  spectral normalization: see spectral_norm.c;  otherwise dv = s row */
 void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const OptimizerStep *step) {
     const int64_t inputs = layer->inputs, kind = layer->weight_kind;
@@ -205,10 +205,7 @@ void step_unit(const TrainedLayer *layer, int64_t unit, float *row, const Optimi
             g_gradient = scale * dot(row, v, inputs);
             row_factor = scale * g;
         } else {
-            const float norm = layer->norm[unit];
-            g_gradient = scale * dot(row, v, inputs) / norm;
-            row_factor = scale * g / norm;
-            v_factor = -(g * g_gradient / (norm * norm));
+            g_gradient = weight_norm_gradient(dot(row, v, inputs), g, layer->norm[unit], scale, &row_factor, &v_factor);
         }
         if (kind == WEIGHT_NORM_EXP) g_gradient *= g;
         layer->g_gradient[unit] = g_gradient;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wn_rl.networks import QNetworkSpec, build_q_network
 from wn_rl.parameterizations import forward, initialize_from_data, reparameterize, weight_norm
-from wn_rl.parameterizations.scaled_output import scaled_linear
+from wn_rl.parameterizations.weight_norm_linear import scaled_linear
 
 
 @st.composite
