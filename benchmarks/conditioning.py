@@ -3,7 +3,7 @@
 ``python benchmarks/conditioning.py --checkpoint RUN`` lets a trained agent play, keeps its transitions and the targets
 y = r + γ · max Q̂(s′) of its frozen network, and fits a new network of each parameterization to them with Adamax at the
 paper's four learning rates. Bootstrapping, exploration and a moving target are left out, so what differs is the
-optimization alone. It writes a CSV of losses and a picture; ``--plot-only`` draws the picture from the CSV.
+optimization alone. It writes a CSV of losses and a figure; ``--plot-only`` draws the figure from the CSV.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from wn_rl.runs import checkpoint
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """The learning rates among which the paper searched."""
 ARMS = (*names(), "standard from data")
-"""Every entry with its own initialization, and the baseline initialized from data, as in the authors' image code."""
+"""Every parameterization with its own initialization, and the baseline from data, as in the authors' image code."""
 COLUMNS = ("arm", "learning_rate", "seed", "updates", "loss")
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#888888")
 
@@ -66,9 +66,9 @@ class Arguments:
     out: str = "runs/conditioning.csv"
     """The losses; those of the documentation are docs/results/benchmarks/conditioning.csv."""
     picture: str = "runs/conditioning.png"
-    """The picture."""
+    """The figure."""
     plot_only: bool = False
-    """Draw the picture from the CSV."""
+    """Draw the figure from the CSV."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def play(arguments: Arguments) -> Data:
 
 
 def fit(arm: str, rate: float, seed: int, arguments: Arguments) -> list[tuple[str, float, int, int, float]]:
-    """Fit one network; return the points of its curve. A loss that is no number ends it there."""
+    """Fit one network; return the points of its curve. It ends at a loss that is not finite."""
     torch.set_num_threads(1)
     keep_freed_memory()
     (data,) = DATA
@@ -156,7 +156,7 @@ def read(path: Path) -> dict[tuple[str, float], dict[int, list[tuple[int, float]
 
 
 def final(seeds: dict[int, list[tuple[int, float]]], points: int = 4) -> list[float]:
-    """Return each seed's mean loss over its last points; infinite where it is no number."""
+    """Return each seed's mean loss over its last points; infinite if it is not finite."""
     means = [float(np.mean([loss for _, loss in curve[-points:]])) for curve in seeds.values()]
     return [mean if np.isfinite(mean) else np.inf for mean in means]
 

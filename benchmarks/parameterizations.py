@@ -1,4 +1,4 @@
-"""What a parameterization costs: the time of one whole DQN update of each entry over that of ``standard``.
+"""What a parameterization costs: the time of one whole DQN update of each parameterization over that of ``standard``.
 
 ``python benchmarks/parameterizations.py`` prints the table; ``--out`` writes it as CSV. All are timed in turn, round
 after round, on minibatches of real frames, so that a busy moment of the machine meets them alike; the ratio is taken
@@ -55,11 +55,11 @@ class Arguments:
     batch_sizes: tuple[int, ...] = (32, 64)
     """Minibatch sizes."""
     rounds: int = 40
-    """Rounds in which every entry is timed once."""
+    """Rounds in which every parameterization is timed once."""
     updates: int = 10
-    """Updates per entry and round."""
+    """Updates per parameterization and round."""
     params: tuple[str, ...] = ()
-    """Entries beside standard; default: all, and wn_plain."""
+    """Parameterizations besides standard; default: all, and wn_plain."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
@@ -114,7 +114,7 @@ def one_precision(arguments: Arguments) -> Precision:
 def measure(
     arguments: Arguments, batch_size: int, replay: Replay, num_actions: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return seconds per update of each round, by entry."""
+    """Return seconds per update of each round, by parameterization."""
     entries = entries_of(arguments)
     agents, backends = {}, {}
     for name in entries:
@@ -167,7 +167,7 @@ def main(words: Sequence[str]) -> int:
         seconds = measure(arguments, batch_size, replay, num_actions, device)
         clock = ", CPU time" if arguments.cpu_time else ""
         print(f"\nminibatch {batch_size}, {config.precision}, {hardware}, {torch.get_num_threads()} threads{clock}")
-        print(f"{'entry':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
+        print(f"{'parameterization':18} {'ms':>7} {'over standard':>14} {'middle half':>16}")
         for name, times in seconds.items():
             ratios = [mine / plain for mine, plain in zip(times, seconds["standard"], strict=True)]
             middle = statistics.median(ratios)

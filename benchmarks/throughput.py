@@ -137,7 +137,7 @@ class Ours:
         busy = time.process_time() - busy
         found = self.agent.read_statistics()
         if found.updates == 0 or not np.isfinite(found.loss) or found.loss == 0.0:
-            raise WnRlError(f"our loss is {found.loss} after {found.updates} updates: this is no training")
+            raise WnRlError(f"our loss is {found.loss} after {found.updates} updates: it did not train")
         return {
             "agent_steps_per_second": (self.loop.agent_steps - steps) / took,
             "updates_per_second": (self.agent.updates - updates) / took,
@@ -257,7 +257,7 @@ def wait(device: torch.device) -> None:
 def emulators_alone(config: TrainConfig, seconds: float, turns: int = 5) -> tuple[float, float]:
     """Return agent steps per second of our emulators under random actions, and of ale-py's own loop beside it.
 
-    The two take turns, on the same games with the same actions; steps that only restart a game are counted on both
+    The two alternate, on the same games with the same actions; steps that only start an episode are counted on both
     sides for the comparison and on neither for the rate.
     """
     ours = make_atari(config.game, config.num_envs, num_threads=config.emulator_threads, **environment_options(config))
@@ -325,7 +325,7 @@ class Peer:
         took = time.perf_counter() - started
         made = model._n_updates - updates
         if seconds > 0 and made == 0:
-            raise WnRlError("SB3 made no update: this is no training")
+            raise WnRlError("SB3 made no update: the training diverged or did not start")
         return {
             "agent_steps_per_second": (model.num_timesteps - first) / took,
             "updates_per_second": made / took,

@@ -166,7 +166,7 @@ def test_a_checkpoint_of_the_first_format_is_read_as_what_it_was(tmp_path: Path)
         ({"network__options": [1]}, "options are not a mapping"),
         ({"network__layers": ["nothing"]}, "no layer matches 'nothing'"),
         ({"network__layers": 5}, "not a list of texts"),
-        ({"network__convolutions": [[32, 800, 4]]}, "do not match"),
+        ({"network__convolutions": [[32, 800, 4]]}, "do not fit"),
         ({"config__gamma": "much"}, "gamma"),
         ({"config__gamma": None}, "gamma"),
         ({"config__surprise": 1}, "surprise"),

@@ -173,7 +173,8 @@ class MinusMean(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _centred_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # others list all that is registered
+    entries = dict(registry.PARAMETERIZATIONS.entries)
+    monkeypatch.setattr(registry.PARAMETERIZATIONS, "entries", entries)  # others list all that is registered
     registry.register("centred")(Centred)
 
 

@@ -63,7 +63,7 @@ def kind_of(name: str) -> type[Backend]:
     except KeyError:
         if ":" in name:
             raise WnRlError(
-                f"the backend '{name}' is somebody's own and is not imported from a file: add --backend {name}"
+                f"the backend '{name}' is user-defined and is not imported from a file: add --backend {name}"
             ) from None
         names = ("auto", *REGISTRY.entries)
         raise UsageError(

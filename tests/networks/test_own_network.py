@@ -86,7 +86,7 @@ def test_it_is_imported_from_the_command_line_and_never_from_a_file(
         forget()
         code, out, err = run(script, words, capsys, monkeypatch)
         assert (code, out, err.count("\n")) == (1, "", 1)
-        assert f"is somebody's own and is not imported from a file: add --network {SMALL}" in err
+        assert f"is user-defined and is not imported from a file: add --network {SMALL}" in err
         assert "my_networks" not in sys.modules
         code, out, err = run(script, [*words, *flag], capsys, monkeypatch)
         assert (code, err) == (0, "")
@@ -436,7 +436,7 @@ def damaged(path: Path, part: str, **changes: object) -> None:
         ("network", {"network_options": {"width": 10**9}}, "more than 268,435,456 parameters"),
         ("network", {"network_options": {"width": "many"}}, "the option width is of type int"),
         ("network", {"network_options": {"width": 2}}, "the network's options"),
-        ("network", {"network_options": {"width": [1]}}, "the network's option width is no number or text"),
+        ("network", {"network_options": {"width": [1]}}, "the network's option width is neither a number nor a text"),
         ("network", {"network_options": {"heads": 1}}, "has no option 'heads'"),
         ("network", {"network_options": 7}, "the network's options are not a mapping"),
         ("network", {"network": "many", "network_options": {"blocks": 10**12}}, "more than 10,000 modules"),

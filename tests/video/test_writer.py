@@ -129,11 +129,11 @@ def test_pictures_are_taken_one_at_a_time(tmp_path: Path) -> None:
         for picture in moving_square(500):
             taken += 1
             yield picture
-        raise WnRlError("the journal ends here")
+        raise WnRlError("the action log ends here")
 
     old = tmp_path / "video.mp4"
     old.write_bytes(b"an older video")
-    with pytest.raises(WnRlError, match="the journal ends here"):
+    with pytest.raises(WnRlError, match="the action log ends here"):
         write_video(interrupted(), old)
     assert taken == 500
     assert old.read_bytes() == b"an older video"

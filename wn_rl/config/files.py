@@ -126,7 +126,7 @@ def read_yaml(path: Path, *, notices: bool = True) -> dict[str, Any]:
         notices: print one line if a key or a value has another name now.
 
     Raises:
-        UsageError: the file cannot be read, is no mapping, or holds an unknown key or a value of the wrong type.
+        UsageError: the file cannot be read, is not a mapping, or holds an unknown key or a value of the wrong type.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -172,11 +172,11 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 FROM_PARAM = ("param_options", "network_options", "param_layers", "data_dependent_init", "weight_init", "learning_rate")
-"""Keys that follow from parameterization and network where nobody chose them, see :func:`wn_rl.config.resolve`."""
+"""Keys that follow from parameterization and network unless the user chose them, see :func:`wn_rl.config.resolve`."""
 FROM_MACHINE = ("device", "backend", "compile")
-"""Keys that follow from the machine where nobody chose them."""
+"""Keys that follow from the machine unless the user chose them."""
 UNSAID = ("network", "network_options")
-"""Keys that files leave out at their defaults where nobody chose them: then they are as those of earlier versions."""
+"""Keys that files omit at their defaults unless the user chose them: such files equal those of earlier versions."""
 _NEWER = frozenset({"backend", "chosen", *UNSAID})
 """Keys that the config.yaml of a run of earlier versions lacks."""
 
@@ -184,8 +184,9 @@ _NEWER = frozenset({"backend", "chosen", *UNSAID})
 def load(preset: str | None = None, config_file: Path | None = None) -> TrainConfig:
     """Return the configuration of a preset with the keys of a file over it, not yet resolved.
 
-    In a run's config.yaml, what was derived for the run's parameterization, and on its machine, is left open, so that
-    it is derived again: the same, unless one of these is another now. Under another preset only what was chosen stays.
+    In a run's config.yaml, keys that were derived from the run's parameterization or machine are left open, so that
+    they are derived again, with the same result unless one of these has changed. With another preset only chosen keys
+    stay.
 
     Args:
         preset: a name; None takes the file's ``preset`` key, or ``paper``.
@@ -214,7 +215,7 @@ def load(preset: str | None = None, config_file: Path | None = None) -> TrainCon
 
 
 def recorded(config_file: Path) -> TrainConfig:
-    """Return what a run's config.yaml says of that run, every key as it stands there: to read, not to repeat.
+    """Return the configuration in a run's config.yaml, every key as it is there: to report a run, not to repeat it.
 
     Raises:
         UsageError: see :func:`read_yaml`, or an unknown preset.
@@ -224,9 +225,9 @@ def recorded(config_file: Path) -> TrainConfig:
 
 
 def _inferred(from_file: Mapping[str, Any]) -> set[str]:
-    """Return what was probably chosen for a run whose config.yaml does not say: what is not what would be derived.
+    """Return the keys that were probably chosen, for a config.yaml without ``chosen``: those unlike the derived values.
 
-    What follows from the machine cannot be told apart from a choice, and counts as derived.
+    Keys that follow from the machine cannot be distinguished from chosen ones, and count as derived.
     """
     from wn_rl.config.resolving import resolve
 
@@ -234,7 +235,7 @@ def _inferred(from_file: Mapping[str, Any]) -> set[str]:
     names = {key: from_file[key] for key in ("game", "param")}
     try:
         derived = resolve(replace(TrainConfig(), **(values | names)))
-    except WnRlError:  # a parameterization that is not imported, say: then nothing is derived from it
+    except WnRlError:  # e.g. a parameterization that is not imported: then nothing is derived from it
         return set(from_file) - _NEWER
     differs = {key for key, value in from_file.items() if value != getattr(derived, key)}
     if from_file["param"] != values.get("param", TrainConfig.param):
@@ -245,16 +246,16 @@ def _inferred(from_file: Mapping[str, Any]) -> set[str]:
 def configure(
     preset: str | None = None, config_file: Path | None = None, given: Mapping[str, Any] | None = None
 ) -> tuple[TrainConfig, str]:
-    """Return the configuration of a preset, a file and single keys over both, not yet resolved.
+    """Return the configuration of a preset, overridden by a file and by single keys, not yet resolved.
 
     Args:
         preset: see :func:`load`.
         config_file: see :func:`load`.
-        given: keys that somebody chose now, of the right types; ``auto`` chooses nothing.
+        given: keys that the user chose now, of the right types; ``auto`` chooses nothing.
 
     Returns:
-        The configuration, and one line that says what of a run's file stays under another parameterization, preset or
-        game; empty where nothing of it changes.
+        The configuration, and one line on which keys of a run's file are kept with another parameterization, preset or
+        game; empty if none of these changes.
 
     Raises:
         UsageError: see :func:`load`.
@@ -319,7 +320,7 @@ def from_mapping(values: Mapping[str, object]) -> TrainConfig:
     """Return the configuration that a checkpoint carries; unknown and missing keys are refused, but for :data:`UNSAID`.
 
     Raises:
-        UsageError: the mapping is not a whole, valid configuration.
+        UsageError: the mapping is not a complete, valid configuration.
     """
     if unknown := [key for key in values if key not in FIELDS]:
         raise UsageError(f"unknown configuration key '{unknown[0]}'")

@@ -116,9 +116,9 @@ class Network(nn.Module):
                 self.initialize_layer(module)
 
     def initialize_layer(self, layer: nn.Module) -> None:
-        """Draw the initial weights of a plain layer of this network, as its spec says; also called to draw them anew.
+        """Initialize the weights of a plain layer of this network, as its spec says; also called to reinitialize them.
 
-        Linear layers and convolutions get the spec's ``weight_init``, all others keep what torch draws for them.
+        Linear layers and convolutions get the spec's ``weight_init``, all others keep torch's initialization.
         """
         if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             _initialize(layer, self.spec.weight_init)

@@ -29,7 +29,7 @@ def _drawn_with(seed: int) -> Iterator[None]:
 
 
 def build_q_network(spec: QNetworkSpec, *, seed: int) -> Network:
-    """Build the network that ``spec`` describes, its weights drawn with ``seed``, not the global generator.
+    """Build the network that ``spec`` describes, initialized with ``seed`` and not with the global generator.
 
     Raises:
         CheckpointError: it cannot be built, or its parameterization treats no such layer, or cannot treat it.

@@ -69,10 +69,10 @@ def reference(network: type[Network]) -> str:
     one of the project's, or of one in the script that was started.
 
     Raises:
-        ValueError: it is no network, or not registered.
+        ValueError: it is not a network, or not registered.
     """
     if not (isinstance(network, type) and issubclass(network, Network)):
-        raise ValueError(f"{network!r} is no subclass of wn_rl.networks.Network")
+        raise ValueError(f"{network!r} is not a subclass of wn_rl.networks.Network")
     if network not in NETWORKS.entries.values():
         raise ValueError(f"'{qualified(network)}' is not registered: decorate the class with @register(\"its_name\")")
     of_project = network.__module__.startswith("wn_rl.")
@@ -86,7 +86,7 @@ def options(network: type[Network], given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         network: the class.
-        given: by name, from somebody who need not be trusted; a text is read as the option's type.
+        given: by name, untrusted; a text is parsed as the option's type.
 
     Raises:
         ValueError: an unknown option, a missing one, or a value that it cannot take.

@@ -43,7 +43,7 @@ class QNetworkSpec:
         hidden_units: units of the dense layer before the output.
         weight_init: ``he``: He-uniform with gain 1 (standard deviation 1/√fan_in) and bias 0.1, as in deep_q_rl, the
             paper's base code; ``torch``: uniform ±1/√fan_in, weights and biases, torch's default and that of Torch7,
-            which Mnih et al. used; ``normal``: N(0, 0.05²) and bias 0, the draw of v before data-dependent
+            which Mnih et al. used; ``normal``: N(0, 0.05²) and bias 0, as v before data-dependent
             initialization (Salimans & Kingma 2016, section 3).
         network: a registered name, or ``module:Name`` of a registered class.
         network_options: of that network; what is missing has its default.
@@ -69,7 +69,7 @@ class QNetworkSpec:
 
     @classmethod
     def from_json(cls, values: object) -> QNetworkSpec:
-        """Build a spec from JSON values that nobody vouches for.
+        """Build a spec from untrusted JSON values.
 
         Raises:
             CheckpointError: a field is missing, unknown, of another type or out of range.
@@ -180,14 +180,14 @@ class QNetworkSpec:
 def unknown_in_file(name: str) -> str:
     """Return the error for a parameterization's name that stands in a file and is not registered."""
     if ":" in name:
-        return f"the parameterization '{name}' is somebody's own and is not imported from a file: add --param {name}"
+        return f"the parameterization '{name}' is user-defined and is not imported from a file: add --param {name}"
     return f"the parameterization '{name}' is not registered: if it is your own, add --param YOUR_MODULE:ITS_CLASS"
 
 
 def unknown_network_in_file(name: str) -> str:
     """Return the error for a network's name that stands in a file and is not registered."""
     if ":" in name:
-        return f"the network '{name}' is somebody's own and is not imported from a file: add --network {name}"
+        return f"the network '{name}' is user-defined and is not imported from a file: add --network {name}"
     return f"the network '{name}' is not registered: if it is your own, add --network YOUR_MODULE:ITS_CLASS"
 
 
@@ -225,7 +225,7 @@ def _options(values: object, owner: str) -> dict[str, Any]:
         raise ValueError(f"the {owner}'s options are not a mapping")
     for name, value in values.items():
         if not isinstance(value, str | int | float | bool):
-            raise ValueError(f"the {owner}'s option {name} is no number or text")
+            raise ValueError(f"the {owner}'s option {name} is neither a number nor a text")
     return dict(values)
 
 

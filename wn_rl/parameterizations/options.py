@@ -11,10 +11,10 @@ def read_option(hint: Any, name: str, value: object) -> Any:  # noqa: ANN401 - t
     Args:
         hint: the type: bool, int, float, str or ``Literal``.
         name: of the option, for the message.
-        value: from somebody who need not be trusted; a text is read as the type.
+        value: untrusted; a text is parsed as the type.
 
     Raises:
-        ValueError: it is no such value.
+        ValueError: it is not such a value.
     """
     if get_origin(hint) is Literal:
         for choice in get_args(hint):

@@ -326,7 +326,7 @@ class Replay:
             rewards: raw points, shape (N,).
             terminals: bool, shape (N,): the learner must not bootstrap (game over or a lost life, not truncation).
             next_frames: the newest frame of each emulator after the step, uint8, shape (N, 84, 84).
-            is_reset: bool, shape (N,): the step was an auto-reset, so it is no transition and its frame is the first
+            is_reset: bool, shape (N,): the step was an auto-reset, so it is not a transition and its frame is the first
                 of an episode.
         """
         position = self._newest % self._ring

@@ -22,7 +22,7 @@ from ...target_network import TargetNetwork
 from .. import interface
 from . import layouts, loader, optimizers
 from .kernel_network import KernelNetwork
-from .normalization import unsupported as normalization_problem
+from .output_normalization import unsupported as normalization_problem
 from .packed_network import PackedNetwork, PackedWeights
 from .packed_network import unsupported as network_problem
 from .workspace import TDLoss

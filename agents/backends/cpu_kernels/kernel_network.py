@@ -27,7 +27,7 @@ from .layouts import (
     pair_size,
     tile_stages,
 )
-from .normalization import PassNormalizations, normalization_of, pass_normalizations
+from .output_normalization import PassNormalizations, normalization_of, pass_normalizations
 from .packed_network import PackedNetwork, PackedWeights
 from .structs import BackwardArgs, ForwardArgs, OptimizerStep, ReplayStorage, TDLossArgs, WeightKind
 from .trained_layers import TrainedLayer

@@ -23,7 +23,7 @@ from wn_rl.parameterizations.base import Normalization, bias_of, normalize_outpu
 from wn_rl.parameterizations.spectral_norm import SpectralNormalized
 from wn_rl.replay import Minibatch
 
-from .normalization import SavedPass, normalization_backward, normalization_of, normalized
+from .output_normalization import SavedPass, normalization_backward, normalization_of, normalized
 from .structs import OptimizerStep, TrainedLayerStruct, WeightKind
 from .trained_layers import TrainedLayer, trained_weight, weight_kind
 

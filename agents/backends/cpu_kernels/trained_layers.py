@@ -20,7 +20,7 @@ from wn_rl.parameterizations.spectral_norm import SpectralNormalization
 from wn_rl.parameterizations.standard import Standard
 from wn_rl.parameterizations.weight_norm import WeightNormalization
 
-from .normalization import gain_of
+from .output_normalization import gain_of
 from .structs import WeightKind
 
 

@@ -16,7 +16,7 @@ from wn_rl.parameterizations.base import Normalization
 from wn_rl.replay import uniform
 
 from .layouts import pair_size, transposed_columns, whole_tiles
-from .normalization import PassNormalizations, pass_normalizations
+from .output_normalization import PassNormalizations, pass_normalizations
 from .packed_network import PackedWeights
 from .structs import BackwardArgs, ConvShape, ForwardArgs, NetworkShape, ReplayStorage, TDLossArgs
 

@@ -8,7 +8,7 @@
 #include "conv_tile.h"
 #include "kernels.h"
 #include "nonzero_blocks.h"
-#include "normalization.h"
+#include "output_normalization.h"
 #include "tiles.h"
 #ifdef VECTOR_KERNELS
 #include "frames.h"

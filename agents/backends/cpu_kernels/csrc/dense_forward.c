@@ -1,6 +1,6 @@
 /* The forward pass of the hidden layer, 16 units at a time for all observations, and of the output layer. */
 #include "kernels.h"
-#include "normalization.h"
+#include "output_normalization.h"
 #include "simd.h"
 #ifdef VECTOR_KERNELS
 

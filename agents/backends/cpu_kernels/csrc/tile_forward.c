@@ -3,7 +3,7 @@
 #ifdef TILE_KERNELS
 #include "frames.h"
 #include "nonzero_blocks.h"
-#include "normalization.h"
+#include "output_normalization.h"
 
 /* Where row y of an input lies, in positions. Rows that a stride apart meet come one after the other, so that all output
  * positions of a plane lie at one distance: output (y, x) at y * line + x strides, line = in_width / stride. Those with

@@ -5,7 +5,7 @@
 #include <math.h>
 #include <time.h>
 #include "kernels.h"
-#include "normalization.h"
+#include "output_normalization.h"
 #include "simd.h"
 #include "stages.h"
 #include "td_loss.h"

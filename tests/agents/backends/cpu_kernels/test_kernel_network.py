@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from agents.backends.cpu_kernels import layouts, loader
 from agents.backends.cpu_kernels.kernel_network import KernelNetwork
-from agents.backends.cpu_kernels.normalization import normalization_of
 from agents.backends.cpu_kernels.optimizers import FusedAdamax
+from agents.backends.cpu_kernels.output_normalization import normalization_of
 from agents.backends.cpu_kernels.packed_network import PackedNetwork
 from agents.backends.cpu_kernels.workspace import MAX_CACHED_SIZES
 from tests.carried import Carried, carried

@@ -4,7 +4,7 @@
  * nothing cancels. Every number is computed by one thread in one order, so no result depends on the number of threads.
  * Plain loops over the units of a position, which lie next to each other; the compiler makes vectors of them.
  */
-#include "normalization.h"
+#include "output_normalization.h"
 #include <math.h>
 #include "scalar.h"
 

@@ -1,6 +1,6 @@
-/* Normalization of a layer's sums between product and bias, forward and backward; see normalization.c. */
-#ifndef NORMALIZATION_H
-#define NORMALIZATION_H
+/* Normalization of a layer's sums between product and bias, forward and backward; see output_normalization.c. */
+#ifndef OUTPUT_NORMALIZATION_H
+#define OUTPUT_NORMALIZATION_H
 #include "structs.h"
 
 /* Forward: observation_statistics of each observation, then batch_statistics, both for BATCH alone; then normalize. */

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from agents.backends.cpu_kernels import loader
-from agents.backends.cpu_kernels.normalization import (
+from agents.backends.cpu_kernels.output_normalization import (
     BATCH,
     EXAMPLE,
     POSITION,

@@ -1,5 +1,5 @@
 /* The backward pass of a hidden layer and an output layer whose sums are normalized. */
-#include "normalization.h"
+#include "output_normalization.h"
 #include "scalar.h"
 
 /* The gradient by the hidden layer's y, of observation n, and what it adds to the gradients of bias and gain:
