@@ -175,7 +175,7 @@ class Ours:
         if graphs:  # one graph holds all of it
             watch(backend, "update", "update, sampling included")
         else:
-            watch(self.loop.replay, "draw", "drawing")
+            watch(self.loop.replay, "sample_indices", "sampling")
             kernels = isinstance(backend, CpuKernels)
             apart = () if kernels and isinstance(backend.network, KernelNetwork) else ("optimizer",)
             if apart:

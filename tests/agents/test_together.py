@@ -84,7 +84,7 @@ def test_several_updates_are_the_same_as_one_by_one(precision: str, param: str) 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_watched_update_is_the_next_one_alone(precision: str, count: int) -> None:
+def test_a_measured_update_is_the_next_one_alone(precision: str, count: int) -> None:
     agents = [agent_of(precision) for _ in range(2)]
     steppers = [agent.backend for agent in agents]
     for agent in agents:
@@ -97,7 +97,7 @@ def test_a_watched_update_is_the_next_one_alone(precision: str, count: int) -> N
         steppers[1].update()
     assert_same(agents[0].effective_learning_rates(), expected)
     assert_same(state(agents[0]), state(agents[1]))
-    assert not agents[0].backend._watching
+    assert not agents[0].backend._measuring
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -172,5 +172,5 @@ def test_no_update_at_all_does_nothing(precision: str) -> None:
 def test_many_draws_at_once_are_those_of_one_by_one() -> None:
     one, many = filled_replay(), filled_replay()
     for count, size in ((1, 32), (4, 32), (3, 5), (2, 64), (16, 1)):
-        expected = torch.cat([one.draw(size) for _ in range(count)])
-        assert torch.equal(many.draw(count * size), expected)
+        expected = torch.cat([one.sample_indices(size) for _ in range(count)])
+        assert torch.equal(many.sample_indices(count * size), expected)
