@@ -333,6 +333,7 @@ def test_without_a_compiler_updates_take_the_plain_path(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_code_is_compiled_once_and_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

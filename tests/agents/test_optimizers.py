@@ -198,7 +198,7 @@ def test_compiled_code_gives_the_same_updates_of_a_whole_agent() -> None:
     batch = Minibatch(x[:4], torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 0, -1, 0]), x[4:], torch.zeros(4).bool())
     agents = []
     for choice in ("on", "off"):
-        config = resolve(replace(load("paper"), game="breakout", param="ln", compile=choice))
+        config = resolve(replace(load("paper"), game="breakout", param="ln", compile=choice, backend="eager"))
         agent = carried(replace(config, device="cpu", precision="float32"))
         agent.initialize(x)
         for _ in range(5):

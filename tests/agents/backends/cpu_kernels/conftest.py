@@ -21,7 +21,11 @@ if "amx_bf16" in loader.processor().split():  # there "native" uses the tile uni
     BUILDS += (("no_tiles", "bfloat16"),)
 
 
-@pytest.fixture(scope="module", params=BUILDS, ids=["-".join(build) for build in BUILDS])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(build, marks=pytest.mark.slow if build[0] == "sse2" else ()) for build in BUILDS],
+    ids=["-".join(build) for build in BUILDS],
+)
 def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     """The precision of a build; meanwhile everything takes the kernels from that build."""
     vectors, name = request.param

@@ -33,6 +33,7 @@ def output(*command: str | Path) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", ["native", "tiles", "avx2", "sse2"])
 def test_no_kernel_leaves_its_arrays_or_differs_from_its_plain_loop(vectors: str, tmp_path: Path) -> None:
     library, compiler = loader.load(vectors=vectors), loader.compiler()
@@ -47,6 +48,7 @@ def test_no_kernel_leaves_its_arrays_or_differs_from_its_plain_loop(vectors: str
     assert "networks agree" in output(program, "40")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not all(map(shutil.which, ARM)), reason=f"needs {' and '.join(ARM)}")
 def test_the_kernels_for_arm_are_their_plain_loops(tmp_path: Path) -> None:
     program = compiled(ARM[0], tmp_path / "check", "-O2", "-static")
