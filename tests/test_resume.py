@@ -128,7 +128,7 @@ def test_every_parameterization_goes_on_exactly(tmp_path: Path, param: str) -> N
     ("ends_at", "changes"),
     [
         (1360, {}),  # 340 agent steps: an evaluation is due, a point is not
-        (1440, {}),  # 360: a point is due, an evaluation is not
+        pytest.param(1440, {}, marks=pytest.mark.slow),  # 360: a point is due, an evaluation is not
         (1500, {"checkpoint_period": 50}),  # 375: neither
     ],
 )

@@ -173,6 +173,7 @@ def test_same_seed_gives_same_weights_whatever_is_logged_evaluated_or_saved_when
     assert not equal(first, run(tmp_path / "d", tiny(seed=2)))
 
 
+@pytest.mark.slow
 def test_same_seed_gives_same_weights_without_weight_normalization(tmp_path: Path) -> None:
     first = run(tmp_path / "a", tiny(param="standard"))
     assert equal(first, run(tmp_path / "b", tiny(param="standard", emulator_threads=1, **OTHER_CADENCE)))
