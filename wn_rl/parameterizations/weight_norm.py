@@ -1,4 +1,8 @@
-"""Weight normalization: w = g · v / ‖v‖ (Salimans & Kingma 2016, section 2, equation 2)."""
+"""Weight normalization: w = g · v / ‖v‖ (Salimans & Kingma 2016, section 2, equation 2).
+
+The gradients of g and v (equation 3) are those of torch's function of the same name, :func:`normalized`; of a large
+dense layer they are in ``weight_norm_linear.py``, and in the CPU kernels in ``csrc/weight_norm.h``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The schedule: which events happen at which agent step, ε, seeds. Functions of the configuration alone."""
+"""What happens at which agent step, as functions of the configuration alone.
+
+- Initialization, updates and target copies: :func:`scheduled_events`; the loop (``loop.py``) makes them.
+- Evaluations, points of the log and checkpoints: :func:`period_ended`; ``session.py`` makes them between vector steps.
+- ε: :func:`epsilon_at`. Seeds of the emulators: :func:`training_seeds`.
+"""
 
 from __future__ import annotations
 
