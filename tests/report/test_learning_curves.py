@@ -10,23 +10,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-import evaluate
-from wn_rl import cli
+from tests.report.evaluate_command import run
 from wn_rl.report import figures, learning_curves, run_data, statistics
 
 ROOT = Path(__file__).parents[2]
 QUICK = sorted((ROOT / "docs" / "results" / "quick").iterdir())
 LITERAL = sorted((ROOT / "docs" / "results" / "output_init").iterdir())
-
-
-def run(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.run(evaluate.main)
-    output = capsys.readouterr()
-    return int(ended.value.code or 0), output.out, output.err
 
 
 def words(svg: Path) -> str:

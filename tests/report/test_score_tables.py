@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +13,7 @@ from typing import Any
 
 import pytest
 
-import evaluate
-from wn_rl import cli
+from tests.report.evaluate_command import run
 from wn_rl.errors import CheckpointError, WnRlError
 from wn_rl.evaluation import policies as trained
 from wn_rl.evaluation import scoring
@@ -24,17 +22,6 @@ from wn_rl.report import score_tables
 from wn_rl.runs import checkpoint
 
 SHORT = ["--episodes", "2", "--max-frames-per-episode", "40", "--num-threads", "1"]
-
-
-def run(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    """Run evaluate.py as the command line would; return (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.run(evaluate.main)
-    output = capsys.readouterr()
-    return int(ended.value.code or 0), output.out, output.err
 
 
 def test_seeds_and_groups_of_a_directory(

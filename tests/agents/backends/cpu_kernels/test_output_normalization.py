@@ -21,6 +21,7 @@ from agents.backends.cpu_kernels.output_normalization import (
     make_struct,
 )
 from agents.backends.cpu_kernels.structs import NormalizationStruct
+from tests.kernel_stages import call
 from wn_rl.parameterizations.base import Normalization
 from wn_rl.parameterizations.batch_norm import Full, MeanOnly
 from wn_rl.parameterizations.layer_norm import PerExample
@@ -36,22 +37,6 @@ def reference() -> ctypes.CDLL:
     library = loader.build((loader.REFERENCE,))
     assert not isinstance(library, str), library
     return library
-
-
-def call(library: ctypes.CDLL, name: str, *arguments: object) -> None:
-    """Call a C function: tensors by address, integers as int64, floats as double, structures by reference."""
-    converted: list[object] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            assert argument.is_contiguous()
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, ctypes.Structure):
-            converted.append(ctypes.byref(argument))
-        else:
-            converted.append(ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument))  # type: ignore[arg-type]
-    function = library[name]
-    function.restype = None
-    function(*converted)
 
 
 @dataclass
@@ -97,10 +82,10 @@ def forward(library: ctypes.CDLL, struct: NormalizationStruct, t: Tensor, sums: 
         assert sums is not None
         sums.copy_(t)
         for n in range(batch):
-            call(library, "observation_statistics", struct, n)
-        call(library, "batch_statistics", struct, batch, 0, struct.units)
+            call(library["observation_statistics"], struct, n)
+        call(library["batch_statistics"], struct, batch, 0, struct.units)
     for n in range(batch):
-        call(library, "normalize", struct, n, t[n], out[n])
+        call(library["normalize"], struct, n, t[n], out[n])
     return out
 
 
@@ -117,10 +102,10 @@ def test_forward_and_backward_are_the_plain_loop(reference: ctypes.CDLL, case: C
     y = forward(LIBRARY, struct, t, memory.sums)
     dt = torch.empty_like(t)
     for n in range(batch):
-        call(LIBRARY, "observation_gradients", struct, n, dy[n])
-    call(LIBRARY, "unit_gradients", struct, batch, 0, units)
+        call(LIBRARY["observation_gradients"], struct, n, dy[n])
+    call(LIBRARY["unit_gradients"], struct, batch, 0, units)
     for n in range(batch):
-        call(LIBRARY, "sums_gradient", struct, batch, n, dy[n], dt[n])
+        call(LIBRARY["sums_gradient"], struct, batch, n, dy[n], dt[n])
 
     groups = {BATCH: units, EXAMPLE: batch, POSITION: batch * positions}[struct.over]
     mean, variance = torch.empty(2, groups, dtype=torch.float64)
@@ -128,7 +113,7 @@ def test_forward_and_backward_are_the_plain_loop(reference: ctypes.CDLL, case: C
     db, dgain = torch.empty(2, units, dtype=torch.float64)
     sizes = (struct.over, struct.mean_only, batch, positions, units, float(struct.eps))
     arrays = (gain.double(), t.double(), dy.double(), mean, variance, x, expected_dt, db, dgain)
-    call(reference, "reference_normalization", *sizes, *arrays, torch.empty(2 * groups, dtype=torch.float64))
+    call(reference["reference_normalization"], *sizes, *arrays, torch.empty(2 * groups, dtype=torch.float64))
     # A mean far from zero is rounded as it is, and every number behind it is off by as much.
     shift = 2e-7 * (1.0 + float(t.abs().max()))
     scale = 1.0 if struct.mean_only else float((variance + struct.eps).rsqrt().max())
@@ -154,7 +139,7 @@ def test_the_plain_loop_is_the_module_and_its_gradients(reference: ctypes.CDLL, 
     memory = NormalizationMemory.of(struct, batch)
     forward(LIBRARY, struct, case.t, memory.sums)
     if struct.over == BATCH:
-        call(LIBRARY, "update_running_statistics", struct, batch)
+        call(LIBRARY["update_running_statistics"], struct, batch)
     running = [buffer.clone() for buffer in case.module.buffers()]
     groups = {BATCH: units, EXAMPLE: batch, POSITION: batch * positions}[struct.over]
     mean, variance = torch.empty(2, groups, dtype=torch.float64)
@@ -162,7 +147,7 @@ def test_the_plain_loop_is_the_module_and_its_gradients(reference: ctypes.CDLL, 
     db, dgain = torch.empty(2, units, dtype=torch.float64)
     sizes = (struct.over, struct.mean_only, batch, positions, units, float(struct.eps))
     arrays = (case.gain.double(), case.t.double(), case.dy.double(), mean, variance, x, dt, db, dgain)
-    call(reference, "reference_normalization", *sizes, *arrays, torch.empty(2 * groups, dtype=torch.float64))
+    call(reference["reference_normalization"], *sizes, *arrays, torch.empty(2 * groups, dtype=torch.float64))
 
     module = case.module.double().train()
     for buffer, start in zip(module.buffers(), (0.0, 1.0), strict=False):
@@ -203,5 +188,5 @@ def test_running_statistics_stand_in_for_those_of_a_minibatch(case: Case) -> Non
         expected = rows.view_as(case.t)
     found = case.t.clone()
     for n in range(len(found)):
-        call(LIBRARY, "normalize", struct, n, found[n], found[n])
+        call(LIBRARY["normalize"], struct, n, found[n], found[n])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * (1.0 + float(case.t.abs().max())))
